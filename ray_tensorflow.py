@@ -1,0 +1,1780 @@
+"""TensorFlow graphs, shared by many processes through Ray, served to many requests at once.
+
+A Ray *parameter server* actor holds the only copy of a ``tf.compat.v1`` graph's variables. *Worker* actors each
+build the same graph against it (between-graph replication) and run it asynchronously. A *front end* (this command, or
+the Flask and Starlette apps beside it) gathers concurrent requests into batches and hands them round-robin to the workers.
+
+    front end ─> Cluster ─> Batcher ─┬─> Worker 0 ─┐
+                                     ├─> Worker 1 ─┼─ session.run ─> ParameterServer
+                                     └─> Worker 2 ─┘                 variables, tables, kernels
+
+    python ray_tensorflow.py                                 # worker i adds i to the shared sum
+    python ray_tensorflow_starlette.py --model DIR           # serve SavedModels beside it: curl '127.0.0.1:8080/?value=3'
+    python ray_tensorflow_flask.py --model module:function   # or a graph of one's own
+
+The process that imports this file never imports tensorflow, and nothing starts before a ``Cluster`` does.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import atexit
+import base64
+import binascii
+import collections
+import concurrent.futures
+import contextlib
+import dataclasses
+import functools
+import importlib
+import itertools
+import json
+import logging
+import math
+import os
+import queue
+import re
+import secrets
+import shutil
+import signal
+import sys
+import tempfile
+import threading
+import time
+import urllib.parse
+import zlib
+from typing import Any, Callable, NamedTuple
+
+import numpy as np
+import ray
+import ray.exceptions
+from ray._private import ray_constants
+
+log = logging.getLogger("ray_tensorflow")
+
+
+# ======================================================================================================================
+# Errors: what can go wrong, as one tree; each message is one sentence that says what happened and what to do
+# ======================================================================================================================
+
+
+class Error(Exception):
+    """Base of all errors that this project raises on purpose. ``status`` is its HTTP status code."""
+
+    def __init__(self, message: str, status: int = 500):
+        super().__init__(message, status)  # both are arguments, so that the error survives a pickle
+        self.message, self.status = message, status
+
+    def __str__(self) -> str:
+        return self.message
+
+
+class OptionError(Error):
+    """An option has a value that is not allowed."""
+
+
+class InvalidRequest(Error):
+    """The request can never succeed as it is: it is wrong in itself, or names what does not exist."""
+
+    def __init__(self, message: str, status: int = 400):
+        super().__init__(message, status)
+
+
+class Unavailable(Error):
+    """Not now, but perhaps soon: the cluster is starting, stopping, or has too much to do."""
+
+    def __init__(self, message: str, status: int = 503):
+        super().__init__(message, status)
+
+
+class WorkerLost(Error):
+    """A worker went away while it ran a request that changes variables: the change may or may not have been applied."""
+
+    def __init__(self, message: str, status: int = 502):
+        super().__init__(message, status)
+
+
+class DeadlineExceeded(Error):
+    """The request's deadline passed before its answer came."""
+
+    def __init__(self, message: str, status: int = 504):
+        super().__init__(message, status)
+
+
+class ModelError(Error):
+    """The model itself failed on this request."""
+
+
+# ======================================================================================================================
+# Options: one dataclass is the source of every name, type, default, limit and help text
+# ======================================================================================================================
+
+
+def option(default, help: str, parse: Callable[[Any], Any], front_ends: bool = False):
+    """A field of ``Options``; ``parse`` checks a value (given as text or not), or raises ValueError(what is allowed)."""
+    return dataclasses.field(default=default, metadata={"help": help, "parse": parse, "front_ends": front_ends})
+
+
+def number(kind: type, least: float, most: float = math.inf, above: bool = False) -> Callable[[Any], Any]:
+    def parse(value):
+        allowed = f"a {'whole ' if kind is int else ''}number {'above' if above else 'of at least'} {least}"
+        allowed += f" and at most {most}" if most < math.inf else ""
+        try:
+            result = kind(value)
+        except (TypeError, ValueError, OverflowError):
+            raise ValueError(allowed) from None
+        if isinstance(value, bool) or result != float(value) or not (least < result if above else least <= result) or not result <= most or math.isinf(result):
+            raise ValueError(allowed)
+        return result
+
+    return parse
+
+
+def text(value) -> str:
+    if not isinstance(value, str) or not value:
+        raise ValueError("a non-empty text")
+    return value
+
+
+class ModelSource(NamedTuple):
+    """Where a served model comes from: a SavedModel's folder, or a function that builds a graph."""
+
+    name: str
+    version: int
+    folder: str | None = None  # of the SavedModel itself
+    function: str | None = None  # "module:function"
+
+    def __str__(self) -> str:
+        return f"{self.name} ({self.folder or self.function})"
+
+
+def model_source(value) -> ModelSource:
+    """Parse ``[NAME=]DIR`` or ``[NAME=]module:function``; a folder of numbered versions means its highest."""
+    if isinstance(value, ModelSource):
+        return value
+    if not isinstance(value, (str, os.PathLike)):
+        raise ValueError("[NAME=]DIR or [NAME=]module:function")
+    value = os.fspath(value)
+    name, equals, where = value.partition("=")
+    if not (equals and re.fullmatch(r"[\w.-]+", name)):
+        name, where = "", value
+    folder = os.path.abspath(where)
+    if not os.path.isdir(folder):
+        if re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", where):
+            return ModelSource(name or where.partition(":")[2], 1, function=where)
+        raise ValueError("a folder that exists, or module:function, with an optional NAME= before it")
+    if os.path.basename(folder).isdigit() and is_saved_model(folder):  # one version of several, named outright
+        return ModelSource(name or os.path.basename(os.path.dirname(folder)), int(os.path.basename(folder)), folder)
+    if is_saved_model(folder):
+        return ModelSource(name or os.path.basename(folder), 1, folder)
+    versions = [v for v in os.listdir(folder) if v.isdigit() and is_saved_model(os.path.join(folder, v))]
+    if not versions:
+        raise ValueError("a folder with a saved_model.pb in it, or in one of its folders that are named by a number")
+    version = max(versions, key=int)
+    return ModelSource(name or os.path.basename(folder), int(version), os.path.join(folder, version))
+
+
+def is_saved_model(folder: str) -> bool:
+    return any(os.path.isfile(os.path.join(folder, name)) for name in ("saved_model.pb", "saved_model.pbtxt"))
+
+
+def model_sources(values) -> tuple[ModelSource, ...]:
+    values = values.split(",") if isinstance(values, str) else [values] if isinstance(values, os.PathLike) else values
+    sources = tuple(model_source(value) for value in values)
+    names = [ADDER] + [source.name for source in sources]
+    for name in names:
+        if names.count(name) > 1:
+            raise ValueError(f"one model for each name, but {name!r} stands for two (NAME=... gives another name)")
+    return sources
+
+
+def default_port() -> int:
+    return int(os.environ.get("PORT") or 8080)
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What can be set. Command line beats environment (``RAY_TENSORFLOW_<NAME>``) beats default.
+
+    A wrong value raises OptionError, one sentence with the option, the value and what is allowed.
+    """
+
+    workers: int = option(4, "worker actors", number(int, 1))
+    threads: int = option(1, "CPUs of the Ray that is started, and threads of each TensorFlow server", number(int, 1))
+    model: tuple[ModelSource, ...] = option(
+        (), "a model to serve beside the adder: [NAME=]DIR (a SavedModel, or a folder of numbered versions) or"
+        " [NAME=]module:function (a graph of your own); repeatable, in the environment separated by commas", model_sources)
+    max_batch: int = option(64, "most requests that one session.run takes together", number(int, 1))
+    batch_wait_ms: float = option(0.0, "how long a batch may wait for company, in milliseconds", number(float, 0))
+    max_queue: int = option(1024, "waiting requests past which new ones are refused", number(int, 1))
+    timeout_s: float = option(30.0, "deadline of one request, in seconds", number(float, 0, above=True))
+    address: str | None = option(None, "Ray cluster to join ('auto': the one that runs here), else one is started", text)
+    host: str | None = option(None, "address to listen on: 0.0.0.0 where the platform sets PORT, else 127.0.0.1", text, True)
+    port: int | None = option(None, "port to listen on: PORT where the platform sets it, else 8080", number(int, 0, 65535), True)
+
+    def __post_init__(self):
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if value is None and field.default is None:
+                continue
+            try:
+                object.__setattr__(self, field.name, field.metadata["parse"](value))
+            except ValueError as error:
+                shown = ",".join(map(str, value)) if isinstance(value, (list, tuple)) else value
+                raise OptionError(f"--{field.name.replace('_', '-')} {shown!s:.200}: must be {error}") from None
+
+    @classmethod
+    def from_environment(cls, **changes) -> Options:
+        """Options from ``RAY_TENSORFLOW_<NAME>`` variables; ``changes`` beat them."""
+        for field in dataclasses.fields(cls):
+            value = os.environ.get(f"RAY_TENSORFLOW_{field.name.upper()}")
+            if value and field.name not in changes:
+                changes[field.name] = value
+        return cls(**changes)
+
+    @classmethod
+    def from_command_line(cls, description: str, front_end: bool = False, arguments: list[str] | None = None) -> Options:
+        """Options from the command line and the environment; a wrong one ends the program with status 2."""
+        parser = argparse.ArgumentParser(description=description, allow_abbrev=False)
+        for field in dataclasses.fields(cls):
+            if front_end or not field.metadata["front_ends"]:
+                default = "" if field.default in (None, ()) else f" (default: {field.default:g})"
+                parser.add_argument(
+                    f"--{field.name.replace('_', '-')}", help=field.metadata["help"] + default, default=argparse.SUPPRESS,
+                    action="append" if field.name == "model" else "store", metavar=field.name.upper().split("_")[-1])
+        try:
+            return cls.from_environment(**vars(parser.parse_args(arguments)))
+        except OptionError as error:
+            parser.exit(2, f"{parser.prog}: error: {error}\n")
+
+    @property
+    def listen(self) -> tuple[str, int]:
+        """Host and port for a front end; platforms that set ``PORT`` route to all interfaces."""
+        platform = os.environ.get("PORT")
+        port = self.port if self.port is not None else number(int, 0, 65535)(platform or 8080)
+        return self.host or ("0.0.0.0" if platform else "127.0.0.1"), port
+
+
+# ======================================================================================================================
+# Models: a MetaGraphDef with signatures, whether it comes from a SavedModel or from a function
+# ======================================================================================================================
+
+
+class TensorSpec(NamedTuple):
+    """``dtype`` is numpy's name for it ("object": strings, as bytes); ``shape`` has None for a free axis, or is None."""
+
+    dtype: str
+    shape: tuple[int | None, ...] | None
+
+    @property
+    def free_first_axis(self) -> bool:
+        return bool(self.shape) and self.shape[0] is None
+
+
+@dataclasses.dataclass
+class Signature:
+    """What can be run: named inputs to named outputs. Plain values only, since it crosses processes."""
+
+    name: str
+    inputs: dict[str, TensorSpec]
+    outputs: dict[str, TensorSpec]
+    writes: bool  # running it changes variables: it is never run twice for one request
+    batched: bool = False  # rows of several requests may share one run: each answer is the same to the last bit
+
+
+@dataclasses.dataclass
+class Model:
+    """A loaded model as the front ends know it."""
+
+    name: str
+    version: int
+    signatures: dict[str, Signature]
+    metadata: dict[str, Any]  # its SignatureDefs as proto3 JSON
+
+
+ADDER = "adder"
+
+
+def build_adder(tf):
+    """The built-in model: a shared float64 sum to which values are added; each gets the sum right after its own add.
+
+    Read, cumulative sum and assignment are one critical section of one ``session.run``, so that no other worker's add
+    slips between (tensorflow#6360). The new sum is checked before it is assigned: a run that fails changes nothing.
+    float64, because a float32 sum stops counting at 2**24.
+    """
+    value = tf.placeholder(tf.float64, [None], name="value")
+    total = tf.get_variable("sum", [], tf.float64, tf.zeros_initializer())
+
+    def add():
+        sums = tf.cumsum(tf.concat([[total.read_value()], value], axis=0))
+        sums = tf.debugging.check_numerics(sums, "the sum would not be finite")
+        with tf.control_dependencies([total.assign(sums[-1], read_value=False)]):
+            return sums[1:]
+
+    sums = tf.CriticalSection(shared_name="sum").execute(add)
+    return {"serving_default": ({"value": value}, {"sum": sums})}
+
+
+# Rows are applied in order, and a run that fails has changed nothing: so requests may share a run although it writes.
+build_adder.atomic = True
+
+
+def import_tensorflow():
+    """``tensorflow.compat.v1``, imported here and nowhere else, in the actors alone."""
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    if not (ray.is_initialized() and ray.get_gpu_ids()):
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # Ray leaves all GPUs visible to actors that asked for none (ray#28215)
+    import tensorflow.compat.v1 as tf
+
+    tf.disable_eager_execution()  # and not disable_v2_behavior(), which brings reference variables back
+    tf.get_logger().setLevel(os.environ.get("RAY_TENSORFLOW_LOG", "ERROR"))
+    return tf
+
+
+def session_config(tf, addresses: list[str]):
+    """The one session config: variables live on the ``ps`` tasks and are shared by all sessions made with it.
+
+    The TF servers know nothing of each other; each session brings the cluster along. Without ``share_session_state``
+    every session would get a private copy of the parameter server's state.
+    """
+    config = tf.ConfigProto(
+        allow_soft_placement=True,
+        experimental=tf.ConfigProto.Experimental(share_session_state_in_clusterspec_propagation=True))
+    job = config.cluster_def.job.add(name="ps")
+    for task, address in enumerate(addresses):
+        job.tasks[task] = address
+    return config
+
+
+class Graph:
+    """A model's graph in one process, ready for one session: ``signatures``, ``run`` and, where it is held, ``restore``.
+
+    All operations are made here, once; then the graph is finalized (tensorflow#4151). The device rule: everything is on
+    the parameter server. Stateful nodes get the model's name as their container, since equal names in two models
+    would otherwise be one variable there.
+    """
+
+    def __init__(self, tf, source: ModelSource):
+        from tensorflow.python.saved_model import loader_impl
+
+        self.source = source
+        self.graph = tf.Graph()
+        self._loader = self._builder = None
+        if source.folder:
+            self._loader = loader_impl.SavedModelLoader(source.folder)
+            meta_graph = type(m := self._loader.get_meta_graph_def_from_tags(["serve"]))()
+            meta_graph.CopyFrom(m)
+            for node in itertools.chain(meta_graph.graph_def.node, *(f.node_def for f in meta_graph.graph_def.library.function)):
+                node.device = ""  # devices of the machine that saved it (tensorflow#4011)
+            self.atomic = False
+        else:
+            meta_graph = self._build(tf)
+        set_containers(meta_graph.graph_def, source.name.encode().hex())  # no underscore is allowed in a container's name
+        self.signature_defs = meta_graph.signature_def
+
+        # Inputs lose their static shapes: like TensorFlow Serving, we leave the judgement to the kernels.
+        inputs = {info.name.partition(":")[0] for d in self.signature_defs.values() for info in d.inputs.values()}
+        for node in meta_graph.graph_def.node:
+            if node.name in inputs and node.op in ("Placeholder", "PlaceholderV2"):
+                node.attr["shape"].shape.Clear()
+                node.attr["shape"].shape.unknown_rank = True
+        with self.graph.as_default(), tf.device("/job:ps/task:0"):
+            self._saver = tf.train.import_meta_graph(meta_graph)
+        self.graph.finalize()
+
+        self.signatures = {}
+        for name, definition in self.signature_defs.items():
+            tensors = [*definition.inputs.values(), *definition.outputs.values()]
+            if definition.outputs and all(t.WhichOneof("encoding") == "name" and t.dtype for t in tensors):
+                inputs, outputs = ({k: tensor_spec(tf, v[k]) for k in sorted(v)} for v in (definition.inputs, definition.outputs))
+                writes = changes_state(meta_graph.graph_def, [t.name for t in definition.outputs.values()])
+                self.signatures[name] = Signature(name, inputs, outputs, writes)
+
+    def _build(self, tf):
+        """Call the user's function, in a graph of its own, and describe what it made as a SavedModel would."""
+        from tensorflow.core.protobuf import meta_graph_pb2
+
+        module, _, name = self.source.function.partition(":")
+        function = getattr(importlib.import_module(module), name)
+        self.atomic = getattr(function, "atomic", False)
+        self._builder = tf.Graph()  # kept: it owns the Python functions of its py_func operations
+        with self._builder.as_default():
+            signatures = function(tf)
+            initializer = tf.group(
+                tf.global_variables_initializer(), tf.local_variables_initializer(), tf.tables_initializer(), name="initialize_all")
+        meta_graph = meta_graph_pb2.MetaGraphDef(graph_def=self._builder.as_graph_def())
+        self._initializer = initializer.name
+        for signature, (inputs, outputs) in signatures.items():
+            infos = ({k: tf.saved_model.build_tensor_info(tf.convert_to_tensor(t)) for k, t in side.items()} for side in (inputs, outputs))
+            meta_graph.signature_def[signature].CopyFrom(
+                tf.saved_model.build_signature_def(*infos, method_name=tf.saved_model.PREDICT_METHOD_NAME))
+        return meta_graph
+
+    def connect(self, tf, target: str, config) -> None:
+        """Make the session and one callable for each signature."""
+        from tensorflow.core.protobuf import config_pb2
+
+        self.session = tf.Session(target, self.graph, config)
+        self._callables = {}
+        for name in self.signatures:
+            definition = self.signature_defs[name]
+            options = config_pb2.CallableOptions()
+            for side, names in ((definition.inputs, options.feed), (definition.outputs, options.fetch)):
+                names.extend(side[k].name for k in sorted(side))
+            # half the time of session.run, and no check against static shapes; make_callable is session.run in disguise
+            self._callables[name] = self.session._make_callable_from_options(options)
+
+    def run(self, signature: str, feed: list[np.ndarray]) -> list[np.ndarray]:
+        """The one ``session.run``: arrays in the order of the sorted input names to arrays in that of the outputs."""
+        return self._callables[signature](*feed)
+
+    def restore(self) -> None:
+        """Put the variables' and tables' first values onto the parameter server."""
+        if self._loader:
+            self._loader.restore_variables(self.session, self._saver)
+            self._loader.run_init_ops(self.session, ["serve"])
+        else:
+            self.session.run(self.graph.get_operation_by_name(self._initializer))
+
+    def describe(self, max_batch: int) -> Model:
+        """What the front ends have to know of this model. Finds out by experiment which signatures can be batched."""
+        from google.protobuf import json_format
+
+        for signature in self.signatures.values():
+            specs = [*signature.inputs.values(), *signature.outputs.values()]
+            if signature.inputs and all(spec.free_first_axis for spec in specs):
+                signature.batched = self.atomic if signature.writes else self._rows_are_independent(signature, max_batch)
+        definitions = {
+            name: json_format.MessageToDict(d, always_print_fields_with_no_presence=True, preserving_proto_field_name=True)
+            for name, d in sorted(self.signature_defs.items())}
+        return Model(self.source.name, self.source.version, self.signatures, {"signature_def": {"signature_def": definitions}})
+
+    def _rows_are_independent(self, signature: Signature, max_batch: int, seconds: float = 5.0) -> bool:
+        """Is each row's answer the same to the last bit, whatever rows it shares a run with?
+
+        Not a matter of course: matrix products and convolutions of several rows add in another order than those of one,
+        and oneDNN picks its kernels by shape. Tried on random rows; a model too slow to be tried gains little anyway.
+        """
+        deadline = time.monotonic() + seconds
+        rows = sample_rows(signature, max_batch)
+        alone: list[list[np.ndarray]] = []
+        try:
+            for together in sorted({2, 3, 5, 8, 13, 16, 32, max_batch}):
+                while len(alone) < together <= max_batch:
+                    alone.append(self.run(signature.name, [array[len(alone):len(alone) + 1] for array in rows]))
+                    if time.monotonic() > deadline:
+                        return False
+                if together <= max_batch:
+                    results = self.run(signature.name, [array[:together] for array in rows])
+                    for result, *singles in zip(results, *alone[:together]):
+                        if not same_bits(result, np.concatenate(singles)):
+                            return False
+        except Exception as error:  # it does not like our random rows, and we cannot know what it likes
+            log.info("model %s: signature %r is not batched: %s", self.source.name, signature.name, first_sentence(str(error)))
+            return False
+        return True
+
+    def warm_up(self) -> None:
+        """The first run of a signature is slow (tensorflow/serving#385): do it before anybody waits, changing nothing."""
+        for signature in self.signatures.values():
+            if not signature.writes or self.atomic:
+                with contextlib.suppress(Exception):  # a sample that the model refuses has warmed it up as well
+                    self.run(signature.name, sample_rows(signature, 0 if self.atomic else 1))
+
+
+def set_containers(graph_def, container: str) -> None:
+    """Put each resource of a graph, those of its functions included, into the named container."""
+    from tensorflow.python.framework import op_def_registry
+
+    for node in itertools.chain(graph_def.node, *(function.node_def for function in graph_def.library.function)):
+        definition = op_def_registry.get(node.op)
+        if definition and any(attribute.name == "container" for attribute in definition.attr):
+            own = node.attr["container"].s
+            node.attr["container"].s = container.encode() + (b"/" + own if own else b"")
+
+
+# Operations that change what a later run sees, and Python functions, of which we cannot know.
+STATE_CHANGING = re.compile(
+    r"Assign\w*|(Resource)?(Sparse)?Apply\w+|ResourceScatter\w+|Scatter(Add|Sub|Mul|Div|Min|Max|Update|Nd\w+)|ResourceStridedSliceAssign"
+    r"|CountUpTo|ResourceCountUpTo|LookupTable(Insert|Import|Remove)\w*|\w*(Enqueue|Dequeue|Push|Pop)\w*|(Map)?(Uns|S)tage|WriteFile|(Eager)?PyFunc")
+
+
+def changes_state(graph_def, outputs: list[str]) -> bool:
+    """Does computing these tensors change state? Follows inputs, control inputs and called functions."""
+    functions = {f.signature.name: f.node_def for f in graph_def.library.function}
+    nodes = {node.name: node for node in graph_def.node}
+    seen, stack = set(), [nodes[name.partition(":")[0]] for name in outputs]
+    while stack:
+        node = stack.pop()
+        if id(node) in seen:
+            continue
+        seen.add(id(node))
+        if STATE_CHANGING.fullmatch(node.op):
+            return True
+        if nodes.get(node.name) is node:  # within a function all nodes count, so nothing is followed there
+            stack.extend(nodes[name.lstrip("^").partition(":")[0]] for name in node.input)
+        for attribute in node.attr.values():
+            for function in [attribute.func, *attribute.list.func]:
+                stack.extend(functions.get(function.name, ()))
+        stack.extend(functions.get(node.op, ()))
+    return False
+
+
+def tensor_spec(tf, info) -> TensorSpec:
+    shape = None if info.tensor_shape.unknown_rank else tuple(None if d.size < 0 else d.size for d in info.tensor_shape.dim)
+    return TensorSpec(np.dtype(tf.as_dtype(info.dtype).as_numpy_dtype).name, shape)
+
+
+def sample_rows(signature: Signature, rows: int) -> list[np.ndarray]:
+    """Random inputs with this many rows, by sorted name: normal numbers, zeros and ones, empty strings."""
+    random = np.random.default_rng(0)
+    arrays = []
+    for spec in signature.inputs.values():
+        shape = tuple(3 if n is None else n for n in spec.shape or ())
+        shape = (rows, *shape[1:]) if spec.free_first_axis else shape
+        dtype = np.dtype(spec.dtype)
+        if dtype == object:
+            arrays.append(np.full(shape, b"", object))
+        else:
+            arrays.append((random.standard_normal(shape) if dtype.kind not in "biu" else random.integers(0, 2, shape)).astype(dtype))
+    return arrays
+
+
+def same_bits(a: np.ndarray, b: np.ndarray) -> bool:
+    return a.shape == b.shape and (a.tolist() == b.tolist() if a.dtype == object else a.tobytes() == b.tobytes())
+
+
+def first_sentence(message: str) -> str:
+    """TensorFlow's message without its first line's "From /job:..." and without the nodes and traces after it."""
+    lines = [line.strip() for line in message.splitlines()]
+    lines = [line for line in lines if line and not line.startswith(("From /job:", "[[", "Graph execution error:"))]
+    return re.sub(r"\s*\[\[.*?\]\]", "", lines[0]) if lines else "no reason was given"
+
+
+# ======================================================================================================================
+# The parameter server: holds the variables, and in `shared` placement runs the models
+# ======================================================================================================================
+
+
+class ParameterServer:
+    """A Ray actor with a TensorFlow server in it, and on that the state of all models."""
+
+    def __init__(self, options: Options):
+        self.options = options
+        self.description: tuple[str, list[Model]] | None = None
+
+    def start(self) -> tuple[str, list[Model]]:
+        """Start the TensorFlow server, load the models, return the server's address and what can be served.
+
+        Called again, it just returns the same. Raises ModelError when a model cannot be loaded.
+        """
+        if self.description is None:
+            tf = import_tensorflow()
+            address = self._serve(tf)
+            models = []
+            for source in (ModelSource(ADDER, 1, function=f"{__name__}:build_adder"), *self.options.model):
+                try:
+                    graph = Graph(tf, source)
+                    graph.connect(tf, f"grpc://{address}", session_config(tf, [address]))
+                    graph.restore()
+                    models.append(graph.describe(self.options.max_batch))
+                except Exception as error:
+                    reason = f"{type(error).__name__}: {first_sentence(str(error))}"
+                    raise ModelError(f"model {source} cannot be loaded: {reason}") from error
+                graph.session.close()
+            self.description = address, models
+        return self.description
+
+    def _serve(self, tf) -> str:
+        """Boot the TensorFlow server on a port that the system picks; it ends with this process (tensorflow#4713).
+
+        Its own job is called ``boot``, because the sessions that come with a cluster of their own call it ``ps``. Thread
+        and GPU limits count here and are ignored in a session's config (tensorflow#4455).
+        """
+        config = tf.ConfigProto(
+            intra_op_parallelism_threads=self.options.threads, inter_op_parallelism_threads=self.options.threads,
+            gpu_options=tf.GPUOptions(allow_growth=True))
+        self.server = tf.train.Server({"boot": ["localhost:0"]}, job_name="boot", task_index=0, config=config)
+        host = ray.util.get_node_ip_address()
+        return f"{host}:{self.server.target.rpartition(':')[2]}"
+
+    def about(self) -> dict[str, Any]:
+        """Process id, node, and the devices that this actor may use."""
+        return about_this_actor()
+
+
+def about_this_actor() -> dict[str, Any]:
+    return {
+        "pid": os.getpid(), "node": ray.get_runtime_context().get_node_id(), "gpus": ray.get_gpu_ids(),
+        "cuda_visible_devices": os.environ.get("CUDA_VISIBLE_DEVICES")}
+
+
+# ======================================================================================================================
+# The workers: each builds the same graphs against the parameter server, and runs what it is given
+# ======================================================================================================================
+
+# A result as it crosses processes: arrays in the order of the sorted output names, or (status, message).
+Result = list[np.ndarray] | tuple[int, str]
+
+# tensorflow::error::Code to HTTP status, as TensorFlow Serving has it; any other is 500
+HTTP_STATUS = {1: 499, 3: 400, 4: 504, 5: 404, 6: 409, 7: 403, 8: 429, 9: 400, 10: 409, 11: 400, 12: 501, 14: 503, 16: 401}
+
+
+class Worker:
+    """A Ray actor that runs sessions on the parameter server."""
+
+    def __init__(self, index: int, parameter_server, options: Options):
+        self.index, self.parameter_server, self.options = index, parameter_server, options
+        self.graphs: dict[str, Graph] = {}
+        self.executor = concurrent.futures.ThreadPoolExecutor(IN_FLIGHT_PER_WORKER, "session.run")
+
+    async def start(self) -> dict[str, Any]:
+        """Build the graphs and warm them up; returns ``about_this_actor()`` when ready to run."""
+        loop = asyncio.get_running_loop()
+        tf = await loop.run_in_executor(self.executor, import_tensorflow)  # while the parameter server does the same
+        address, _ = await self.parameter_server.start.remote()
+        await loop.run_in_executor(self.executor, self._connect, tf, address)
+        return about_this_actor()
+
+    def _connect(self, tf, address: str) -> None:
+        # A plain client session straight on the parameter server: a server of our own would be one more hop for each feed.
+        for source in (ModelSource(ADDER, 1, function=f"{__name__}:build_adder"), *self.options.model):
+            graph = self.graphs[source.name] = Graph(tf, source)
+            graph.connect(tf, f"grpc://{address}", session_config(tf, [address]))
+            graph.warm_up()
+
+    async def run(self, model: str, signature: str, feeds: list[list[np.ndarray]]) -> list[Result]:
+        """Run one signature on each feed in turn. One that fails does not touch the others."""
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self.executor, self._run, self.graphs[model], signature, feeds)
+
+    def _run(self, graph: Graph, signature: str, feeds: list[list[np.ndarray]]) -> list[Result]:
+        results: list[Result] = []
+        for feed in feeds:
+            try:
+                results.append(graph.run(signature, feed))
+            except Exception as error:  # answered to whoever asked
+                status = HTTP_STATUS.get(getattr(error, "error_code", None), 500)
+                results.append((status, first_sentence(str(error))))
+        return results
+
+
+# ======================================================================================================================
+# The batcher: gathers concurrent requests, before the Ray call, and hands them to the workers round-robin
+# ======================================================================================================================
+
+IN_FLIGHT_PER_WORKER = 2  # one batch runs while the next one travels
+IN_FLIGHT_PER_KEY = 2  # of batches that are not full: more of them at once would only be smaller
+
+
+class Key(NamedTuple):
+    """What requests have to have in common to travel together."""
+
+    model: str
+    signature: str
+    shapes: tuple  # of one row of each input, or None: runs alone
+    worker: int | None  # the one worker that is to run it, if it matters
+
+
+@dataclasses.dataclass(eq=False, slots=True)
+class Request:
+    """One caller's request on its way."""
+
+    key: Key
+    feed: list[np.ndarray]
+    rows: int
+    writes: bool
+    future: Any  # a concurrent.futures.Future, or an asyncio.Future of ``loop``
+    loop: asyncio.AbstractEventLoop | None
+    arrived: float = 0.0
+    deadline: float = 0.0
+    sent: bool = False  # to a worker
+    expired: bool = False
+
+    @property
+    def over(self) -> bool:
+        """Nobody waits for it any more: its deadline passed, or its caller went away."""
+        return self.expired or self.future.done()
+
+
+class Batcher:
+    """Whatever queued up while the last batches ran is the next batch. Usable from any thread and any event loop.
+
+    ``run(worker, model, signature, feeds)`` starts work on a worker and returns a concurrent future of a list of Results,
+    one for each feed. ``lost(worker)`` is called when that future fails. At most ``max_batch`` requests travel together;
+    at most ``max_queue`` wait; every request has its answer at the latest when its deadline has passed.
+    """
+
+    def __init__(self, options: Options, run: Callable[..., concurrent.futures.Future], lost: Callable[[int, BaseException], None]):
+        self.options, self._run, self._lost = options, run, lost
+        self._lock = threading.Lock()
+        self._wake = threading.Condition(self._lock)
+        self._queues: collections.OrderedDict[Key, collections.deque[Request]] = collections.OrderedDict()
+        self._waiting = 0
+        self._in_flight: collections.Counter[Key] = collections.Counter()
+        self._slots: collections.deque[int] = collections.deque()  # a worker's number, once for each batch that it could take
+        self._ready: set[int] = set()
+        self._unresolved: collections.deque[Request] = collections.deque()  # by arrival, and so by deadline
+        self._unmergeable: set[tuple[str, str]] = set()
+        self._again: list[tuple[int, list[Request], bool]] = []  # batches to send once more, request by request
+        self._closed: str | None = None
+        self._thread = threading.Thread(target=self._keep_time, name="ray_tensorflow batcher", daemon=True)
+        self._thread.start()
+
+    # -- for callers ---------------------------------------------------------------------------------------------------
+
+    def submit(self, request: Request) -> None:
+        """Queue a request; its future will be resolved. Raises Unavailable when the queue is full or closed."""
+        request.arrived = time.monotonic()
+        request.deadline = request.arrived + self.options.timeout_s
+        with self._lock:
+            if self._closed:
+                raise Unavailable(self._closed)
+            if self._waiting >= self.options.max_queue:
+                raise Unavailable(f"Too many requests are waiting already ({self._waiting}); try again later.")
+            self._queues.setdefault(request.key, collections.deque()).append(request)
+            self._waiting += 1
+            while self._unresolved and self._unresolved[0].over:
+                self._unresolved.popleft()
+            self._unresolved.append(request)
+            if len(self._unresolved) == 1:
+                self._wake.notify()
+
+    def dispatch(self) -> None:
+        """Send all batches that are due to workers that are free."""
+        with self._lock:
+            batches = list(iter(self._take, None))
+        for worker, batch, merge in batches:
+            self._send(worker, batch, merge)
+
+    def add_worker(self, worker: int) -> None:
+        with self._lock:
+            self._ready.add(worker)
+            self._slots.extend([worker] * IN_FLIGHT_PER_WORKER)
+            self._wake.notify()
+
+    def remove_worker(self, worker: int) -> None:
+        with self._lock:
+            self._ready.discard(worker)
+            self._slots = collections.deque(slot for slot in self._slots if slot != worker)
+
+    def waiting(self) -> int:
+        return self._waiting
+
+    def close(self, reason: str) -> None:
+        """Refuse new requests, and answer those that are left with Unavailable."""
+        with self._lock:
+            self._closed = reason
+            left, self._unresolved = list(self._unresolved), collections.deque()
+            self._queues.clear()
+            self._waiting = 0
+            self._wake.notify()
+        resolve([(request, Unavailable(reason)) for request in left])
+
+    # -- inside --------------------------------------------------------------------------------------------------------
+
+    def _take(self) -> tuple[int, list[Request], bool] | None:
+        """The next batch that is due, with the worker whose turn it is; keys take turns too. Called with the lock held."""
+        now = time.monotonic()
+        for key in list(self._queues) if self._slots else ():
+            waiting = self._queues[key]
+            while waiting and waiting[0].over:
+                waiting.popleft()
+                self._waiting -= 1
+            if not waiting:
+                del self._queues[key]
+                continue
+            merge = key.shapes is not None and key[:2] not in self._unmergeable
+            full = len(waiting) >= self.options.max_batch
+            if merge and not full:
+                early = now < waiting[0].arrived + self.options.batch_wait_ms / 1000
+                if early or self._in_flight[key] >= IN_FLIGHT_PER_KEY:
+                    continue
+            if key.worker is None:
+                worker = self._slots.popleft()
+            elif key.worker in self._slots:
+                self._slots.remove(worker := key.worker)
+            else:
+                continue
+            # requests that cannot share a run still share the trip, but leave their part to the other workers
+            most = self.options.max_batch if merge else min(self.options.max_batch, -(-len(waiting) // (len(self._slots) + 1)))
+            taken = [waiting.popleft() for _ in range(min(most, len(waiting)))]
+            self._waiting -= len(taken)
+            batch = [request for request in taken if not request.over] or taken[:1]
+            for request in batch:
+                request.sent = True
+            self._queues.move_to_end(key)
+            self._in_flight[key] += 1
+            return worker, batch, merge
+        return None
+
+    def _send(self, worker: int, batch: list[Request], merge: bool) -> None:
+        key = batch[0].key
+        merge = merge and len(batch) > 1
+        feeds = [[np.concatenate(arrays) for arrays in zip(*(request.feed for request in batch))]] if merge else [r.feed for r in batch]
+        try:
+            future = self._run(worker, key.model, key.signature, feeds)
+        except Exception as error:
+            future = concurrent.futures.Future()
+            future.set_exception(error)
+        future.add_done_callback(functools.partial(self._finish, worker, batch, merge))
+
+    def _finish(self, worker: int, batch: list[Request], merge: bool, future: concurrent.futures.Future) -> None:
+        """Give each request of a batch its part of the results. Runs in Ray's one callback thread: it never waits."""
+        key = batch[0].key
+        if error := future.exception():
+            self._return_slot(worker, key)
+            self.remove_worker(worker)
+            self._lost(worker, error)
+            self._retry_or_refuse(worker, batch)
+            return
+        results: list[Result] = future.result()
+        if merge:
+            rows = sum(request.rows for request in batch)
+            result = results[0]
+            if isinstance(result, tuple) or any(len(array) != rows for array in result):
+                # One bad request fails alone: each gets a run of its own. Nothing has been changed: a signature that writes
+                # is only merged when a run that fails changes nothing.
+                if not isinstance(result, tuple):
+                    self._unmergeable.add(key[:2])
+                with self._lock:
+                    self._again.append((worker, batch, False))
+                    self._wake.notify()
+                return
+            ends = list(itertools.accumulate(request.rows for request in batch))
+            results = [[array[end - request.rows:end] for array in result] for request, end in zip(batch, ends)]
+        self._return_slot(worker, key)
+        resolve([(r, result if isinstance(result, list) else ModelError(result[1], result[0])) for r, result in zip(batch, results)])
+
+    def _return_slot(self, worker: int, key: Key) -> None:
+        with self._lock:
+            self._in_flight[key] -= 1
+            if not self._in_flight[key]:
+                del self._in_flight[key]
+            if worker in self._ready:
+                self._slots.append(worker)
+            if self._queues:
+                self._wake.notify()
+
+    def _retry_or_refuse(self, worker: int, batch: list[Request]) -> None:
+        """After a worker was lost: what only reads runs again elsewhere; what writes may have been applied, and says so."""
+        refused = []
+        with self._lock:
+            for request in reversed(batch):
+                if request.writes:
+                    refused.append((request, WorkerLost(f"Worker {worker} was lost; the change may or may not have been applied.")))
+                else:
+                    request.sent = False
+                    self._queues.setdefault(request.key, collections.deque()).appendleft(request)
+                    self._waiting += 1
+            self._wake.notify()
+        resolve(refused)
+
+    def _keep_time(self) -> None:
+        """The batcher's own thread: sends what became due, and ends waits whose deadline has passed."""
+        while True:
+            expired = []
+            with self._lock:
+                now = time.monotonic()
+                while self._unresolved and (self._unresolved[0].over or self._unresolved[0].deadline <= now):
+                    request = self._unresolved.popleft()
+                    if not request.over:
+                        request.expired = True
+                        expired.append(request)
+                times = [self._unresolved[0].deadline] if self._unresolved else []
+                if self.options.batch_wait_ms and self._slots:
+                    times += [queue[0].arrived + self.options.batch_wait_ms / 1000 for queue in self._queues.values() if queue]
+                batches, self._again = self._again + list(iter(self._take, None)), []
+                if not batches and not expired:
+                    if self._closed:
+                        return
+                    self._wake.wait(max(0.001, min(times) - now) if times else None)
+            for worker, batch, merge in batches:
+                self._send(worker, batch, merge)
+            resolve([(request, self._too_late(request)) for request in expired])
+
+    def _too_late(self, request: Request) -> Error:
+        late = f"No answer within the deadline of {self.options.timeout_s:g} s"
+        if request.sent and request.writes:
+            return WorkerLost(f"{late}; the change may or may not have been applied.")
+        return DeadlineExceeded(f"{late}.")
+
+
+def resolve(outcomes: list[tuple[Request, Any]]) -> None:
+    """Give callers their results or errors; those of one event loop in one step, since waking it is what costs."""
+    by_loop: dict[asyncio.AbstractEventLoop | None, list[tuple[Request, Any]]] = {}
+    for request, outcome in outcomes:
+        by_loop.setdefault(request.loop, []).append((request, outcome))
+    for loop, part in by_loop.items():
+        if loop is None:
+            set_outcomes(part)
+        else:
+            with contextlib.suppress(RuntimeError):  # that loop is closed: nobody waits there any more
+                loop.call_soon_threadsafe(set_outcomes, part)
+
+
+def set_outcomes(outcomes: list[tuple[Request, Any]]) -> None:
+    for request, outcome in outcomes:
+        with contextlib.suppress(concurrent.futures.InvalidStateError, asyncio.InvalidStateError):  # cancelled, or too late
+            if isinstance(outcome, Exception):
+                request.future.set_exception(outcome)
+            else:
+                request.future.set_result(outcome)
+
+
+# ======================================================================================================================
+# The cluster: what scripts, notebooks and front ends hold in their hands
+# ======================================================================================================================
+
+
+class Call(NamedTuple):
+    """Checked work for a worker: ``feed`` has an array for each input, in the order of the sorted names."""
+
+    model: str
+    signature: Signature
+    feed: list[np.ndarray]
+    worker: int | None = None  # the one that is to do it, if it matters
+
+
+class Cluster:
+    """A parameter server and its workers, with a blocking and an awaitable door to each call.
+
+        with Cluster(options) as cluster:              # scripts, threads, Flask, notebooks
+            cluster.add(3.0)
+            cluster.predict({"x": x}, model="m")
+
+        async with Cluster(options) as cluster:        # inside any running event loop
+            await cluster.add_async(3.0)
+
+    Calls may come from several threads and several event loops at once. No event loop is ever made, fetched or patched
+    here: one thread of the cluster's own owns Ray, since Ray's processes end with the thread that started them.
+    """
+
+    def __init__(self, options: Options | None = None, **changes):
+        self.options = dataclasses.replace(options or Options(), **changes)
+        self.models: dict[str, Model] = {}
+        self._workers = [WorkerState(index) for index in range(self.options.workers)]
+        self._server: Any = None
+        self._parameter_server: dict[str, Any] = {}  # about it
+        self._batcher = Batcher(self.options, self._run, self._worker_lost)
+        self._changed = threading.Condition()
+        self._status = "new"
+        self._failure: Error | None = None
+        self._to_start: queue.SimpleQueue[int | None] = queue.SimpleQueue()
+        self._thread: threading.Thread | None = None
+
+    # -- life ----------------------------------------------------------------------------------------------------------
+
+    def begin(self) -> None:
+        """Start everything in the background; ``health()`` tells how far it is."""
+        with self._changed:
+            if self._status == "new":
+                self._status = "starting"
+                self._thread = threading.Thread(target=self._live, name="ray_tensorflow cluster", daemon=True)
+                self._thread.start()
+                atexit.register(self.close)
+
+    def start(self, workers: int = 1) -> Cluster:
+        """Start everything; returns when the parameter server and so many workers are ready.
+
+        Raises OptionError, ModelError or Unavailable when that cannot be.
+        """
+        self.begin()
+        with self._changed:
+            self._changed.wait_for(lambda: self._count("ready") >= workers or self._failure or self._status in ("stopping", "stopped"))
+        if self._status != "serving" or self._failure:
+            self.close()
+            raise self._failure or Unavailable("The cluster was closed.")
+        return self
+
+    def close(self) -> None:
+        """Answer what is left with Unavailable and end every process that was started. Safe to call twice."""
+        atexit.unregister(self.close)
+        with self._changed:
+            self._status = "stopping" if self._thread and self._thread.is_alive() else "stopped"
+            self._changed.notify_all()
+        self._batcher.close("The server is shutting down.")
+        self._to_start.put(None)
+        while self._thread and self._thread.is_alive():
+            self._end_actors()  # again and again, since it may be just about to start them
+            self._thread.join(0.1)
+
+    def __enter__(self) -> Cluster:
+        return self.start()
+
+    def __exit__(self, *exception) -> None:
+        self.close()
+
+    async def __aenter__(self) -> Cluster:
+        return await asyncio.to_thread(self.start)
+
+    async def __aexit__(self, *exception) -> None:
+        await asyncio.to_thread(self.close)
+
+    # -- calls ---------------------------------------------------------------------------------------------------------
+
+    def add(self, value: float, worker: int | None = None) -> float:
+        """Add a finite number to the shared sum; returns the sum right after this very add, as float64.
+
+        ``worker`` is the number of the worker that is to do it, by default the next one. Raises InvalidRequest,
+        Unavailable, WorkerLost or DeadlineExceeded.
+        """
+        return float(self.run(self.addition(value, worker))[0][0])
+
+    async def add_async(self, value: float, worker: int | None = None) -> float:
+        """As ``add``, awaitable."""
+        return float((await self.run_async(self.addition(value, worker)))[0][0])
+
+    def predict(
+        self, inputs: dict[str, Any], model: str, signature: str = "serving_default", version: int | None = None
+    ) -> dict[str, np.ndarray]:
+        """Run a signature of a served model.
+
+        ``inputs`` are arrays by input name, of a dtype that numpy casts to the input's without loss of kind (ints to floats,
+        not floats to ints; text for strings). The result is arrays by output name; they may be read-only, and views of a
+        larger one: copy what you want to write to. Raises InvalidRequest, ModelError, Unavailable, WorkerLost or DeadlineExceeded.
+        """
+        spec = self.find(model, version, signature)
+        return dict(zip(spec.outputs, self.run(Call(model, spec, feed_of(spec, inputs)))))
+
+    async def predict_async(
+        self, inputs: dict[str, Any], model: str, signature: str = "serving_default", version: int | None = None
+    ) -> dict[str, np.ndarray]:
+        """As ``predict``, awaitable."""
+        spec = self.find(model, version, signature)
+        return dict(zip(spec.outputs, await self.run_async(Call(model, spec, feed_of(spec, inputs)))))
+
+    def run(self, call: Call) -> list[np.ndarray]:
+        """Do checked work: the outputs in the order of their sorted names."""
+        future = concurrent.futures.Future()
+        self._batcher.submit(make_request(call, future, None))
+        self._batcher.dispatch()
+        return future.result()  # the batcher keeps the deadline
+
+    async def run_async(self, call: Call) -> list[np.ndarray]:
+        """As ``run``, awaitable."""
+        loop = asyncio.get_running_loop()
+        future = loop.create_future()
+        self._batcher.submit(make_request(call, future, loop))
+        loop.call_soon(self._batcher.dispatch)  # after all that is ready in this turn of the loop has come along
+        return await future
+
+    def health(self) -> dict[str, Any]:
+        """What ``GET /health`` answers: status, parameter servers, workers with their state; asks nobody, waits for nothing."""
+        ready = self._status == "serving" and self._count("ready") > 0
+        status = "ready" if ready else "failed" if self._failure else "starting" if self._status in ("new", "serving") else self._status
+        health = {
+            "status": status,
+            "parameter_servers": [{"index": 0, "state": "ready" if self.models else "starting", **self._parameter_server}],
+            "workers": [{"index": w.index, "state": w.state, "restarts": w.restarts, **w.about} for w in self._workers],
+            "models": sorted(self.models), "waiting": self._batcher.waiting()}
+        return health | ({"error": str(self._failure)} if self._failure else {})
+
+    def find(self, model: str, version: int | None = None, signature: str = "serving_default") -> Signature:
+        """The signature of a served model. Raises InvalidRequest in TensorFlow Serving's words, or Unavailable."""
+        found = self.find_model(model, version)
+        if signature not in found.signatures:
+            raise InvalidRequest(f'Serving signature name: "{signature}" not found in signature def')
+        return found.signatures[signature]
+
+    def find_model(self, name: str, version: int | None = None) -> Model:
+        if self._failure:
+            raise Unavailable(f"The server could not start: {self._failure}")
+        if self._status in ("new", "starting"):
+            raise Unavailable("The server is starting; try again later.")
+        model = self.models.get(name)
+        if model is None or version not in (None, model.version):
+            which = f"Latest({name})" if version is None else f"Specific({name}, {version})"
+            raise InvalidRequest(f"Servable not found for request: {which}", 404)
+        return model
+
+    def addition(self, value: float, worker: int | None = None) -> Call:
+        """The Call that adds a value. Raises InvalidRequest unless it is one finite number."""
+        try:
+            array = np.array([value], np.float64)
+        except (TypeError, ValueError, OverflowError):
+            array = np.array([math.nan])
+        if array.shape != (1,) or not math.isfinite(array[0]):
+            raise InvalidRequest(f"value must be one finite number, not {value!r:.100}")
+        return Call(ADDER, self.find(ADDER), [array], worker)
+
+    # -- inside: actors, all in the cluster's own thread and its helpers -----------------------------------------------
+
+    def _run(self, worker: int, model: str, signature: str, feeds: list[list[np.ndarray]]) -> concurrent.futures.Future:
+        return self._workers[worker].actor.run.remote(model, signature, feeds).future()
+
+    def _live(self) -> None:
+        """Own Ray from its start to its end."""
+        try:
+            with ray_runtime(self.options):
+                try:
+                    self._start_actors()
+                finally:
+                    self._end_actors()
+        except Error as error:
+            self._failure = error
+        except Exception as error:
+            log.exception("the cluster failed")
+            self._failure = Unavailable(f"Ray could not be started: {first_sentence(str(error))}")
+        finally:
+            with self._changed:
+                self._status = "stopped"
+                self._changed.notify_all()
+
+    def _start_actors(self) -> None:
+        share = gpu_share(int(ray.cluster_resources().get("GPU", 0)), 1 + self.options.workers)
+        self._resources = {"num_cpus": 0, "num_gpus": share, "max_restarts": 0}
+        started = time.monotonic()
+        self._server = ray.remote(ParameterServer).options(**self._resources).remote(self.options)
+        self._spawn(self._workers[0])  # imports tensorflow while the parameter server does
+        _, models = get(self._server.start.remote())
+        self._parameter_server = get(self._server.about.remote())
+        log.info("parameter server ready  pid %d  %.1f s", self._parameter_server["pid"], time.monotonic() - started)
+        with self._changed:
+            self.models = {model.name: model for model in models}
+            if self._status == "starting":
+                self._status = "serving"
+        # the others start after the first is ready, as many at once as there are CPUs: serving comes first
+        with concurrent.futures.ThreadPoolExecutor(len(os.sched_getaffinity(0)), "start worker") as pool:
+            self._start_worker(self._workers[0])
+            for worker in self._workers[1:]:
+                self._to_start.put(worker.index)
+            for index in iter(self._to_start.get, None):
+                pool.submit(self._start_worker, self._workers[index])
+            pool.shutdown(cancel_futures=True)
+
+    def _spawn(self, worker: WorkerState) -> None:
+        worker.actor = ray.remote(Worker).options(max_concurrency=100, **self._resources).remote(worker.index, self._server, self.options)
+        worker.ready = worker.actor.start.remote()
+
+    def _start_worker(self, worker: WorkerState) -> None:
+        started = time.monotonic()
+        try:
+            if worker.actor is None:
+                self._spawn(worker)
+            worker.about = get(worker.ready)
+        except Exception as error:
+            if self._status == "serving":
+                worker.actor, worker.state = None, "lost"
+                log.warning("worker %d could not start: %s", worker.index, first_sentence(str(error)))
+                if not self._count("ready"):
+                    self._failure = error if isinstance(error, Error) else Unavailable(f"No worker could start: {first_sentence(str(error))}")
+        else:
+            worker.state = "ready"
+            self._batcher.add_worker(worker.index)
+            log.info("worker %d ready  pid %d  %.1f s", worker.index, worker.about["pid"], time.monotonic() - started)
+        with self._changed:
+            self._changed.notify_all()
+
+    def _worker_lost(self, index: int, error: BaseException) -> None:
+        worker = self._workers[index]
+        with self._changed:
+            if self._status != "serving" or worker.state != "ready":
+                return
+            worker.state, worker.actor, worker.restarts = "starting", None, worker.restarts + 1
+        log.warning("worker %d lost  pid %d  %s", index, worker.about["pid"], first_sentence(str(error)))
+        self._to_start.put(index)
+
+    def _end_actors(self) -> None:
+        for actor in [*(worker.actor for worker in self._workers), self._server]:
+            if actor is not None and ray.is_initialized():
+                ray.kill(actor)
+        for worker in self._workers:
+            worker.state = "stopped"
+
+    def _count(self, state: str) -> int:
+        return sum(worker.state == state for worker in self._workers)
+
+
+@dataclasses.dataclass
+class WorkerState:
+    """What the cluster knows of one worker."""
+
+    index: int
+    state: str = "starting"  # ready, lost, stopped
+    restarts: int = 0
+    about: dict[str, Any] = dataclasses.field(default_factory=dict)
+    actor: Any = None
+    ready: Any = None
+
+
+def get(reference):
+    """The value of a Ray call; an error of ours arrives as it was raised."""
+    try:
+        return ray.get(reference)
+    except ray.exceptions.RayTaskError as error:
+        cause = error
+        while isinstance(cause, ray.exceptions.RayTaskError) and cause.cause is not None:
+            cause = cause.cause
+        raise cause from None
+
+
+def gpu_share(gpus: int, actors: int) -> float:
+    """How many GPUs each actor gets, such that all of them fit: whole ones, or a part of one."""
+    if not gpus:
+        return 0
+    return 1 if gpus >= actors else math.floor(10_000 / -(-actors // gpus)) / 10_000
+
+
+def make_request(call: Call, future, loop) -> Request:
+    shapes, rows, feed = None, 1, call.feed
+    if call.signature.batched and all(array.ndim for array in feed) and len({len(array) for array in feed}) == 1:
+        shapes, rows = tuple(array.shape[1:] for array in feed), len(feed[0])
+    return Request(Key(call.model, call.signature.name, shapes, call.worker), feed, rows, call.signature.writes, future, loop)
+
+
+def feed_of(signature: Signature, inputs: dict[str, Any]) -> list[np.ndarray]:
+    """Arrays of the signature's dtypes in the order of the sorted input names. Raises InvalidRequest."""
+    if not isinstance(inputs, dict) or inputs.keys() != signature.inputs.keys():
+        given = sorted(map(str, inputs)) if isinstance(inputs, dict) else type(inputs).__name__
+        raise InvalidRequest(f"signature {signature.name!r} takes a dict of the inputs {sorted(signature.inputs)}, not {given}")
+    return [to_array(name, inputs[name], spec) for name, spec in signature.inputs.items()]
+
+
+def to_array(name: str, value: Any, spec: TensorSpec) -> np.ndarray:
+    dtype = np.dtype(spec.dtype)
+    try:
+        array = np.asarray(value)
+    except ValueError:
+        raise InvalidRequest(f"input {name!r} is ragged: all its rows must have the same shape") from None
+    if dtype == object:
+        flat = [v.encode() if isinstance(v, str) else v for v in array.astype(object).ravel().tolist()]
+        if not all(isinstance(v, bytes) for v in flat):
+            raise InvalidRequest(f"input {name!r} takes text or bytes, not {array.dtype}")
+        result = np.empty(len(flat), object)
+        result[:] = flat
+        return result.reshape(array.shape)
+    if array.dtype == dtype:
+        return array
+    if not (np.can_cast(array.dtype, dtype, "same_kind") or array.size == 0):
+        raise InvalidRequest(f"input {name!r} takes {spec.dtype}, not {array.dtype}")
+    with np.errstate(over="ignore"):
+        result = array.astype(dtype)
+    if dtype.kind in "iu" and not np.array_equal(result, array):
+        raise InvalidRequest(f"input {name!r} has a value outside the range of {spec.dtype}")
+    return result
+
+
+# -- Ray itself --------------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def ray_runtime(options: Options):
+    """Ray for as long as the block runs: the cluster at ``options.address``, one that runs in this process already, or a
+    local one of our own that listens on 127.0.0.1 alone and leaves no process and no file behind."""
+    if ray.is_initialized():
+        yield
+        return
+    here = os.path.dirname(os.path.abspath(__file__))
+    paths = [here, *(path or os.getcwd() for path in sys.path if not path.startswith((sys.prefix, sys.base_prefix)))]
+    python_path = os.pathsep.join(dict.fromkeys(paths))  # actors find modules where this process does, from any folder
+    quiet = {"log_to_driver": False, "logging_level": "ERROR"}
+    ray_constants.RAY_DISABLE_FAILURE_SIGNAL_HANDLER = True  # else a clean stop that takes over 3 s is aborted
+    if options.address:
+        try:
+            ray.init(options.address, namespace="ray_tensorflow", runtime_env={"env_vars": {"PYTHONPATH": python_path}}, **quiet)
+        except ConnectionError as error:
+            raise Unavailable(f"No Ray cluster answers at {options.address!r}: {first_sentence(str(error))}") from None
+        try:
+            yield
+        finally:
+            ray.shutdown()
+        return
+
+    folder = tempfile.mkdtemp(prefix="ray_tensorflow_")
+    before = dict(os.environ)
+    os.environ["PYTHONPATH"] = python_path
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    if not os.environ.get("RAY_AUTH_MODE") and not os.environ.get("RAY_AUTH_TOKEN_PATH"):
+        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))  # else it is written to the home folder
+    ray_constants.ENABLE_RAY_CLUSTER = False  # of several nodes: so everything of Ray's listens on 127.0.0.1
+    try:
+        ray.init(
+            "local", num_cpus=options.threads, include_dashboard=False, object_store_memory=80 * 2**20, _temp_dir=folder,
+            namespace="ray_tensorflow", **quiet)
+        yield
+    finally:
+        ray.shutdown()
+        ray_constants.ENABLE_RAY_CLUSTER = True
+        os.environ.clear()
+        os.environ.update(before)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+# ======================================================================================================================
+# HTTP: what both front ends answer; the JSON codec is TensorFlow Serving's REST contract, read from its code
+# (util/json_tensor.cc, model_servers/http_rest_api_util.cc and http_rest_api_handler.cc)
+# ======================================================================================================================
+
+MAX_BODY_BYTES = 64 * 2**20
+METHODS = ["GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE"]
+
+
+class Reply(NamedTuple):
+    """A finished answer."""
+
+    status: int
+    body: bytes
+
+    @property
+    def headers(self) -> dict[str, str]:
+        return {"Content-Type": "application/json"} | ({"Retry-After": "1"} if self.status in (429, 503) else {})
+
+
+class Pending(NamedTuple):
+    """An answer for which the cluster has to work first, and how the outputs become its Reply."""
+
+    call: Call
+    encode: Callable[[list[np.ndarray]], Reply]
+
+
+def reply_json(value: Any, status: int = 200) -> Reply:
+    return Reply(status, json.dumps(value).encode())
+
+
+def reply_error(error: Error) -> Reply:
+    return reply_json({"error": error.message}, error.status)
+
+
+def answer(cluster: Cluster, method: str, path: str, query: str, content_encoding: str, body: bytes) -> Reply | Pending:
+    """The one entry of both front ends: a Reply, or what is still to be done for it. ``path`` is as sent, not yet percent-decoded.
+
+    Raises Error, for ``reply_error``.
+    """
+    if path == "/health" and method in ("GET", "HEAD"):
+        health = cluster.health()
+        return reply_json(health, 200 if health["status"] == "ready" else 503)
+    if path == "/" and method in ("GET", "HEAD"):
+        return Pending(cluster.addition(parse_value(query)), lambda outputs: reply_json({"result": float(outputs[0][0])}))
+    if path[:4].lower() == "/v1/":
+        return answer_rest(cluster, method, path, unzip(content_encoding, body))
+    if path in ("/", "/health"):
+        raise InvalidRequest(f"{path} answers GET, not {method}", 405)
+    raise InvalidRequest(f"There is nothing at {path[:100]}: try /, /health or /v1/models/<name>", 404)
+
+
+def parse_value(query: str) -> float:
+    """The number in ``?value=3``; 1 if there is none. Raises InvalidRequest unless it is one finite number."""
+    try:
+        values = urllib.parse.parse_qs(query, keep_blank_values=True, max_num_fields=100, errors="strict").get("value", ["1"])
+    except ValueError:
+        raise InvalidRequest("The query string cannot be parsed") from None
+    if len(values) > 1:
+        raise InvalidRequest("value must be given once")
+    if len(values[0]) > 100 or not re.fullmatch(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", values[0], re.ASCII) or math.isinf(float(values[0])):
+        raise InvalidRequest(f"value must be one finite number, not {values[0][:100]!r}")
+    return float(values[0])
+
+
+def unzip(content_encoding: str, body: bytes) -> bytes:
+    """The body, decompressed when it is gzip. As with TensorFlow Serving, what cannot be decompressed counts as empty."""
+    if "gzip" not in content_encoding.lower():
+        return body
+    decompressor = zlib.decompressobj(zlib.MAX_WBITS | 16)
+    try:
+        plain = decompressor.decompress(body, MAX_BODY_BYTES)
+    except zlib.error:
+        return b""
+    if decompressor.unconsumed_tail:
+        raise too_large()
+    return plain if decompressor.eof else b""
+
+
+def too_large() -> InvalidRequest:
+    return InvalidRequest(f"The body is larger than {MAX_BODY_BYTES // 2**20} MiB", 413)
+
+
+# -- REST: which model, and what of it ---------------------------------------------------------------------------------
+
+POST_PATH = re.compile(r"/v1/models/([^/:]+)(?:/versions/(\d+)|/labels/([^/:]+))?:(classify|regress|predict)", re.I | re.A)
+GET_PATH = re.compile(r"/v1/models(?:/([^/:]+))??(?:/versions/(\d+)|/labels/([^/:]+))?(?:/(metadata))?", re.I | re.A)
+
+
+def answer_rest(cluster: Cluster, method: str, path: str, body: bytes) -> Reply | Pending:
+    pattern = {"POST": POST_PATH, "GET": GET_PATH}.get(method)
+    match = pattern.fullmatch(path) if pattern else None
+    if not match or (method == "POST" and match[4] not in ("classify", "regress", "predict")):
+        raise InvalidRequest(f"Malformed request: {method} {path[:1000]}")
+    if match[1] is None:
+        raise InvalidRequest("Missing model name in request.")
+    name = urllib.parse.unquote(match[1])
+    version = int(match[2]) if match[2] and len(match[2]) < 1000 else None
+    if match[2] and (version is None or version >= 2**63):
+        raise InvalidRequest(f"Failed to convert version: {match[2][:100]} to numeric.")
+    document = parse_json(body) if method == "POST" else {}
+    signature_name = document.get("signature_name", "")
+    if not isinstance(signature_name, str):
+        raise InvalidRequest(f"JSON Value: {shown(document)} not formatted correctly. 'signature_name' key must be a string value.")
+    if match[3] is not None:
+        raise InvalidRequest(f"Unrecognized servable version label: {urllib.parse.unquote(match[3])}")
+
+    if method == "GET" and match[4] != "metadata":
+        return reply_status(cluster, name, version)
+    if method == "GET":
+        model = cluster.find_model(name, version)
+        spec = {"name": name, "signature_name": "", "version": str(model.version)}
+        return reply_json({"model_spec": spec, "metadata": model.metadata})
+    if match[4] == "predict":
+        signature = cluster.find(name, version, signature_name or "serving_default")
+        row, feed = parse_predict(document, signature)
+        return Pending(Call(name, signature, feed), functools.partial(encode_predict, signature, row))
+    raise InvalidRequest(f":{match[4]} is not served yet", 501)
+
+
+def reply_status(cluster: Cluster, name: str, version: int | None) -> Reply:
+    try:
+        model = cluster.find_model(name, version)
+    except InvalidRequest as error:
+        reason = f"any versions of model {name}" if version is None else f"version {version} of model {name}"
+        raise InvalidRequest(f"{error} (Could not find {reason})", 404) from None
+    ok = {"error_code": "OK", "error_message": ""}
+    return reply_json({"model_version_status": [{"version": str(model.version), "state": "AVAILABLE", "status": ok}]})
+
+
+# -- REST: from JSON to arrays -----------------------------------------------------------------------------------------
+
+RAPIDJSON_MESSAGES = {  # of Python's, in the words of TensorFlow Serving's parser
+    "Expecting value": "Invalid value.",
+    "Extra data": "The document root must not be followed by other values.",
+    "Expecting property name enclosed in double quotes": "Missing a name for object member.",
+    "Expecting ':' delimiter": "Missing a colon after a name of object member.",
+    "Expecting ',' delimiter": "Missing a comma or ']' or '}' after a value.",
+    "Unterminated string starting at": "Missing a closing quotation mark in string.",
+    "Invalid control character at": "Invalid encoding in string.",
+    "Invalid \\escape": "Invalid escape character in string.",
+    "Invalid \\uXXXX escape": "Incorrect hex digit after \\u escape in string."}
+
+
+def parse_json(body: bytes) -> dict[str, Any]:
+    """A JSON object, with NaN and Infinity as bare tokens. Raises InvalidRequest."""
+    try:
+        text = body.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise InvalidRequest(f"JSON Parse error: Invalid encoding in string. at offset: {error.start}") from None
+    if not text:
+        raise InvalidRequest("JSON Parse error: The document is empty")
+    try:
+        try:
+            document = json.loads(text)
+        except RecursionError:
+            document = json.loads(without_depths(text))
+    except json.JSONDecodeError as error:
+        message = RAPIDJSON_MESSAGES.get(error.msg.removesuffix(": "), error.msg + ".") if text.strip() else "The document is empty."
+        raise InvalidRequest(f"JSON Parse error: {message} at offset: {error.pos}") from None
+    except (ValueError, RecursionError) as error:  # an integer of more digits than Python converts
+        raise InvalidRequest(f"JSON Parse error: {error or 'nested too deeply'}") from None
+    if not isinstance(document, dict):
+        raise InvalidRequest(f"JSON Value: {shown(document)} Is not object")
+    return document
+
+
+def without_depths(text: str, most: int = 200) -> str:
+    """JSON text with whatever is nested deeper replaced by null: no tensor has so many axes, and other keys are ignored."""
+    kept, start, depth = [], 0, 0
+    for token in re.finditer(r'"(?:[^"\\\\]|\\\\.)*"|[][{}]', text, re.S):
+        if token[0] in "[{":
+            depth += 1
+            if depth == most:
+                kept.append(text[start:token.start()])
+        elif token[0] in "]}":
+            depth -= 1
+            if depth == most - 1:
+                kept.append("null")
+                start = token.end()
+    return "".join(kept) + (text[start:] if depth < most else "")
+
+
+def shown(value: Any) -> str:
+    """A JSON value in an error message, cut short."""
+    try:
+        text = json.dumps(value, ensure_ascii=False)
+    except (RecursionError, ValueError):
+        text = "(nested deeply)"
+    return text if len(text) <= 300 else text[:300] + "..."
+
+
+TYPE_NAMES = {"float32": "float", "float64": "double", "float16": "half", "object": "string"}  # TensorFlow's, where not numpy's
+JSON_TYPES = {dict: "Object", list: "Array", str: "String", int: "Number", float: "Number", bool: "Boolean", type(None): "Null"}
+# what TensorFlow Serving accepts for an integer tensor: the narrow ones take any int32, and wrap
+INTEGER_RANGES = {
+    **dict.fromkeys(("int8", "int16", "int32", "uint8"), (-(2**31), 2**31 - 1)),
+    "int64": (-(2**63), 2**63 - 1), "uint32": (0, 2**32 - 1), "uint64": (0, 2**64 - 1)}
+
+
+def parse_predict(document: dict[str, Any], signature: Signature) -> tuple[bool, list[np.ndarray]]:
+    """Is it row format, and one array for each input by sorted name. Raises InvalidRequest in TensorFlow Serving's words."""
+    if "instances" in document and "inputs" in document:
+        raise InvalidRequest(f"JSON Value: {shown(document)} Not formatted correctly expecting only one of 'inputs' or 'instances' keys to exist ")
+    if not signature.inputs:
+        raise InvalidRequest(f"Failed to get input map for signature: {signature.name}")
+    if "instances" in document:
+        return True, parse_rows(document["instances"], signature.inputs)
+    if "inputs" in document:
+        return False, parse_columns(document["inputs"], signature.inputs)
+    raise InvalidRequest("Missing 'inputs' or 'instances' key")
+
+
+def parse_rows(instances: Any, inputs: dict[str, TensorSpec]) -> list[np.ndarray]:
+    if not isinstance(instances, list):
+        raise InvalidRequest(f"JSON Value: {shown(instances)} Expecting 'instances' to be an list/array")
+    if not instances:
+        raise InvalidRequest("JSON Value: [] No values in 'instances' array")
+    if isinstance(instances[0], dict) and not is_base64(instances[0]):
+        for i, row in enumerate(instances):
+            if not isinstance(row, dict) or is_base64(row):
+                raise InvalidRequest(f"Expecting object but got list at item {i} of input list")
+            for name, value in row.items():
+                if name not in inputs:
+                    raise row_error(i, f"JSON object: does not have named input: {name}", name)
+            if row.keys() != inputs.keys():
+                raise InvalidRequest(f"Failed to process element: {i} of 'instances' list. JSON object: {shown(row)} keys must be equal to: {','.join(inputs)}")
+        return [stack_rows([row[name] for row in instances], spec, name) for name, spec in inputs.items()]
+    if len(inputs) > 1:
+        raise InvalidRequest("instances is a plain list, but expecting list of objects as multiple input tensors required as per tensorinfo_map")
+    for i, row in enumerate(instances):
+        if isinstance(row, dict) and not is_base64(row):
+            raise InvalidRequest(f"Expecting value/list but got object at item {i} of input list")
+    return [stack_rows(instances, spec) for spec in inputs.values()]
+
+
+def stack_rows(rows: list[Any], spec: TensorSpec, name: str | None = None) -> np.ndarray:
+    """One tensor of all rows at once; where that fails, row by row, to say which one is wrong."""
+    try:
+        return parse_tensor(rows, spec)
+    except InvalidRequest:
+        first = None
+        for i, row in enumerate(rows):
+            try:
+                array = parse_tensor(row, spec)
+            except InvalidRequest as error:
+                raise row_error(i, error.message, name) from None
+            first = array if first is None else first
+            if array.size != first.size:
+                raise row_error(i, f"Expecting tensor size: {first.size} but got: {array.size}", name)
+            if array.shape != first.shape:
+                shapes = [f"[{','.join(map(str, a.shape))}]" for a in (first, array)]
+                raise row_error(i, f"Expecting shape {shapes[0]} but got: {shapes[1]}", name)
+        raise
+
+
+def row_error(i: int, message: str, name: str | None) -> InvalidRequest:
+    key = f" key: {name}" if name is not None else ""
+    return InvalidRequest(f"Failed to process element: {i}{key} of 'instances' list. Error: INVALID_ARGUMENT: {message}")
+
+
+def parse_columns(value: Any, inputs: dict[str, TensorSpec]) -> list[np.ndarray]:
+    if not isinstance(value, dict) or is_base64(value):
+        if len(inputs) > 1:
+            raise InvalidRequest("inputs is a plain value/list, but expecting an object as multiple input tensors required as per tensorinfo_map")
+        return [parse_tensor(value, spec) for spec in inputs.values()]
+    for name in inputs:
+        if name not in value:
+            raise InvalidRequest(f"Missing named input: {name} in 'inputs' object.")
+    return [parse_tensor(value[name], spec) for name, spec in inputs.items()]
+
+
+def parse_tensor(value: Any, spec: TensorSpec) -> np.ndarray:
+    """A nested list, or a scalar, to an array of the spec's dtype; the shape is that of the first elements.
+
+    Goes level by level with few steps of Python for each list. Raises InvalidRequest in TensorFlow Serving's words.
+    """
+    shape, inner = [], value
+    while isinstance(inner, list):
+        shape.append(len(inner))
+        if not inner:
+            break
+        inner = inner[0]
+    if len(shape) > 64:
+        raise InvalidRequest(f"Encountered list at unexpected level: {len(shape)} expected < 64")
+    flat = [value]
+    for level, size in enumerate(shape):
+        for item in flat if set(map(type, flat)) > {list} else ():
+            if not isinstance(item, list):
+                raise InvalidRequest(f"JSON Value: {shown(item)} found at incorrect level: {level + 1} in the JSON DOM. Expected at level: {len(shape)}")
+        for item in flat if set(map(len, flat)) > {size} else ():
+            if len(item) != size:
+                raise InvalidRequest(f"Encountered list at unexpected size: {len(item)} at level: {level} expected size: {size}")
+        flat = list(itertools.chain.from_iterable(flat))
+    if list in set(map(type, flat)):
+        raise InvalidRequest(f"Encountered list at unexpected level: {len(shape)} expected < {len(shape)}")
+    return parse_leaves(flat, spec.dtype).reshape(shape)
+
+
+def parse_leaves(values: list[Any], dtype: str) -> np.ndarray:
+    kinds = set(map(type, values))
+    if dtype in ("float32", "float64"):
+        check_leaves(values, dtype, kinds <= {int, float}, lambda v: type(v) in (int, float))
+        try:
+            array = np.array(values, np.float64)
+        except OverflowError:  # an integer beyond float64
+            array = np.array([float(str(v)) for v in values], np.float64)
+        with np.errstate(over="ignore"):
+            return array.astype(dtype)
+    if dtype in INTEGER_RANGES:
+        low, high = INTEGER_RANGES[dtype]
+        fine = kinds <= {int} and (not values or low <= min(values) and max(values) <= high)
+        check_leaves(values, dtype, fine, lambda v: type(v) is int and low <= v <= high)
+        return np.array(values, np.uint64 if low == 0 else np.int64).astype(dtype)
+    if dtype == "bool":
+        check_leaves(values, dtype, kinds <= {bool}, lambda v: type(v) is bool)
+        return np.array(values, bool)
+    if dtype == "object":
+        check_leaves(values, dtype, kinds <= {str, dict}, lambda v: type(v) in (str, dict))
+        array = np.empty(len(values), object)
+        array[:] = [parse_string(v) for v in values]
+        return array
+    if values:
+        raise InvalidRequest(f"Conversion of JSON Value: {shown(values[0])} to type: {TYPE_NAMES.get(dtype, dtype)}", 501)
+    return np.empty(0, dtype)
+
+
+def check_leaves(values: list[Any], dtype: str, fine: bool, accepts: Callable[[Any], bool]) -> None:
+    for value in () if fine else values:
+        if not accepts(value):
+            kind = str(value) if isinstance(value, bool) else JSON_TYPES[type(value)]
+            raise InvalidRequest(f"JSON Value: {shown(value)} Type: {kind} is not of expected type: {TYPE_NAMES.get(dtype, dtype)}")
+
+
+def parse_string(value: str | dict[str, Any]) -> bytes:
+    if isinstance(value, str):
+        try:
+            return value.encode()
+        except UnicodeEncodeError:
+            raise InvalidRequest("JSON Parse error: The surrogate pair in string is invalid.") from None
+    if not is_base64(value):
+        raise InvalidRequest(f"JSON Value: {shown(value)} not formatted correctly for base64 data")
+    text = re.sub(r"\\s", "", value["b64"])
+    try:
+        return base64.b64decode(text if "=" in text else text + "=" * (-len(text) % 4), validate=True)
+    except (binascii.Error, ValueError):
+        raise InvalidRequest("Unable to base64 decode") from None
+
+
+def is_base64(value: dict[str, Any]) -> bool:
+    return len(value) == 1 and isinstance(value.get("b64"), str)
+
+
+# -- REST: from arrays to JSON -----------------------------------------------------------------------------------------
+
+
+def encode_predict(signature: Signature, row: bool, outputs: list[np.ndarray]) -> Reply:
+    named = dict(zip(signature.outputs, outputs))
+    if not row:
+        parts = {name: json_texts(array, 0, name)[0] for name, array in named.items()}
+        text = next(iter(parts.values())) if len(parts) == 1 else json_object(parts)
+        return Reply(200, b'{"outputs": ' + to_bytes(text) + b"}")
+    for name, array in named.items():
+        if array.ndim == 0:
+            raise InvalidRequest(f"Tensor name: {name} has no shape information ")
+        if len(array) != len(outputs[0]):
+            raise InvalidRequest(f"Tensor name: {name} has inconsistent batch size: {len(array)} expecting: {len(outputs[0])}")
+    columns = {name: json_texts(array, 1, name) for name, array in named.items()}
+    if len(columns) == 1:
+        rows = next(iter(columns.values()))
+    else:
+        rows = [json_object(dict(zip(columns, texts))) for texts in zip(*columns.values())]
+    return Reply(200, b'{"predictions": [' + to_bytes(", ".join(rows)) + b"]}")
+
+
+def to_bytes(text: str) -> bytes:
+    return text.encode("utf-8", "surrogateescape")  # strings that are not UTF-8 pass as they are, as in TensorFlow Serving
+
+
+def json_object(texts: dict[str, str]) -> str:
+    return "{" + ", ".join(f"{json.dumps(name)}: {text}" for name, text in texts.items()) + "}"
+
+
+def json_texts(array: np.ndarray, axes: int, name: str) -> list[str]:
+    """The array as JSON, one text for each element of its first ``axes`` axes."""
+    kind, flat = array.dtype.kind, array.ravel()
+    if kind == "f" and array.itemsize >= 4:
+        texts = decimals(flat)
+    elif kind == "b":
+        texts = ["true" if value else "false" for value in flat.tolist()]
+    elif kind in "iu" and array.dtype.name != "uint16":
+        texts = list(map(str, flat.tolist()))
+    elif kind == "O":
+        if name.endswith("_bytes"):
+            texts = [f'{{"b64": "{base64.b64encode(value).decode()}"}}' for value in flat]
+        else:
+            texts = [json.dumps(value.decode("utf-8", "surrogateescape"), ensure_ascii=False) for value in flat]
+    else:
+        raise InvalidRequest(f"Failed to write JSON value for tensor type: {TYPE_NAMES.get(array.dtype.name, array.dtype.name)}")
+    for axis in range(array.ndim - 1, axes - 1, -1):
+        size = array.shape[axis]
+        texts = [f"[{', '.join(texts[i * size:(i + 1) * size])}]" for i in range(math.prod(array.shape[:axis]))]
+    return texts
+
+
+def decimals(flat: np.ndarray) -> list[str]:
+    """Floats as TensorFlow Serving writes them: six digits where that is exact, else as many as it takes (9 or 17).
+
+    So each text, read back as the same type, is the same number to the last bit.
+    """
+    values = flat.tolist()
+    texts = ("%g " * len(values) % tuple(values)).split()
+    inexact = np.flatnonzero(np.array(texts, np.float64).astype(flat.dtype) != flat).tolist()
+    digits = "%.9g" if flat.itemsize == 4 else "%.17g"
+    for i in inexact:
+        value = values[i]
+        texts[i] = digits % value
+        if not math.isfinite(value):
+            texts[i] = "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
+    return [t if "." in t or "e" in t or t[-1] in "yN" else {"inf": "Infinity", "-inf": "-Infinity"}.get(t) or t + ".0" for t in texts]
+
+
+# ======================================================================================================================
+# The command
+# ======================================================================================================================
+
+
+def start_logging() -> None:
+    """One line an event, on standard error."""
+    logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr)
+    log.setLevel(logging.INFO)
+
+
+async def run_command(options: Options) -> int:
+    """Worker i adds the value i to the shared sum, all at once. Returns the exit status: 128 + n after signal n."""
+    ended_by: list[int] = []
+
+    def end(number: int, task: asyncio.Task) -> None:
+        ended_by.append(number)
+        task.cancel()
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        asyncio.get_running_loop().add_signal_handler(number, end, number, asyncio.current_task())
+    cluster = Cluster(options)
+    try:
+        started = time.monotonic()
+        await asyncio.to_thread(cluster.start, options.workers)
+        print(f"started: 1 parameter server, {options.workers} workers, {time.monotonic() - started:.1f} s", flush=True)
+
+        async def add(worker: int) -> None:
+            started = time.monotonic()
+            total = await cluster.add_async(worker, worker)
+            print(f"worker {worker}: added {worker}, sum {total}, {time.monotonic() - started:.3f} s", flush=True)
+
+        await asyncio.gather(*map(add, range(options.workers)))
+        print(f"sum: {await cluster.add_async(0)}", flush=True)
+        return 0
+    except asyncio.CancelledError:
+        return 128 + ended_by[0]
+    finally:
+        await asyncio.to_thread(cluster.close)
+
+
+def main() -> None:
+    options = Options.from_command_line("Add up the workers' numbers in one shared TensorFlow graph.")
+    start_logging()
+    try:
+        sys.exit(asyncio.run(run_command(options)))
+    except Error as error:
+        sys.exit(f"{os.path.basename(sys.argv[0])}: error: {error}")
+
+
+if __name__ == "__main__":
+    from ray_tensorflow import main  # as a module, so that actors find its classes under the same name
+
+    main()

@@ -1,0 +1,95 @@
+"""The Starlette front end: one event loop, in which all requests wait for their answers.
+
+    python ray_tensorflow_starlette.py --workers 2 --model half_plus_two=DIR
+    curl '127.0.0.1:8080/?value=3'
+    curl -d '{"instances": [1.0, 2.0, 5.0]}' 127.0.0.1:8080/v1/models/half_plus_two:predict
+
+Or any ASGI server on ``ray_tensorflow_starlette:app``: the cluster starts and ends with the application's lifespan.
+"""
+
+import asyncio
+import contextlib
+import logging
+
+import uvicorn
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+
+from ray_tensorflow import (
+    MAX_BODY_BYTES, METHODS, Cluster, Error, Options, Pending, Reply, answer, reply_error, start_logging, too_large)
+
+LARGE_BYTES = 2**16  # JSON from here on is read and written in a thread, since the loop would stand still meanwhile
+
+
+def create_app(options: Options | None = None) -> Starlette:
+    """The ASGI application. Without ``options`` they are read from the environment when the cluster starts."""
+
+    @contextlib.asynccontextmanager
+    async def lifespan(app: Starlette):
+        app.state.cluster = cluster = Cluster(options or Options.from_environment())
+        cluster.begin()
+        yield
+        await asyncio.to_thread(cluster.close)
+
+    async def handle(request: Request) -> Response:
+        cluster = request.app.state.cluster
+        try:
+            body = await read_body(request)
+            reply = await off_loop(len(body), answer, cluster, request.method, raw_path(request), request.url.query,
+                                   request.headers.get("Content-Encoding", ""), body)
+            if isinstance(reply, Pending):
+                outputs = await cluster.run_async(reply.call)
+                reply = await off_loop(sum(output.nbytes for output in outputs), reply.encode, outputs)
+        except Error as error:
+            reply = reply_error(error)
+        return response(reply)
+
+    async def http_error(request: Request, error: Exception) -> Response:
+        status = error.status_code if isinstance(error, HTTPException) else 500
+        what = error.detail if isinstance(error, HTTPException) else "Internal error"
+        return response(reply_error(Error(f"{what}: {request.method} {request.url.path[:100]}", status)))
+
+    return Starlette(
+        routes=[Route("/{path:path}", handle, methods=METHODS)], lifespan=lifespan,
+        exception_handlers={HTTPException: http_error, Exception: http_error})
+
+
+async def read_body(request: Request) -> bytes:
+    parts, size = [], 0
+    async for part in request.stream():
+        parts.append(part)
+        size += len(part)
+        if size > MAX_BODY_BYTES:
+            raise too_large()
+    return b"".join(parts)
+
+
+async def off_loop(size_bytes: int, function, *arguments):
+    return await asyncio.to_thread(function, *arguments) if size_bytes > LARGE_BYTES else function(*arguments)
+
+
+def raw_path(request: Request) -> str:
+    """The path as it was sent, not yet percent-decoded."""
+    return request.scope["raw_path"].decode("latin-1").partition("?")[0]
+
+
+def response(reply: Reply) -> Response:
+    return Response(reply.body, reply.status, reply.headers)
+
+
+app = create_app()
+
+
+def main() -> None:
+    options = Options.from_command_line(__doc__.partition("\n")[0], front_end=True)
+    start_logging()
+    host, port = options.listen
+    logging.getLogger("ray_tensorflow").info("listening on http://%s:%d", host, port)
+    uvicorn.run(create_app(options), host=host, port=port, log_level="warning", access_log=False, lifespan="on")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,243 @@
+"""What the tests share: real servers, one cluster for the session, models to serve, and a leak detector.
+
+Three speeds, by file: pure (test_options, test_batcher, test_codec: no Ray, no TensorFlow), graph (test_graph: TensorFlow in
+this process), cluster (the rest). Tests that break things start their own servers.
+"""
+
+import contextlib
+import glob
+import http.client
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import uuid
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+HERE = os.path.dirname(os.path.abspath(__file__))
+REPOSITORY = os.path.dirname(HERE)
+sys.path[:0] = [REPOSITORY, HERE]
+os.environ["PYTHONPATH"] = os.pathsep.join([HERE, *filter(None, [os.environ.get("PYTHONPATH")])])  # for example_models
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+
+# Every process that a test starts, at whatever remove, inherits these two, and the leak detector looks for them.
+RUN = "RAY_TENSORFLOW_TEST_RUN"
+OWNER = "RAY_TENSORFLOW_TEST_OWNER"
+os.environ[RUN] = uuid.uuid4().hex
+os.environ[OWNER] = "test"
+
+START_S = 120  # how long a start may take on a machine that is busy
+
+
+def processes(owner: str) -> dict[int, str]:
+    """Pid and command line of the living processes of this test run that belong to "test" or to "session"."""
+    found = {}
+    for folder in glob.glob("/proc/[0-9]*"):
+        pid = int(folder.rpartition("/")[2])
+        with contextlib.suppress(OSError):
+            with open(f"{folder}/environ", "rb") as file:
+                environment = file.read().split(b"\0")
+            with open(f"{folder}/stat") as file:
+                state = file.read().rpartition(")")[2].split()[0]
+            mine = f"{RUN}={os.environ[RUN]}".encode() in environment and f"{OWNER}={owner}".encode() in environment
+            if mine and state != "Z" and pid != os.getpid():
+                with open(f"{folder}/cmdline", "rb") as file:
+                    found[pid] = file.read().replace(b"\0", b" ").decode(errors="replace")
+    return found
+
+
+def folders() -> set[str]:
+    return set(glob.glob(os.path.join(tempfile.gettempdir(), "ray_tensorflow_*")))
+
+
+def wait_until(condition, seconds: float = START_S, what: str = ""):
+    """Poll until the condition is true; its value."""
+    end = time.monotonic() + seconds
+    while not (value := condition()):
+        assert time.monotonic() < end, f"not within {seconds} s: {what or condition}"
+        time.sleep(0.02)
+    return value
+
+
+@contextlib.contextmanager
+def owned_by_session():
+    """What starts in this block may outlive the test that needed it first."""
+    os.environ[OWNER] = "session"
+    try:
+        yield
+    finally:
+        os.environ[OWNER] = "test"
+
+
+@pytest.fixture(autouse=True)
+def leak_detector(request):
+    """No process and no temporary folder is left over by a test."""
+    before = folders() if not SESSION_FOLDERS else folders() - SESSION_FOLDERS
+    yield
+    wait_until(lambda: not processes("test"), 30, f"these to end: {processes('test')}")
+    assert not folders() - before - SESSION_FOLDERS
+
+
+SESSION_FOLDERS: set[str] = set()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def session_leak_detector():
+    """Nothing at all is left when the session ends."""
+    yield
+    wait_until(lambda: not processes("session") and not processes("test"), 30, f"these to end: {processes('session')}")
+    assert not [folder for folder in SESSION_FOLDERS if os.path.exists(folder)]
+
+
+# -- servers -----------------------------------------------------------------------------------------------------------
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+class Answer:
+    """Status, headers and body of an HTTP answer."""
+
+    def __init__(self, response):
+        self.status, self.headers, self.body = response.status, response.headers, response.read()
+
+    @property
+    def json(self):
+        return json.loads(self.body)
+
+    def __repr__(self):
+        return f"<{self.status} {self.body[:500]!r}>"
+
+
+class Server:
+    """A server process on a free port of 127.0.0.1, by default one of the two front ends, run as a user would."""
+
+    def __init__(self, kind: str, *options: str, command: list[str] | None = None, **popen):
+        self.kind, self.port = kind, free_port()
+        command = command or [sys.executable, os.path.join(REPOSITORY, f"ray_tensorflow_{kind}.py"), "--port", "{port}"]
+        self.log = tempfile.TemporaryFile()
+        self.process = subprocess.Popen(
+            [part.format(port=self.port) for part in command] + list(options), stdout=self.log, stderr=self.log, **popen)
+
+    def request(self, method: str, path: str, body: bytes | str | None = None, headers: dict | None = None, timeout: float = 60) -> Answer:
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=timeout)
+        try:
+            connection.request(method, path, body, headers or {})
+            return Answer(connection.getresponse())
+        finally:
+            connection.close()
+
+    def get(self, path: str) -> Answer:
+        return self.request("GET", path)
+
+    def post(self, path: str, document) -> Answer:
+        return self.request("POST", path, document if isinstance(document, (bytes, str)) else json.dumps(document))
+
+    def predict(self, model: str, document) -> Answer:
+        return self.post(f"/v1/models/{model}:predict", document)
+
+    def is_listening(self) -> bool:
+        assert self.process.poll() is None, self.output()
+        with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", self.port), 1):
+            return True
+        return False
+
+    def wait_ready(self, workers: int = 1):
+        """Until it serves with so many workers."""
+        wait_until(self.is_listening, what="the port to listen")
+
+        def ready():
+            assert self.process.poll() is None, self.output()
+            health = self.get("/health")
+            return health.status == 200 and sum(w["state"] == "ready" for w in health.json["workers"]) >= workers
+
+        wait_until(ready, what="/health to be ready")
+        return self
+
+    def output(self) -> str:
+        self.log.seek(0)
+        return self.log.read().decode(errors="replace")
+
+    def stop(self, number: int = signal.SIGTERM) -> int:
+        """Send a signal, wait for the end; the exit status."""
+        if self.process.poll() is None:
+            self.process.send_signal(number)
+        try:
+            return self.process.wait(60)
+        finally:
+            self.process.kill()
+            self.process.wait()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exception):
+        self.stop()
+
+
+def model_options(models: dict[str, str]) -> list[str]:
+    return [part for name, source in models.items() for part in ("--model", f"{name}={source}")]
+
+
+@pytest.fixture(scope="session", params=["flask", "starlette"])
+def front_end(request, models):
+    """Each front end in turn, with two workers and all models, as a process of its own."""
+    before = folders()
+    with owned_by_session():
+        server = Server(request.param, "--workers", "2", *model_options(models))
+    with server:
+        server.wait_ready(workers=2)
+        SESSION_FOLDERS.update(folders() - before)
+        yield server
+
+
+@pytest.fixture(scope="session")
+def cluster(models):
+    """One Cluster in this process, with two workers and all models."""
+    from ray_tensorflow import Cluster
+
+    before = folders()
+    with owned_by_session():
+        cluster = Cluster(workers=2, model=[f"{name}={source}" for name, source in models.items()]).start(workers=2)
+    SESSION_FOLDERS.update(folders() - before)
+    yield cluster
+    cluster.close()
+
+
+@pytest.fixture
+def clients():
+    """``clients(n, function, items)``: call the function on each item from n threads at once; results in order."""
+
+    def run(count: int, function, items) -> list:
+        with ThreadPoolExecutor(count) as pool:
+            return list(pool.map(function, items))
+
+    return run
+
+
+# -- models ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def models(tmp_path_factory) -> dict[str, str]:
+    """Name to source of all models that the shared servers serve: made here, and real ones where they are."""
+    import example_models
+
+    folder = tmp_path_factory.mktemp("models")
+    made = {name: example_models.save(name, str(folder / name)) for name in example_models.SAVED}
+    made |= {name: f"example_models:{name}" for name in example_models.FUNCTIONS}
+    return made | real_models()
+
+
+def real_models() -> dict[str, str]:
+    """The SavedModels beside the repository, where they exist."""
+    return {os.path.basename(path): path for path in sorted(glob.glob(os.path.join(REPOSITORY, "..", "shared", "models", "*"))) if os.path.isdir(path)}

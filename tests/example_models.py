@@ -1,0 +1,190 @@
+"""Models for the tests: functions that build a graph, as users write them, and SavedModels made with TensorFlow 1 and 2.
+
+Importing this file imports no tensorflow: the test process does so only when it saves or runs a model itself.
+"""
+
+import os
+import subprocess
+import sys
+
+
+# -- one's own graphs: module:function ---------------------------------------------------------------------------------
+
+
+def linear(tf):
+    """y = x W + b with three inputs and two outputs, its variables initialized to known numbers."""
+    x = tf.placeholder(tf.float32, [None, 3], name="x")
+    w = tf.get_variable("w", initializer=[[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]])
+    b = tf.get_variable("b", initializer=[0.5, -0.5])
+    return {"serving_default": ({"x": x}, {"y": tf.matmul(x, w) + b})}
+
+
+def same_names(tf):
+    """Variables with the names of those in ``linear``, and other values."""
+    x = tf.placeholder(tf.float32, [None, 3], name="x")
+    w = tf.get_variable("w", initializer=[[10.0], [20.0], [30.0]])
+    b = tf.get_variable("b", initializer=[7.0])
+    return {"serving_default": ({"x": x}, {"y": tf.matmul(x, w) + b})}
+
+
+def echo(tf):
+    """Every dtype of JSON's, each input given back as the output of its name: signature "all", and one for each dtype."""
+    dtypes = ("float32", "float64", "int8", "int16", "int32", "int64", "uint8", "uint32", "uint64", "bool", "string")
+    inputs = {dtype: tf.placeholder(dtype, None, name=f"in_{dtype}") for dtype in dtypes}
+    outputs = {dtype: tf.identity(tensor) for dtype, tensor in inputs.items()}
+    half = tf.placeholder(tf.float16, None)
+    return {
+        "serving_default": ({"x": inputs["float32"]}, {"y": outputs["float32"]}),
+        "all": (inputs, outputs),
+        "to_bytes": ({"x": inputs["string"]}, {"y_bytes": outputs["string"]}),
+        "half": ({"x": half}, {"y": tf.identity(half)}),
+        **{dtype: ({"x": inputs[dtype]}, {"y": outputs[dtype]}) for dtype in dtypes},
+    }
+
+
+def several(tf):
+    """Two inputs of different dtypes, three outputs."""
+    x = tf.placeholder(tf.float32, [None, 2], name="x")
+    n = tf.placeholder(tf.int64, [None], name="n")
+    scaled = x * tf.cast(n, tf.float32)[:, tf.newaxis]
+    return {"serving_default": ({"x": x, "n": n}, {"scaled": scaled, "total": tf.reduce_sum(scaled, axis=1), "next": n + 1})}
+
+
+def scalar(tf):
+    """A scalar output: the mean over the whole batch, which must not be mixed with other requests'."""
+    x = tf.placeholder(tf.float32, [None], name="x")
+    return {"serving_default": ({"x": x}, {"mean": tf.reduce_mean(x)})}
+
+
+def fixed(tf):
+    """A fixed batch axis of two rows."""
+    x = tf.placeholder(tf.float32, [2, 3], name="x")
+    return {"serving_default": ({"x": x}, {"y": tf.cumsum(x, axis=0)})}
+
+
+def centered(tf):
+    """A free batch axis, but rows that depend on each other: batching would be wrong."""
+    x = tf.placeholder(tf.float32, [None, 1], name="x")
+    return {"serving_default": ({"x": x}, {"y": x - tf.reduce_mean(x, axis=0, keepdims=True)})}
+
+
+def picky(tf):
+    """Refuses negative numbers; positive ones are halved."""
+    x = tf.placeholder(tf.float32, [None], name="x")
+    with tf.control_dependencies([tf.debugging.assert_non_negative(x, message="x must not be negative")]):
+        return {"serving_default": ({"x": x}, {"y": x / 2})}
+
+
+def counter(tf):
+    """State of one's own: each run of "count" adds one; "read" does not."""
+    count = tf.get_variable("count", [], tf.int64, tf.zeros_initializer())
+    x = tf.placeholder(tf.int64, [None], name="x")
+    with tf.control_dependencies([x]):
+        counted = tf.CriticalSection().execute(lambda: tf.identity(count.assign_add(1)))
+    return {"count": ({"x": x}, {"count": counted}), "read": ({"x": x}, {"count": count.read_value() + 0 * tf.reduce_sum(x)})}
+
+
+FUNCTIONS = ("linear", "same_names", "echo", "several", "scalar", "fixed", "centered", "picky", "counter")
+
+
+# -- SavedModels -------------------------------------------------------------------------------------------------------
+
+
+def save_words(tf, folder: str) -> None:
+    """TF1: text to number and back by lookup tables with a vocabulary in assets; two versions of which the higher counts."""
+    v1 = tf.compat.v1
+    vocabulary = os.path.join(os.path.dirname(folder), "vocabulary.txt")
+    for version, words in ((2, "old\n"), (10, "zero\none\ntwo\n")):
+        with open(vocabulary, "w") as file:
+            file.write(words)
+        with v1.Graph().as_default(), v1.Session() as session:
+            to_number = tf.lookup.StaticVocabularyTable(
+                tf.lookup.TextFileInitializer(vocabulary, tf.string, tf.lookup.TextFileIndex.WHOLE_LINE, tf.int64, tf.lookup.TextFileIndex.LINE_NUMBER), 1)
+            to_word = tf.lookup.StaticHashTable(
+                tf.lookup.TextFileInitializer(vocabulary, tf.int64, tf.lookup.TextFileIndex.LINE_NUMBER, tf.string, tf.lookup.TextFileIndex.WHOLE_LINE), "?")
+            word, number = v1.placeholder(tf.string, [None]), v1.placeholder(tf.int64, [None])
+            v1.add_to_collection(v1.GraphKeys.ASSET_FILEPATHS, v1.constant(vocabulary))
+            session.run(v1.tables_initializer())
+            builder = v1.saved_model.Builder(os.path.join(folder, str(version)))
+            signature = v1.saved_model.predict_signature_def
+            builder.add_meta_graph_and_variables(
+                session, ["serve"], main_op=v1.tables_initializer(), assets_collection=v1.get_collection(v1.GraphKeys.ASSET_FILEPATHS),
+                signature_def_map={
+                    "serving_default": signature({"word": word}, {"number": to_number.lookup(word)}),
+                    "back": signature({"number": number}, {"word": to_word.lookup(number)}),
+                    "upper": signature({"word": word}, {"word": tf.strings.upper(word), "length": tf.strings.length(word)})})
+            builder.save()
+
+
+def save_picture(tf, folder: str) -> None:
+    """Keras: a small convolutional network, by ``export``."""
+    tf.keras.utils.set_random_seed(1)
+    layers = tf.keras.layers
+    model = tf.keras.Sequential([
+        tf.keras.Input((28, 28, 1)), layers.Conv2D(8, 3, activation="relu"), layers.MaxPooling2D(), layers.Conv2D(16, 3, activation="relu"),
+        layers.Flatten(), layers.Dense(10, activation="softmax")])
+    model.export(os.path.join(folder, "3"), verbose=False)
+
+
+def save_affine(tf, folder: str) -> None:
+    """TF2: a module with a variable and two signatures."""
+    module = tf.Module()
+    module.w = tf.Variable([[2.0], [-1.0]])
+
+    @tf.function(input_signature=[tf.TensorSpec([None, 2], tf.float32, name="x")])
+    def serve(x):
+        return {"y": x @ module.w}
+
+    @tf.function(input_signature=[tf.TensorSpec([None], tf.int32, name="n")])
+    def double(n):
+        return {"twice": n * 2}
+
+    tf.saved_model.save(module, os.path.join(folder, "1"), signatures={"serving_default": serve, "double": double})
+
+
+SAVED = {"words": save_words, "picture": save_picture, "affine": save_affine}
+
+
+def save(name: str, folder: str) -> str:
+    """Save a model under a folder, in a process of its own (TF1 and TF2 do not mix in one); the folder."""
+    os.makedirs(folder)
+    subprocess.run([sys.executable, __file__, name, folder], check=True, capture_output=True)
+    return folder
+
+
+if __name__ == "__main__":
+    import tensorflow
+
+    SAVED[sys.argv[1]](tensorflow, sys.argv[2])
+
+
+# -- what a plain session answers --------------------------------------------------------------------------------------
+
+
+class PlainSession:
+    """The reference: one source in an ordinary in-process session, run as TensorFlow's own tutorials do."""
+
+    def __init__(self, source: str):
+        import tensorflow.compat.v1 as tf
+        from ray_tensorflow import model_source
+
+        tf.disable_eager_execution()
+        source = model_source(source)
+        self.graph = tf.Graph()
+        with self.graph.as_default():
+            self.session = tf.Session()
+            if source.folder:
+                definitions = tf.saved_model.load(self.session, ["serve"], source.folder).signature_def
+                names = {s: [{k: t.name for k, t in side.items()} for side in (d.inputs, d.outputs)] for s, d in definitions.items()}
+            else:
+                import importlib
+
+                module, _, function = source.function.partition(":")
+                built = getattr(importlib.import_module(module), function)(tf)
+                names = {s: [{k: t.name for k, t in side.items()} for side in sides] for s, sides in built.items()}
+                self.session.run([tf.global_variables_initializer(), tf.tables_initializer()])
+        self.names = names
+
+    def predict(self, inputs: dict, signature: str = "serving_default") -> dict:
+        feeds, fetches = self.names[signature]
+        return self.session.run(fetches, {feeds[name]: value for name, value in inputs.items()})

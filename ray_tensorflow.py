@@ -280,6 +280,7 @@ class Signature:
     inputs: dict[str, TensorSpec]
     outputs: dict[str, TensorSpec]
     writes: bool  # running it changes variables: it is never run twice for one request
+    method: str = "tensorflow/serving/predict"
     batched: bool = False  # rows of several requests may share one run: each answer is the same to the last bit
 
 
@@ -389,7 +390,7 @@ class Graph:
             if definition.outputs and all(t.WhichOneof("encoding") == "name" and t.dtype for t in tensors):
                 inputs, outputs = ({k: tensor_spec(tf, v[k]) for k in sorted(v)} for v in (definition.inputs, definition.outputs))
                 writes = changes_state(meta_graph.graph_def, [t.name for t in definition.outputs.values()])
-                self.signatures[name] = Signature(name, inputs, outputs, writes)
+                self.signatures[name] = Signature(name, inputs, outputs, writes, definition.method_name)
 
     def _build(self, tf):
         """Call the user's function, in a graph of its own, and describe what it made as a SavedModel would."""
@@ -1346,12 +1347,39 @@ def answer(cluster: Cluster, method: str, path: str, query: str, content_encodin
         health = cluster.health()
         return reply_json(health, 200 if health["status"] == "ready" else 503)
     if path == "/" and method in ("GET", "HEAD"):
-        return Pending(cluster.addition(parse_value(query)), lambda outputs: reply_json({"result": float(outputs[0][0])}))
+        return add_value(cluster, parse_value(query))
     if path[:4].lower() == "/v1/":
         return answer_rest(cluster, method, path, unzip(content_encoding, body))
     if path in ("/", "/health"):
         raise InvalidRequest(f"{path} answers GET, not {method}", 405)
     raise InvalidRequest(f"There is nothing at {path[:100]}: try /, /health or /v1/models/<name>", 404)
+
+
+def answer_message(cluster: Cluster, message: str | bytes) -> tuple[str, Reply | Pending]:
+    """One message of a WebSocket: its ``id`` as JSON, to go with the answer, and a Reply or what is still to be done for it."""
+    identity = "null"
+    try:
+        document = parse_json(message.encode("utf-8", "surrogatepass") if isinstance(message, str) else message)
+        identity = json.dumps(document.get("id"))
+        if ("value" in document) == ("model" in document):
+            raise InvalidRequest("A message has either a value to add or a model to run")
+        if "value" in document:
+            return identity, add_value(cluster, document["value"])
+        if not isinstance(document["model"], str):
+            raise InvalidRequest(f"model must be a name, not {shown(document['model'])}")
+        return identity, predict_document(cluster, document["model"], None, document)
+    except Error as error:
+        return identity, reply_error(error)
+
+
+def with_id(identity: str, reply: Reply) -> str:
+    return f'{{"id": {identity}, ' + reply.body.decode("utf-8", "replace")[1:]
+
+
+def add_value(cluster: Cluster, value: Any) -> Pending:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise InvalidRequest(f"value must be one finite number, not {shown(value)}")
+    return Pending(cluster.addition(value), lambda outputs: reply_json({"result": float(outputs[0][0])}))
 
 
 def parse_value(query: str) -> float:
@@ -1403,9 +1431,7 @@ def answer_rest(cluster: Cluster, method: str, path: str, body: bytes) -> Reply 
     if match[2] and (version is None or version >= 2**63):
         raise InvalidRequest(f"Failed to convert version: {match[2][:100]} to numeric.")
     document = parse_json(body) if method == "POST" else {}
-    signature_name = document.get("signature_name", "")
-    if not isinstance(signature_name, str):
-        raise InvalidRequest(f"JSON Value: {shown(document)} not formatted correctly. 'signature_name' key must be a string value.")
+    signature_name = name_of_signature(document)
     if match[3] is not None:
         raise InvalidRequest(f"Unrecognized servable version label: {urllib.parse.unquote(match[3])}")
 
@@ -1416,10 +1442,24 @@ def answer_rest(cluster: Cluster, method: str, path: str, body: bytes) -> Reply 
         spec = {"name": name, "signature_name": "", "version": str(model.version)}
         return reply_json({"model_spec": spec, "metadata": model.metadata})
     if match[4] == "predict":
-        signature = cluster.find(name, version, signature_name or "serving_default")
-        row, feed = parse_predict(document, signature)
-        return Pending(Call(name, signature, feed), functools.partial(encode_predict, signature, row))
-    raise InvalidRequest(f":{match[4]} is not served yet", 501)
+        return predict_document(cluster, name, version, document)
+    examples = parse_examples(document)  # in TensorFlow Serving's order: before the model is looked up
+    signature = find_example_signature(cluster, name, version, signature_name, match[4])
+    encode = encode_classify if match[4] == "classify" else encode_regress
+    return Pending(Call(name, signature, [examples]), functools.partial(encode, signature, len(examples)))
+
+
+def name_of_signature(document: dict[str, Any]) -> str:
+    name = document.get("signature_name", "")
+    if not isinstance(name, str):
+        raise InvalidRequest(f"JSON Value: {shown(document)} not formatted correctly. 'signature_name' key must be a string value.")
+    return name or "serving_default"
+
+
+def predict_document(cluster: Cluster, model: str, version: int | None, document: dict[str, Any]) -> Pending:
+    signature = cluster.find(model, version, name_of_signature(document))
+    row, feed = parse_predict(document, signature)
+    return Pending(Call(model, signature, feed), functools.partial(encode_predict, signature, row))
 
 
 def reply_status(cluster: Cluster, name: str, version: int | None) -> Reply:
@@ -1495,7 +1535,6 @@ def shown(value: Any) -> str:
 
 
 TYPE_NAMES = {"float32": "float", "float64": "double", "float16": "half", "object": "string"}  # TensorFlow's, where not numpy's
-JSON_TYPES = {dict: "Object", list: "Array", str: "String", int: "Number", float: "Number", bool: "Boolean", type(None): "Null"}
 # what TensorFlow Serving accepts for an integer tensor: the narrow ones take any int32, and wrap
 INTEGER_RANGES = {
     **dict.fromkeys(("int8", "int16", "int32", "uint8"), (-(2**31), 2**31 - 1)),
@@ -1632,8 +1671,14 @@ def parse_leaves(values: list[Any], dtype: str) -> np.ndarray:
 def check_leaves(values: list[Any], dtype: str, fine: bool, accepts: Callable[[Any], bool]) -> None:
     for value in () if fine else values:
         if not accepts(value):
-            kind = str(value) if isinstance(value, bool) else JSON_TYPES[type(value)]
-            raise InvalidRequest(f"JSON Value: {shown(value)} Type: {kind} is not of expected type: {TYPE_NAMES.get(dtype, dtype)}")
+            raise InvalidRequest(f"JSON Value: {shown(value)} Type: {json_type(value)} is not of expected type: {TYPE_NAMES.get(dtype, dtype)}")
+
+
+def json_type(value: Any) -> str:
+    """The type's name in TensorFlow Serving's messages."""
+    if isinstance(value, bool):
+        return str(value)
+    return {dict: "Object", list: "Array", str: "String", int: "Number", float: "Number"}.get(type(value), "Null")
 
 
 def parse_string(value: str | dict[str, Any]) -> bytes:
@@ -1722,6 +1767,114 @@ def decimals(flat: np.ndarray) -> list[str]:
         if not math.isfinite(value):
             texts[i] = "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
     return [t if "." in t or "e" in t or t[-1] in "yN" else {"inf": "Infinity", "-inf": "-Infinity"}.get(t) or t + ".0" for t in texts]
+
+
+# -- REST: classify and regress ----------------------------------------------------------------------------------------
+
+
+def find_example_signature(cluster: Cluster, name: str, version: int | None, signature_name: str, method: str) -> Signature:
+    """The signature, if it takes serialized ``tf.train.Example`` strings and answers to this method."""
+    signature = cluster.find_model(name, version).signatures.get(signature_name)
+    kind = {"classify": "classification", "regress": "regression"}[method]
+    if signature is None:
+        raise InvalidRequest(f"No signature was found with the name: {signature_name}")
+    if signature.method != f"tensorflow/serving/{method}":
+        raise InvalidRequest(f"Expected {kind} signature method_name to be tensorflow/serving/{method}. Was: {signature.method}")
+    if len(signature.inputs) != 1:
+        raise InvalidRequest("Expected one input Tensor.")
+    if "inputs" not in signature.inputs:
+        raise InvalidRequest(f"No {kind} inputs found in SignatureDef: {signature_name}")
+    if signature.inputs["inputs"].dtype != "object":
+        raise InvalidRequest(f"Expected a string input Tensor for serialized examples, but it is {signature.inputs['inputs'].dtype}.")
+    return signature
+
+
+def parse_examples(document: dict[str, Any]) -> np.ndarray:
+    """Serialized ``tf.train.Example`` protos, an object array [n]; a common context comes before each, and so is merged."""
+    context = serialize_example(document["context"]) if "context" in document else b""
+    if "examples" not in document:
+        raise InvalidRequest(f"JSON Value: {shown(document)} When method is classify, key 'examples' is expected and was not found")
+    examples = document["examples"]
+    if not isinstance(examples, list):
+        raise InvalidRequest(f"JSON Value: {shown(document)} Expecting 'examples' value to be an list/array")
+    if not examples:
+        raise InvalidRequest(f"JSON Value: {shown(document)} 'examples' value is an empty array")
+    array = np.empty(len(examples), object)
+    array[:] = [context + serialize_example(example) for example in examples]
+    return array
+
+
+def serialize_example(example: Any) -> bytes:
+    """A JSON object as a ``tf.train.Example``, in protobuf's wire format (tensorflow/core/example/feature.proto)."""
+    if not isinstance(example, dict):
+        raise InvalidRequest(f"Example must be JSON object but got JSON {json_type(example)}")
+    features = b"".join(  # map<string, Feature> feature = 1
+        wire(1, wire(1, name.encode()) + wire(2, serialize_feature(name, value))) for name, value in example.items())
+    return wire(1, features)
+
+
+def serialize_feature(name: str, value: Any) -> bytes:
+    values = value if isinstance(value, list) else [value]
+    kinds = []
+    for item in values:
+        if item is None or isinstance(item, list) or isinstance(item, dict) and not is_base64(item):
+            raise InvalidRequest(f"Feature: {name} has element with unexpected JSON type: {json_type(item)}")
+        is_float = isinstance(item, float) or not isinstance(item, (bool, str, dict)) and not -(2**63) <= item < 2**64
+        kinds.append("bytes" if isinstance(item, (str, dict)) else "float" if is_float else "int64")
+        if kinds[-1] == "int64" and item >= 2**63:
+            raise InvalidRequest(f"Feature: {name} has uint64_t element. Only int64_t is supported.")
+        if kinds[-1] != kinds[0]:
+            raise InvalidRequest(f"Unexpected element type in feature: {name} expecting type: {kinds[0]}")
+    if not values:
+        return b""
+    if kinds[0] == "bytes":
+        return wire(1, b"".join(wire(1, parse_string(item)) for item in values))
+    if kinds[0] == "float":
+        return wire(2, wire(1, parse_leaves(values, "float32").tobytes()))
+    return wire(3, wire(1, b"".join(varint(int(item) % 2**64) for item in values)))
+
+
+def wire(field: int, payload: bytes) -> bytes:
+    """A length-delimited field of a protobuf message."""
+    return varint(field << 3 | 2) + varint(len(payload)) + payload
+
+
+def varint(number: int) -> bytes:
+    parts = []
+    while number > 127:
+        parts.append(number & 127 | 128)
+        number >>= 7
+    return bytes([*parts, number])
+
+
+def encode_regress(signature: Signature, examples: int, outputs: list[np.ndarray]) -> Reply:
+    values = dict(zip(signature.outputs, outputs)).get("outputs")
+    if values is None or len(outputs) != 1:
+        raise InvalidRequest("Expected one output Tensor.")
+    if values.ndim not in (1, 2) or values.ndim == 2 and values.shape[1] != 1:
+        raise InvalidRequest(f"Expected output Tensor shape to be either [batch_size] or [batch_size, 1] but got {list(values.shape)}")
+    if len(values) != examples:
+        raise InvalidRequest(f"Input batch size did not match output batch size: {examples} vs. {len(values)}")
+    return Reply(200, to_bytes(f'{{"results": {json_texts(values.reshape(-1), 0, "outputs")[0]}}}'))
+
+
+def encode_classify(signature: Signature, examples: int, outputs: list[np.ndarray]) -> Reply:
+    named = dict(zip(signature.outputs, outputs))
+    if not named or named.keys() - {"classes", "scores"}:
+        raise InvalidRequest(f"Expected one or two output Tensors, found {len(named)}")
+    for name, array in named.items():
+        if array.ndim != 2:
+            raise InvalidRequest(f"Expected Tensor shape: [batch_size num_classes] but got {list(array.shape)}")
+        if len(array) != examples:
+            raise InvalidRequest(f"Expected {name} output batch size of {examples}. Got: {len(array)}")
+    shape = next(iter(named.values())).shape
+    labels = json_texts(named["classes"], 2, "classes") if "classes" in named else ['""'] * math.prod(shape)
+    scores = json_texts(named["scores"], 2, "scores") if "scores" in named else ["0.0"] * math.prod(shape)
+    if len(labels) != len(scores):
+        raise InvalidRequest(f"Tensors class and score should match in num_classes, but have {len(labels)} and {len(scores)} elements")
+    pairs = np.array([f"[{label}, {score}]" for label, score in zip(labels, scores)], object).reshape(shape)
+    rows = ", ".join(f"[{', '.join(row)}]" for row in pairs.tolist())
+    return Reply(200, to_bytes(f'{{"results": [{rows}]}}'))
 
 
 # ======================================================================================================================

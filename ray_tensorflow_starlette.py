@@ -16,10 +16,12 @@ from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
-from starlette.routing import Route
+from starlette.routing import Route, WebSocketRoute
+from starlette.websockets import WebSocket, WebSocketDisconnect
 
 from ray_tensorflow import (
-    MAX_BODY_BYTES, METHODS, Cluster, Error, Options, Pending, Reply, answer, reply_error, start_logging, too_large)
+    MAX_BODY_BYTES, METHODS, Cluster, Error, Options, Pending, Reply, answer, answer_message, reply_error,
+    start_logging, too_large, with_id)
 
 LARGE_BYTES = 2**16  # JSON from here on is read and written in a thread, since the loop would stand still meanwhile
 
@@ -40,12 +42,33 @@ def create_app(options: Options | None = None) -> Starlette:
             body = await read_body(request)
             reply = await off_loop(len(body), answer, cluster, request.method, raw_path(request), request.url.query,
                                    request.headers.get("Content-Encoding", ""), body)
-            if isinstance(reply, Pending):
-                outputs = await cluster.run_async(reply.call)
-                reply = await off_loop(sum(output.nbytes for output in outputs), reply.encode, outputs)
         except Error as error:
             reply = reply_error(error)
-        return response(reply)
+        return response(await finish(cluster, reply))
+
+    async def push(socket: WebSocket) -> None:
+        """Many requests at once on one WebSocket, each answered with its id as soon as it is done."""
+        cluster = socket.app.state.cluster
+        places, sending = asyncio.Semaphore(cluster.options.max_queue), asyncio.Lock()
+
+        async def serve(message: str | bytes) -> None:
+            identity, reply = await off_loop(len(message), answer_message, cluster, message)
+            reply = await finish(cluster, reply)
+            async with sending:
+                await socket.send_text(with_id(identity, reply))
+            places.release()
+
+        await socket.accept()
+        try:
+            async with asyncio.TaskGroup() as requests:  # a client that goes away takes all of its requests along
+                while True:
+                    await places.acquire()  # one that does not read its answers is not read from either
+                    event = await socket.receive()
+                    if event["type"] == "websocket.disconnect":
+                        raise WebSocketDisconnect
+                    requests.create_task(serve(event.get("text") or event.get("bytes") or ""))
+        except* WebSocketDisconnect:
+            pass
 
     async def http_error(request: Request, error: Exception) -> Response:
         status = error.status_code if isinstance(error, HTTPException) else 500
@@ -53,7 +76,7 @@ def create_app(options: Options | None = None) -> Starlette:
         return response(reply_error(Error(f"{what}: {request.method} {request.url.path[:100]}", status)))
 
     return Starlette(
-        routes=[Route("/{path:path}", handle, methods=METHODS)], lifespan=lifespan,
+        routes=[WebSocketRoute("/ws", push), Route("/{path:path}", handle, methods=METHODS)], lifespan=lifespan,
         exception_handlers={HTTPException: http_error, Exception: http_error})
 
 
@@ -69,6 +92,17 @@ async def read_body(request: Request) -> bytes:
 
 async def off_loop(size_bytes: int, function, *arguments):
     return await asyncio.to_thread(function, *arguments) if size_bytes > LARGE_BYTES else function(*arguments)
+
+
+async def finish(cluster: Cluster, reply: Reply | Pending) -> Reply:
+    """The reply, once the cluster has done what there is to do for it."""
+    if isinstance(reply, Reply):
+        return reply
+    try:
+        outputs = await cluster.run_async(reply.call)
+        return await off_loop(sum(output.nbytes for output in outputs), reply.encode, outputs)
+    except Error as error:
+        return reply_error(error)
 
 
 def raw_path(request: Request) -> str:

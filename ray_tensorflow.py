@@ -43,8 +43,10 @@ import tempfile
 import threading
 import time
 import urllib.parse
+import zipfile
 import zlib
-from typing import Any, Callable, NamedTuple
+from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterable, Iterator
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 import ray
@@ -111,9 +113,12 @@ class ModelError(Error):
 # ======================================================================================================================
 
 
-def option(default, help: str, parse: Callable[[Any], Any], front_ends: bool = False):
-    """A field of ``Options``; ``parse`` checks a value (given as text or not), or raises ValueError(what is allowed)."""
-    return dataclasses.field(default=default, metadata={"help": help, "parse": parse, "front_ends": front_ends})
+def option(default, help: str, parse: Callable[[Any], Any], only: str | None = None):
+    """A field of ``Options``; ``parse`` checks a value (given as text or not), or raises ValueError(what is allowed).
+
+    ``only`` says whose command line has it: the "front end"'s, the "command"'s, or everybody's.
+    """
+    return dataclasses.field(default=default, metadata={"help": help, "parse": parse, "only": only})
 
 
 def number(kind: type, least: float, most: float = math.inf, above: bool = False) -> Callable[[Any], Any]:
@@ -135,6 +140,12 @@ def text(value) -> str:
     if not isinstance(value, str) or not value:
         raise ValueError("a non-empty text")
     return value
+
+
+def array_file(value) -> str:
+    if not os.fspath(value).endswith((".npy", ".npz")):
+        raise ValueError("a file whose name ends in .npy or .npz")
+    return os.fspath(value)
 
 
 class ModelSource(NamedTuple):
@@ -210,8 +221,10 @@ class Options:
     max_queue: int = option(1024, "waiting requests past which new ones are refused", number(int, 1))
     timeout_s: float = option(30.0, "deadline of one request, in seconds", number(float, 0, above=True))
     address: str | None = option(None, "Ray cluster to join ('auto': the one that runs here), else one is started", text)
-    host: str | None = option(None, "address to listen on: 0.0.0.0 where the platform sets PORT, else 127.0.0.1", text, True)
-    port: int | None = option(None, "port to listen on: PORT where the platform sets it, else 8080", number(int, 0, 65535), True)
+    host: str | None = option(None, "address to listen on: 0.0.0.0 where the platform sets PORT, else 127.0.0.1", text, "front end")
+    port: int | None = option(None, "port to listen on: PORT where the platform sets it, else 8080", number(int, 0, 65535), "front end")
+    input: str | None = option(None, "rows to predict with the one --model: .npy, or .npz by input name", array_file, "command")
+    output: str | None = option(None, "where the predictions go: .npy, or .npz by output name", array_file, "command")
 
     def __post_init__(self):
         for field in dataclasses.fields(self):
@@ -223,6 +236,10 @@ class Options:
             except ValueError as error:
                 shown = ",".join(map(str, value)) if isinstance(value, (list, tuple)) else value
                 raise OptionError(f"--{field.name.replace('_', '-')} {shown!s:.200}: must be {error}") from None
+        if (self.input is None) != (self.output is None):
+            raise OptionError("--input and --output: one needs the other")
+        if self.input is not None and len(self.model) != 1:
+            raise OptionError(f"--input {self.input}: needs exactly one --model to predict with, not {len(self.model)}")
 
     @classmethod
     def from_environment(cls, **changes) -> Options:
@@ -234,11 +251,11 @@ class Options:
         return cls(**changes)
 
     @classmethod
-    def from_command_line(cls, description: str, front_end: bool = False, arguments: list[str] | None = None) -> Options:
-        """Options from the command line and the environment; a wrong one ends the program with status 2."""
+    def from_command_line(cls, description: str, kind: str, arguments: list[str] | None = None) -> Options:
+        """Options from the command line (of a "front end" or the "command") and the environment; a wrong one ends with status 2."""
         parser = argparse.ArgumentParser(description=description, allow_abbrev=False)
         for field in dataclasses.fields(cls):
-            if front_end or not field.metadata["front_ends"]:
+            if field.metadata["only"] in (None, kind):
                 default = "" if field.default in (None, ()) else f" (default: {field.default:g})"
                 parser.add_argument(
                     f"--{field.name.replace('_', '-')}", help=field.metadata["help"] + default, default=argparse.SUPPRESS,
@@ -959,6 +976,7 @@ class Cluster:
         self._server: Any = None
         self._parameter_server: dict[str, Any] = {}  # about it
         self._batcher = Batcher(self.options, self._run, self._worker_lost)
+        self._ahead = min(2 * IN_FLIGHT_PER_WORKER * self.options.workers, self.options.max_queue)  # batches of one map
         self._changed = threading.Condition()
         self._status = "new"
         self._failure: Error | None = None
@@ -1032,7 +1050,7 @@ class Cluster:
     ) -> dict[str, np.ndarray]:
         """Run a signature of a served model.
 
-        ``inputs`` are arrays by input name, of a dtype that numpy casts to the input's without loss of kind (ints to floats,
+        ``inputs`` are arrays by input name (or just the array, of a sole input), of a dtype that numpy casts to the input's without loss of kind (ints to floats,
         not floats to ints; text for strings). The result is arrays by output name; they may be read-only, and views of a
         larger one: copy what you want to write to. Raises InvalidRequest, ModelError, Unavailable, WorkerLost or DeadlineExceeded.
         """
@@ -1046,20 +1064,72 @@ class Cluster:
         spec = self.find(model, version, signature)
         return dict(zip(spec.outputs, await self.run_async(Call(model, spec, feed_of(spec, inputs)))))
 
+    def map(
+        self, batches: Iterable[Any], model: str, signature: str = "serving_default", version: int | None = None, ordered: bool = True
+    ) -> Iterator[dict[str, np.ndarray]]:
+        """``predict`` for each batch of any iterable, however long and of whatever sizes, in order or as they finish.
+
+        Keeps a bounded number of batches in flight and pulls no faster than they can be sent. An error says which batch it
+        is about, counted from 0. Leaving the loop early stops the work.
+        """
+        spec = self.find(model, version, signature)
+        pending: dict[concurrent.futures.Future, int] = {}
+
+        def results(most: int):
+            while len(pending) > most:
+                done = pending if ordered else concurrent.futures.wait(pending, return_when=concurrent.futures.FIRST_COMPLETED).done
+                future = next(iter(done))
+                with naming_batch(pending.pop(future)):
+                    outputs = future.result()
+                yield dict(zip(spec.outputs, outputs))
+
+        try:
+            for index, batch in enumerate(batches):
+                with naming_batch(index):
+                    pending[self._submit(Call(model, spec, feed_of(spec, batch)))] = index
+                yield from results(self._ahead - 1)
+            yield from results(0)
+        finally:
+            for future in pending:
+                future.cancel()
+
+    async def map_async(
+        self, batches: Iterable[Any] | AsyncIterable[Any], model: str, signature: str = "serving_default", version: int | None = None,
+        ordered: bool = True
+    ) -> AsyncIterator[dict[str, np.ndarray]]:
+        """As ``map``, for ``async for``; ``batches`` may be asynchronous too. Pulling from one that is not blocks a thread, not the loop."""
+        spec = self.find(model, version, signature)
+        pending: dict[asyncio.Future, int] = {}
+
+        async def results(most: int):
+            while len(pending) > most:
+                done = pending if ordered else (await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED))[0]
+                future = next(iter(done))
+                with naming_batch(pending.pop(future)):
+                    outputs = await future
+                yield dict(zip(spec.outputs, outputs))
+
+        try:
+            index = 0
+            async for batch in iterate(batches):
+                with naming_batch(index):
+                    pending[self._submit_async(Call(model, spec, feed_of(spec, batch)))] = index
+                index += 1
+                async for result in results(self._ahead - 1):
+                    yield result
+            async for result in results(0):
+                yield result
+        finally:
+            for future in pending:
+                future.cancel()
+
     def run(self, call: Call) -> list[np.ndarray]:
         """Do checked work: the outputs in the order of their sorted names."""
-        future = concurrent.futures.Future()
-        self._batcher.submit(make_request(call, future, None))
-        self._batcher.dispatch()
-        return future.result()  # the batcher keeps the deadline
+        return self._submit(call).result()  # the batcher keeps the deadline
 
     async def run_async(self, call: Call) -> list[np.ndarray]:
         """As ``run``, awaitable."""
-        loop = asyncio.get_running_loop()
-        future = loop.create_future()
-        self._batcher.submit(make_request(call, future, loop))
-        loop.call_soon(self._batcher.dispatch)  # after all that is ready in this turn of the loop has come along
-        return await future
+        return await self._submit_async(call)
 
     def health(self) -> dict[str, Any]:
         """What ``GET /health`` answers: status, parameter servers, workers with their state; asks nobody, waits for nothing."""
@@ -1101,6 +1171,19 @@ class Cluster:
         return Call(ADDER, self.find(ADDER), [array], worker)
 
     # -- inside: actors, all in the cluster's own thread and its helpers -----------------------------------------------
+
+    def _submit(self, call: Call) -> concurrent.futures.Future:
+        future = concurrent.futures.Future()
+        self._batcher.submit(make_request(call, future, None))
+        self._batcher.dispatch()
+        return future
+
+    def _submit_async(self, call: Call) -> asyncio.Future:
+        loop = asyncio.get_running_loop()
+        future = loop.create_future()
+        self._batcher.submit(make_request(call, future, loop))
+        loop.call_soon(self._batcher.dispatch)  # after all that is ready in this turn of the loop has come along
+        return future
 
     def _run(self, worker: int, model: str, signature: str, feeds: list[list[np.ndarray]]) -> concurrent.futures.Future:
         return self._workers[worker].actor.run.remote(model, signature, feeds).future()
@@ -1225,11 +1308,36 @@ def make_request(call: Call, future, loop) -> Request:
     return Request(Key(call.model, call.signature.name, shapes, call.worker), feed, rows, call.signature.writes, future, loop)
 
 
-def feed_of(signature: Signature, inputs: dict[str, Any]) -> list[np.ndarray]:
+@contextlib.contextmanager
+def naming_batch(index: int):
+    """Errors in this block say which batch of a map they are about."""
+    try:
+        yield
+    except Error as error:
+        raise type(error)(f"batch {index}: {error.message}", error.status) from error
+
+
+async def iterate(items: Iterable[Any] | AsyncIterable[Any]) -> AsyncIterator[Any]:
+    """Any iterable as an asynchronous one; what may block while it makes an item does so in a thread."""
+    if isinstance(items, AsyncIterable):
+        async for item in items:
+            yield item
+    elif isinstance(items, (list, tuple, np.ndarray)):
+        for item in items:
+            yield item
+    else:
+        iterator, end = iter(items), object()
+        while (item := await asyncio.to_thread(next, iterator, end)) is not end:
+            yield item
+
+
+def feed_of(signature: Signature, inputs: Any) -> list[np.ndarray]:
     """Arrays of the signature's dtypes in the order of the sorted input names. Raises InvalidRequest."""
+    if not isinstance(inputs, dict) and len(signature.inputs) == 1:
+        inputs = dict.fromkeys(signature.inputs, inputs)
     if not isinstance(inputs, dict) or inputs.keys() != signature.inputs.keys():
         given = sorted(map(str, inputs)) if isinstance(inputs, dict) else type(inputs).__name__
-        raise InvalidRequest(f"signature {signature.name!r} takes a dict of the inputs {sorted(signature.inputs)}, not {given}")
+        raise InvalidRequest(f"signature {signature.name!r} takes the inputs {sorted(signature.inputs)}, not {given}")
     return [to_array(name, inputs[name], spec) for name, spec in signature.inputs.items()]
 
 
@@ -1878,6 +1986,168 @@ def encode_classify(signature: Signature, examples: int, outputs: list[np.ndarra
 
 
 # ======================================================================================================================
+# Whole files: predict .npy or .npz, larger than memory, into a file that appears whole or not at all
+# ======================================================================================================================
+
+
+async def predict_file(cluster: Cluster, model: str, source: str, target: str) -> None:
+    """Stream the rows of ``source`` through a model's default signature into ``target``, with progress on standard error."""
+    signature = cluster.find(model)
+    with contextlib.ExitStack() as stack:
+        columns = open_columns(source, signature, stack)
+        total = next(iter(columns.values())).rows
+        row_bytes = max(1, sum(column.row_bytes for column in columns.values()))
+        sizes = BatchSizes(cluster.options.max_batch, max(cluster.options.max_batch, 2**20 // row_bytes), signature)
+
+        def batches():
+            left = total
+            while left:
+                rows = min(left, sizes.rows)
+                yield {name: column.read(rows) for name, column in columns.items()}
+                left -= rows
+
+        writer = stack.enter_context(ArrayWriter(target, signature, total))
+        progress = Progress(total)
+        async for outputs in cluster.map_async(batches(), model):
+            writer.write(outputs)
+            sizes.rate = progress.show(writer.rows)
+        writer.finish()
+    log.info("%s: %d rows", target, total)
+
+
+@dataclasses.dataclass
+class BatchSizes:
+    """How many rows go together: as the signature fixes it, or some tenths of a second of work where it makes no difference."""
+
+    least: int
+    most: int
+    signature: Signature
+    rate: float = 0.0  # rows a second, so far
+
+    @property
+    def rows(self) -> int:
+        fixed = [spec.shape[0] for spec in self.signature.inputs.values() if spec.shape and spec.shape[0]]
+        if fixed:
+            return fixed[0]
+        return min(self.most, max(self.least, int(self.rate / 5))) if self.signature.batched else self.least
+
+
+class Column:
+    """The rows of one array in .npy format, read one after another from a stream."""
+
+    def __init__(self, name: str, stream: BinaryIO):
+        self.stream = stream
+        version = np.lib.format.read_magic(stream)
+        read_header = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}.get(version)
+        if read_header is None:
+            raise InvalidRequest(f"{name} has .npy version {version}, which is not known")
+        shape, fortran, self.dtype = read_header(stream)
+        if not shape or self.dtype.hasobject or fortran and len(shape) > 1:
+            raise InvalidRequest(f"{name} must be an array with rows, in C order and without Python objects")
+        self.rows, self.shape = shape[0], shape[1:]
+        self.row_bytes = self.dtype.itemsize * math.prod(self.shape)
+
+    def read(self, rows: int) -> np.ndarray:
+        data = self.stream.read(rows * self.row_bytes)
+        if len(data) < rows * self.row_bytes:
+            raise InvalidRequest("The input file ends before its last row")
+        return np.frombuffer(data, self.dtype).reshape(rows, *self.shape)
+
+
+def open_columns(path: str, signature: Signature, stack: contextlib.ExitStack) -> dict[str, Column]:
+    """A Column for each input of the signature. Raises InvalidRequest when the file does not fit."""
+    try:
+        if path.endswith(".npz"):
+            archive = stack.enter_context(zipfile.ZipFile(path))
+            streams = {name.removesuffix(".npy"): stack.enter_context(archive.open(name)) for name in archive.namelist()}
+        else:
+            streams = {next(iter(signature.inputs)): stack.enter_context(open(path, "rb"))}
+        if streams.keys() != signature.inputs.keys():
+            raise InvalidRequest(f"{path} has {sorted(streams)}, but the inputs are {sorted(signature.inputs)} (.npz holds several)")
+        columns = {name: Column(f"{path}: {name}", stream) for name, stream in streams.items()}
+    except (OSError, ValueError, zipfile.BadZipFile) as error:
+        raise InvalidRequest(f"{path} cannot be read: {first_sentence(str(error))}") from None
+    if len({column.rows for column in columns.values()}) > 1:
+        raise InvalidRequest(f"{path} has arrays with different numbers of rows")
+    return columns
+
+
+class ArrayWriter:
+    """Writes outputs row by row into hidden files beside the target, which takes its place in one step when all is there."""
+
+    def __init__(self, target: str, signature: Signature, total: int):
+        if target.endswith(".npy") and len(signature.outputs) > 1:
+            raise InvalidRequest(f"{target} holds one array, but the outputs are {sorted(signature.outputs)}: name it .npz")
+        self.target, self.total, self.rows = target, total, 0
+        folder, name = os.path.split(os.path.abspath(target))
+        try:
+            self.folder = tempfile.mkdtemp(prefix=f".{name}.", dir=folder)
+        except OSError as error:
+            raise InvalidRequest(f"{target} cannot be written: {error.strerror}") from None
+        self.paths = {name: os.path.join(self.folder, f"{i}.npy") for i, name in enumerate(signature.outputs)}
+        self.files: dict[str, BinaryIO] = {}
+        self.texts: dict[str, list[bytes]] = {}  # of string outputs, whose width is only known at the end
+
+    def __enter__(self) -> ArrayWriter:
+        return self
+
+    def __exit__(self, *exception) -> None:
+        for file in self.files.values():
+            file.close()
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def write(self, outputs: dict[str, np.ndarray]) -> None:
+        counts = {array.shape[:1] for array in outputs.values()}
+        if len(counts) > 1 or counts == {()}:
+            raise InvalidRequest("The outputs cannot be written row by row: they have different numbers of rows, or none")
+        for name, array in outputs.items():
+            if array.dtype == object:
+                self.texts.setdefault(name, []).extend(array.tolist())
+                continue
+            if name not in self.files:
+                self.files[name] = open(self.paths[name], "wb")
+                header = {"descr": np.lib.format.dtype_to_descr(array.dtype), "fortran_order": False, "shape": (self.total, *array.shape[1:])}
+                np.lib.format.write_array_header_2_0(self.files[name], header)
+            self.files[name].write(np.ascontiguousarray(array).data)
+        self.rows += counts.pop()[0]
+
+    def finish(self) -> None:
+        if self.rows != self.total:
+            raise InvalidRequest(f"The model made {self.rows} rows of {self.total}: its outputs are not row by row")
+        for name, texts in self.texts.items():
+            np.save(self.paths[name], np.array(texts, "S"))
+        whole = next(iter(self.paths.values()))
+        for file in self.files.values():
+            file.close()
+        if self.target.endswith(".npz"):
+            whole = os.path.join(self.folder, "whole.npz")
+            with zipfile.ZipFile(whole, "w", allowZip64=True) as archive:
+                for name, path in self.paths.items():
+                    archive.write(path, f"{name}.npy")
+        os.replace(whole, self.target)
+
+
+class Progress:
+    """Rows, rows a second and time left: in place on a terminal, else a line now and then."""
+
+    def __init__(self, total: int):
+        self.total, self.started = total, time.monotonic()
+        self.terminal = sys.stderr.isatty()
+        self.shown = self.started
+
+    def show(self, rows: int) -> float:
+        """Called after each batch; returns rows a second."""
+        now = time.monotonic()
+        rate = rows / max(now - self.started, 1e-9)
+        if now - self.shown >= (0.1 if self.terminal else 10) or rows == self.total:
+            self.shown = now
+            line = f"{rows}/{self.total} rows  {rate:.0f} rows/s  {(self.total - rows) / max(rate, 1e-9):.0f} s left"
+            end = "\n" if not self.terminal or rows == self.total else ""
+            print(f"\r\x1b[K{line}" if self.terminal else line, end=end, file=sys.stderr, flush=True)
+        return rate
+
+
+# ======================================================================================================================
 # The command
 # ======================================================================================================================
 
@@ -1889,7 +2159,8 @@ def start_logging() -> None:
 
 
 async def run_command(options: Options) -> int:
-    """Worker i adds the value i to the shared sum, all at once. Returns the exit status: 128 + n after signal n."""
+    """Worker i adds the value i to the shared sum, all at once; or a file is predicted. Returns the exit status: 128 + n after
+    signal n."""
     ended_by: list[int] = []
 
     def end(number: int, task: asyncio.Task) -> None:
@@ -1909,6 +2180,9 @@ async def run_command(options: Options) -> int:
             total = await cluster.add_async(worker, worker)
             print(f"worker {worker}: added {worker}, sum {total}, {time.monotonic() - started:.3f} s", flush=True)
 
+        if options.input:
+            await predict_file(cluster, options.model[0].name, options.input, options.output)
+            return 0
         await asyncio.gather(*map(add, range(options.workers)))
         print(f"sum: {await cluster.add_async(0)}", flush=True)
         return 0
@@ -1919,7 +2193,7 @@ async def run_command(options: Options) -> int:
 
 
 def main() -> None:
-    options = Options.from_command_line("Add up the workers' numbers in one shared TensorFlow graph.")
+    options = Options.from_command_line("Add up the workers' numbers in one shared TensorFlow graph, or predict a whole file.", "command")
     start_logging()
     try:
         sys.exit(asyncio.run(run_command(options)))

@@ -73,7 +73,7 @@ app = create_app()
 
 
 def main() -> None:
-    options = Options.from_command_line(__doc__.partition("\n")[0], front_end=True)
+    options = Options.from_command_line(__doc__.partition("\n")[0], "front end")
     start_logging()
     logging.getLogger("werkzeug").setLevel(logging.ERROR)  # no line for each request
     host, port = options.listen

@@ -118,7 +118,7 @@ app = create_app()
 
 
 def main() -> None:
-    options = Options.from_command_line(__doc__.partition("\n")[0], front_end=True)
+    options = Options.from_command_line(__doc__.partition("\n")[0], "front end")
     start_logging()
     host, port = options.listen
     logging.getLogger("ray_tensorflow").info("listening on http://%s:%d", host, port)

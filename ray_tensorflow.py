@@ -142,6 +142,15 @@ def text(value) -> str:
     return value
 
 
+def one_of(*values: str) -> Callable[[Any], str]:
+    def parse(value):
+        if value not in values:
+            raise ValueError(" or ".join(values))
+        return value
+
+    return parse
+
+
 def array_file(value) -> str:
     if not os.fspath(value).endswith((".npy", ".npz")):
         raise ValueError("a file whose name ends in .npy or .npz")
@@ -216,6 +225,9 @@ class Options:
     model: tuple[ModelSource, ...] = option(
         (), "a model to serve beside the adder: [NAME=]DIR (a SavedModel, or a folder of numbered versions) or"
         " [NAME=]module:function (a graph of your own); repeatable, in the environment separated by commas", model_sources)
+    placement: str = option(
+        "shared", "shared: models live and run on the parameter server, one copy in all; mirrored: each worker keeps a copy of the"
+        " weights on its own device and runs there", one_of("shared", "mirrored"))
     max_batch: int = option(64, "most requests that one session.run takes together", number(int, 1))
     batch_wait_ms: float = option(0.0, "how long a batch may wait for company, in milliseconds", number(float, 0))
     max_queue: int = option(1024, "waiting requests past which new ones are refused", number(int, 1))
@@ -256,7 +268,7 @@ class Options:
         parser = argparse.ArgumentParser(description=description, allow_abbrev=False)
         for field in dataclasses.fields(cls):
             if field.metadata["only"] in (None, kind):
-                default = "" if field.default in (None, ()) else f" (default: {field.default:g})"
+                default = "" if field.default in (None, ()) else f" (default: {field.default})"
                 parser.add_argument(
                     f"--{field.name.replace('_', '-')}", help=field.metadata["help"] + default, default=argparse.SUPPRESS,
                     action="append" if field.name == "model" else "store", metavar=field.name.upper().split("_")[-1])
@@ -340,9 +352,13 @@ build_adder.atomic = True
 
 def import_tensorflow():
     """``tensorflow.compat.v1``, imported here and nowhere else, in the actors alone."""
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-    if not (ray.is_initialized() and ray.get_gpu_ids()):
-        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # Ray leaves all GPUs visible to actors that asked for none (ray#28215)
+    if "tensorflow" not in sys.modules:
+        os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+        for name in ("http_proxy", "https_proxy", "all_proxy", "grpc_proxy"):  # they break gRPC on the loopback (tensorflow#50626)
+            os.environ.pop(name, None)
+            os.environ.pop(name.upper(), None)
+        if ray.is_initialized() and not ray.get_gpu_ids():
+            os.environ["CUDA_VISIBLE_DEVICES"] = ""  # Ray leaves all GPUs visible to actors that asked for none (ray#28215)
     import tensorflow.compat.v1 as tf
 
     tf.disable_eager_execution()  # and not disable_v2_behavior(), which brings reference variables back
@@ -365,15 +381,22 @@ def session_config(tf, addresses: list[str]):
     return config
 
 
+def limits(tf, options: Options) -> dict[str, Any]:
+    """Thread and GPU limits, for the config of a server or of a local session; a session on a server ignores them."""
+    return {
+        "intra_op_parallelism_threads": options.threads, "inter_op_parallelism_threads": options.threads,
+        "gpu_options": tf.GPUOptions(allow_growth=True)}
+
+
 class Graph:
     """A model's graph in one process, ready for one session: ``signatures``, ``run`` and, where it is held, ``restore``.
 
     All operations are made here, once; then the graph is finalized (tensorflow#4151). The device rule: everything is on
-    the parameter server. Stateful nodes get the model's name as their container, since equal names in two models
-    would otherwise be one variable there.
+    the parameter server, or everything is on this process's own device when it keeps a mirror. Stateful nodes get the
+    model's name as their container, since equal names in two models would otherwise be one variable there.
     """
 
-    def __init__(self, tf, source: ModelSource):
+    def __init__(self, tf, source: ModelSource, device: str | None = "/job:ps/task:0"):
         from tensorflow.python.saved_model import loader_impl
 
         self.source = source
@@ -397,8 +420,10 @@ class Graph:
             if node.name in inputs and node.op in ("Placeholder", "PlaceholderV2"):
                 node.attr["shape"].shape.Clear()
                 node.attr["shape"].shape.unknown_rank = True
-        with self.graph.as_default(), tf.device("/job:ps/task:0"):
+        with self.graph.as_default(), tf.device(device):
             self._saver = tf.train.import_meta_graph(meta_graph)
+            names = {t.name for d in self.signature_defs.values() for t in d.outputs.values() if t.dtype and t.name}
+            self.variables = TensorFlowVariables([self.graph.get_tensor_by_name(name) for name in sorted(names)])
         self.graph.finalize()
 
         self.signatures = {}
@@ -434,6 +459,7 @@ class Graph:
         from tensorflow.core.protobuf import config_pb2
 
         self.session = tf.Session(target, self.graph, config)
+        self.variables.set_session(self.session)
         self._callables = {}
         for name in self.signatures:
             definition = self.signature_defs[name]
@@ -447,10 +473,11 @@ class Graph:
         """The one ``session.run``: arrays in the order of the sorted input names to arrays in that of the outputs."""
         return self._callables[signature](*feed)
 
-    def restore(self) -> None:
-        """Put the variables' and tables' first values onto the parameter server."""
+    def restore(self, variables: bool = True) -> None:
+        """Put the variables' (unless they come from elsewhere) and tables' first values in place."""
         if self._loader:
-            self._loader.restore_variables(self.session, self._saver)
+            if variables:
+                self._loader.restore_variables(self.session, self._saver)
             self._loader.run_init_ops(self.session, ["serve"])
         else:
             self.session.run(self.graph.get_operation_by_name(self._initializer))
@@ -499,6 +526,99 @@ class Graph:
             if not signature.writes or self.atomic:
                 with contextlib.suppress(Exception):  # a sample that the model refuses has warmed it up as well
                     self.run(signature.name, sample_rows(signature, 0 if self.atomic else 1))
+
+
+class TensorFlowVariables:
+    """Gets and sets the variables behind an output: by name, as Ray's users know it, or as one flat vector.
+
+    ``output`` is a tensor or an operation, or a list of them; found are the variables that it depends on in any way, control
+    dependencies included, and ``input_variables`` beside them. With ``prefix=True`` names lack the scope that all have in
+    common, so that two copies of a network under two scopes can exchange weights. All operations are made here, once.
+
+    ``variables``, ``placeholders`` and ``assignment_nodes`` are dicts by name. After ray.experimental.tf_utils.
+    """
+
+    def __init__(self, output, sess=None, input_variables=None, prefix: bool = False):
+        tf = import_tensorflow()
+        outputs = list(output) if isinstance(output, (list, tuple)) else [output]
+        self.sess = sess
+        operations = variable_operations([getattr(o, "op", o) for o in outputs])
+        operations |= {variable.op.name: variable.op for variable in input_variables or ()}
+        scope = os.path.commonprefix([name.rpartition("/")[0] + "/" for name in operations]).rpartition("/")[0] if prefix else ""
+        named = {name[len(scope) + 1:] if scope else name: operation for name, operation in sorted(operations.items())}
+        graph = next(iter(operations.values()), getattr(outputs[0], "graph", None)).graph if operations else None
+        objects = {v.op.name: v for v in graph.get_collection(tf.GraphKeys.GLOBAL_VARIABLES)} if operations else {}
+        self.variables, self.placeholders, self.assignment_nodes, self._values = {}, {}, {}, {}
+        with graph.as_default() if operations else contextlib.nullcontext():
+            for name, operation in named.items():
+                handle = operation.outputs[0]
+                resource = operation.type == "VarHandleOp"
+                dtype, shape = operation.get_attr("dtype"), operation.get_attr("shape")
+                with tf.colocate_with(operation):
+                    new = tf.placeholder(dtype, tf.TensorShape(shape), name="Placeholder_" + name)
+                    value = tf.raw_ops.ReadVariableOp(resource=handle, dtype=dtype) if resource else tf.identity(handle)
+                    assign = tf.raw_ops.AssignVariableOp(resource=handle, value=new) if resource else tf.raw_ops.Assign(ref=handle, value=new).op
+                self.variables[name] = objects.get(operation.name, handle)
+                self.placeholders[name], self.assignment_nodes[name], self._values[name] = new, assign, value
+
+    def set_session(self, sess) -> None:
+        self.sess = sess
+
+    def get_flat_size(self) -> int:
+        """How many numbers all variables have together."""
+        return sum(placeholder.shape.num_elements() for placeholder in self.placeholders.values())
+
+    def get_flat(self) -> np.ndarray:
+        """All variables as one vector, in the order of their sorted names."""
+        return np.concatenate([value.ravel() for value in self.get_weights().values()] or [np.zeros(0)])
+
+    def set_flat(self, new_weights: np.ndarray) -> None:
+        """Set all variables from one vector of ``get_flat_size()`` numbers."""
+        new_weights = np.asarray(new_weights)
+        if new_weights.shape != (self.get_flat_size(),):
+            raise InvalidRequest(f"flat weights must have the shape ({self.get_flat_size()},), not {new_weights.shape}")
+        sizes = [placeholder.shape.num_elements() for placeholder in self.placeholders.values()]
+        parts = np.split(new_weights, np.cumsum(sizes)[:-1])
+        self.set_weights({name: part.reshape(p.shape) for part, (name, p) in zip(parts, self.placeholders.items())})
+
+    def get_weights(self) -> dict[str, np.ndarray]:
+        """The variables' values by name, one at a time: together they may be more than a protobuf can hold (tensorflow#2233)."""
+        return {name: np.asarray(self._session().run(value)) for name, value in self._values.items()}
+
+    def set_weights(self, new_weights: dict[str, np.ndarray]) -> None:
+        """Set some or all variables. A wrong name or shape is an InvalidRequest, and then none of them is set."""
+        feeds = {}
+        for name, value in new_weights.items():
+            if name not in self.placeholders:
+                raise InvalidRequest(f"there is no variable {name!r}; there are {sorted(self.placeholders)}")
+            placeholder, value = self.placeholders[name], np.asarray(value)
+            if value.shape != tuple(placeholder.shape.as_list()):
+                raise InvalidRequest(f"variable {name!r} has the shape {tuple(placeholder.shape.as_list())}, not {value.shape}")
+            feeds[name] = to_array(f"variable {name}", value, TensorSpec(np.dtype(placeholder.dtype.as_numpy_dtype).name, None))
+            if feeds[name].nbytes >= 2**31 - 2**20:
+                raise InvalidRequest(f"variable {name!r} is larger than the 2 GiB that TensorFlow can be fed")
+        session = self._session()
+        if sum(value.nbytes for value in feeds.values()) < 2**30:
+            session.run([self.assignment_nodes[name] for name in feeds], {self.placeholders[name]: value for name, value in feeds.items()})
+        else:
+            for name, value in feeds.items():
+                session.run(self.assignment_nodes[name], {self.placeholders[name]: value})
+
+    def _session(self):
+        if self.sess is None:
+            raise InvalidRequest("there is no session yet: give sess, or call set_session")
+        return self.sess
+
+
+def variable_operations(operations: list) -> dict[str, Any]:
+    """The operations that hold variables among these and all that they depend on, by name."""
+    seen, stack = set(), list(operations)
+    while stack:
+        operation = stack.pop()
+        if operation is not None and operation not in seen:
+            seen.add(operation)
+            stack.extend([*(tensor.op for tensor in operation.inputs), *operation.control_inputs])
+    return {operation.name: operation for operation in seen if operation.type in ("VarHandleOp", "VariableV2", "Variable")}
 
 
 def set_containers(graph_def, container: str) -> None:
@@ -581,6 +701,9 @@ class ParameterServer:
     def __init__(self, options: Options):
         self.options = options
         self.description: tuple[str, list[Model]] | None = None
+        self.graphs: dict[str, Graph] = {}
+        self.versions: dict[str, tuple[int, list]] = {}  # of mirrored models
+        self.count = 0
 
     def start(self) -> tuple[str, list[Model]]:
         """Start the TensorFlow server, load the models, return the server's address and what can be served.
@@ -591,28 +714,40 @@ class ParameterServer:
             tf = import_tensorflow()
             address = self._serve(tf)
             models = []
-            for source in (ModelSource(ADDER, 1, function=f"{__name__}:build_adder"), *self.options.model):
+            for source in served_models(self.options):
                 try:
-                    graph = Graph(tf, source)
+                    graph = self.graphs[source.name] = Graph(tf, source)
                     graph.connect(tf, f"grpc://{address}", session_config(tf, [address]))
                     graph.restore()
                     models.append(graph.describe(self.options.max_batch))
                 except Exception as error:
                     reason = f"{type(error).__name__}: {first_sentence(str(error))}"
                     raise ModelError(f"model {source} cannot be loaded: {reason}") from error
-                graph.session.close()
+                if is_mirrored(self.options, source.name) and any(s.writes for s in models[-1].signatures.values()):
+                    raise ModelError(f"model {source} changes its variables when it runs, so it cannot be mirrored: use --placement shared")
             self.description = address, models
         return self.description
+
+    def get_weights(self, model: str) -> dict[str, np.ndarray]:
+        return self.graphs[model].variables.get_weights()
+
+    def set_weights(self, model: str, weights: dict[str, np.ndarray]) -> None:
+        self.graphs[model].variables.set_weights(weights)
+        self.versions.pop(model, None)
+
+    def latest(self, model: str) -> tuple[int, list]:
+        """The number of the weights' version, and (in a list, so that Ray leaves it alone) where the object store has them."""
+        if model not in self.versions:
+            self.count += 1
+            self.versions[model] = self.count, [ray.put(self.get_weights(model))]
+        return self.versions[model]
 
     def _serve(self, tf) -> str:
         """Boot the TensorFlow server on a port that the system picks; it ends with this process (tensorflow#4713).
 
-        Its own job is called ``boot``, because the sessions that come with a cluster of their own call it ``ps``. Thread
-        and GPU limits count here and are ignored in a session's config (tensorflow#4455).
+        Its own job is called ``boot``, because the sessions that come with a cluster of their own call it ``ps``.
         """
-        config = tf.ConfigProto(
-            intra_op_parallelism_threads=self.options.threads, inter_op_parallelism_threads=self.options.threads,
-            gpu_options=tf.GPUOptions(allow_growth=True))
+        config = tf.ConfigProto(**limits(tf, self.options))
         self.server = tf.train.Server({"boot": ["localhost:0"]}, job_name="boot", task_index=0, config=config)
         host = ray.util.get_node_ip_address()
         return f"{host}:{self.server.target.rpartition(':')[2]}"
@@ -620,6 +755,14 @@ class ParameterServer:
     def about(self) -> dict[str, Any]:
         """Process id, node, and the devices that this actor may use."""
         return about_this_actor()
+
+
+def served_models(options: Options) -> list[ModelSource]:
+    return [ModelSource(ADDER, 1, function=f"{__name__}:build_adder"), *options.model]
+
+
+def is_mirrored(options: Options, model: str) -> bool:
+    return options.placement == "mirrored" and model != ADDER
 
 
 def about_this_actor() -> dict[str, Any]:
@@ -645,6 +788,7 @@ class Worker:
     def __init__(self, index: int, parameter_server, options: Options):
         self.index, self.parameter_server, self.options = index, parameter_server, options
         self.graphs: dict[str, Graph] = {}
+        self.versions: dict[str, int] = {}  # of the weights in each mirror
         self.executor = concurrent.futures.ThreadPoolExecutor(IN_FLIGHT_PER_WORKER, "session.run")
 
     async def start(self) -> dict[str, Any]:
@@ -653,14 +797,34 @@ class Worker:
         tf = await loop.run_in_executor(self.executor, import_tensorflow)  # while the parameter server does the same
         address, _ = await self.parameter_server.start.remote()
         await loop.run_in_executor(self.executor, self._connect, tf, address)
+        await self.refresh()
+        await loop.run_in_executor(self.executor, self._warm_up)
         return about_this_actor()
 
     def _connect(self, tf, address: str) -> None:
-        # A plain client session straight on the parameter server: a server of our own would be one more hop for each feed.
-        for source in (ModelSource(ADDER, 1, function=f"{__name__}:build_adder"), *self.options.model):
-            graph = self.graphs[source.name] = Graph(tf, source)
-            graph.connect(tf, f"grpc://{address}", session_config(tf, [address]))
+        for source in served_models(self.options):
+            if is_mirrored(self.options, source.name):
+                graph = self.graphs[source.name] = Graph(tf, source, device=None)
+                graph.connect(tf, "", tf.ConfigProto(allow_soft_placement=True, **limits(tf, self.options)))
+                graph.restore(variables=False)
+            else:
+                # A plain client session straight on the parameter server: a server of our own would be one more hop for each feed.
+                graph = self.graphs[source.name] = Graph(tf, source)
+                graph.connect(tf, f"grpc://{address}", session_config(tf, [address]))
+
+    def _warm_up(self) -> None:
+        for graph in self.graphs.values():
             graph.warm_up()
+
+    async def refresh(self) -> None:
+        """Bring the mirrors up to date, each version's weights through the object store once."""
+        for model, graph in self.graphs.items():
+            if is_mirrored(self.options, model):
+                version, (weights,) = await self.parameter_server.latest.remote(model)
+                if self.versions.get(model) != version:
+                    loop = asyncio.get_running_loop()
+                    await loop.run_in_executor(self.executor, graph.variables.set_weights, await weights)
+                    self.versions[model] = version
 
     async def run(self, model: str, signature: str, feeds: list[list[np.ndarray]]) -> list[Result]:
         """Run one signature on each feed in turn. One that fails does not touch the others."""
@@ -978,6 +1142,7 @@ class Cluster:
         self._batcher = Batcher(self.options, self._run, self._worker_lost)
         self._ahead = min(2 * IN_FLIGHT_PER_WORKER * self.options.workers, self.options.max_queue)  # batches of one map
         self._changed = threading.Condition()
+        self._setting_weights = threading.Lock()
         self._status = "new"
         self._failure: Error | None = None
         self._to_start: queue.SimpleQueue[int | None] = queue.SimpleQueue()
@@ -1063,6 +1228,36 @@ class Cluster:
         """As ``predict``, awaitable."""
         spec = self.find(model, version, signature)
         return dict(zip(spec.outputs, await self.run_async(Call(model, spec, feed_of(spec, inputs)))))
+
+    def get_weights(self, model: str) -> dict[str, np.ndarray]:
+        """The variables of a served model by name. Arrays may be read-only: copy what you want to write to."""
+        self.find_model(model)
+        return get(self._server.get_weights.remote(model), self.options.timeout_s)
+
+    async def get_weights_async(self, model: str) -> dict[str, np.ndarray]:
+        """As ``get_weights``, awaitable."""
+        return await asyncio.to_thread(self.get_weights, model)
+
+    def set_weights(self, model: str, weights: dict[str, np.ndarray]) -> None:
+        """Set some or all variables of a served model; a wrong name or shape is an InvalidRequest, and then none of them is set.
+
+        Once it returns, no later request is answered with the old ones, mirrors included.
+        """
+        self.find_model(model)
+        with self._setting_weights:
+            get(self._server.set_weights.remote(model, weights), self.options.timeout_s)
+            if is_mirrored(self.options, model):
+                for worker in self._workers:
+                    if worker.state == "ready":
+                        try:
+                            get(worker.actor.refresh.remote(), self.options.timeout_s)
+                        except ray.exceptions.RayActorError as error:  # its successor starts with the new ones
+                            self._batcher.remove_worker(worker.index)
+                            self._worker_lost(worker.index, error)
+
+    async def set_weights_async(self, model: str, weights: dict[str, np.ndarray]) -> None:
+        """As ``set_weights``, awaitable."""
+        await asyncio.to_thread(self.set_weights, model, weights)
 
     def map(
         self, batches: Iterable[Any], model: str, signature: str = "serving_default", version: int | None = None, ordered: bool = True
@@ -1207,10 +1402,12 @@ class Cluster:
                 self._changed.notify_all()
 
     def _start_actors(self) -> None:
-        share = gpu_share(int(ray.cluster_resources().get("GPU", 0)), 1 + self.options.workers)
+        servers = int(self.options.placement == "shared")  # those that run models
+        share = gpu_share(int(ray.cluster_resources().get("GPU", 0)), servers + self.options.workers)
         self._resources = {"num_cpus": 0, "num_gpus": share, "max_restarts": 0}
         started = time.monotonic()
-        self._server = ray.remote(ParameterServer).options(**self._resources).remote(self.options)
+        resources = self._resources | {"num_gpus": share * servers}
+        self._server = ray.remote(ParameterServer).options(**resources).remote(self.options)
         self._spawn(self._workers[0])  # imports tensorflow while the parameter server does
         _, models = get(self._server.start.remote())
         self._parameter_server = get(self._server.about.remote())
@@ -1238,6 +1435,10 @@ class Cluster:
             if worker.actor is None:
                 self._spawn(worker)
             worker.about = get(worker.ready)
+            with self._setting_weights:  # none are set between its last look and its first request
+                get(worker.actor.refresh.remote())
+                worker.state = "ready"
+                self._batcher.add_worker(worker.index)
         except Exception as error:
             if self._status == "serving":
                 worker.actor, worker.state = None, "lost"
@@ -1245,8 +1446,6 @@ class Cluster:
                 if not self._count("ready"):
                     self._failure = error if isinstance(error, Error) else Unavailable(f"No worker could start: {first_sentence(str(error))}")
         else:
-            worker.state = "ready"
-            self._batcher.add_worker(worker.index)
             log.info("worker %d ready  pid %d  %.1f s", worker.index, worker.about["pid"], time.monotonic() - started)
         with self._changed:
             self._changed.notify_all()
@@ -1283,10 +1482,12 @@ class WorkerState:
     ready: Any = None
 
 
-def get(reference):
+def get(reference, timeout_s: float | None = None):
     """The value of a Ray call; an error of ours arrives as it was raised."""
     try:
-        return ray.get(reference)
+        return ray.get(reference, timeout=timeout_s)
+    except ray.exceptions.GetTimeoutError:
+        raise DeadlineExceeded(f"No answer within the deadline of {timeout_s:g} s.") from None
     except ray.exceptions.RayTaskError as error:
         cause = error
         while isinstance(cause, ray.exceptions.RayTaskError) and cause.cause is not None:
@@ -1392,11 +1593,11 @@ def ray_runtime(options: Options):
         return
 
     folder = tempfile.mkdtemp(prefix="ray_tensorflow_")
-    before = dict(os.environ)
+    before = os.environ.get("PYTHONPATH")
     os.environ["PYTHONPATH"] = python_path
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    if not os.environ.get("RAY_AUTH_MODE") and not os.environ.get("RAY_AUTH_TOKEN_PATH"):
-        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))  # else it is written to the home folder
+    if not os.environ.get("RAY_AUTH_TOKEN_PATH"):  # else it is written to the home folder; Ray keeps the first for the process
+        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
     ray_constants.ENABLE_RAY_CLUSTER = False  # of several nodes: so everything of Ray's listens on 127.0.0.1
     try:
         ray.init(
@@ -1406,8 +1607,9 @@ def ray_runtime(options: Options):
     finally:
         ray.shutdown()
         ray_constants.ENABLE_RAY_CLUSTER = True
-        os.environ.clear()
-        os.environ.update(before)
+        os.environ.pop("PYTHONPATH")
+        if before is not None:
+            os.environ["PYTHONPATH"] = before
         shutil.rmtree(folder, ignore_errors=True)
 
 

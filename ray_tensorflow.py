@@ -27,6 +27,7 @@ import concurrent.futures
 import contextlib
 import dataclasses
 import functools
+import http.client
 import importlib
 import itertools
 import json
@@ -225,6 +226,7 @@ class Options:
     model: tuple[ModelSource, ...] = option(
         (), "a model to serve beside the adder: [NAME=]DIR (a SavedModel, or a folder of numbered versions) or"
         " [NAME=]module:function (a graph of your own); repeatable, in the environment separated by commas", model_sources)
+    parameter_servers: int = option(1, "TensorFlow ps tasks, over which variables are spread", number(int, 1))
     placement: str = option(
         "shared", "shared: models live and run on the parameter server, one copy in all; mirrored: each worker keeps a copy of the"
         " weights on its own device and runs there", one_of("shared", "mirrored"))
@@ -309,6 +311,7 @@ class Signature:
     inputs: dict[str, TensorSpec]
     outputs: dict[str, TensorSpec]
     writes: bool  # running it changes variables: it is never run twice for one request
+    calls_out: bool  # it runs Python functions, such as remote_predict: it may wait for what only another slot can do
     method: str = "tensorflow/serving/predict"
     batched: bool = False  # rows of several requests may share one run: each answer is the same to the last bit
 
@@ -381,25 +384,31 @@ def session_config(tf, addresses: list[str]):
     return config
 
 
-def limits(tf, options: Options) -> dict[str, Any]:
-    """Thread and GPU limits, for the config of a server or of a local session; a session on a server ignores them."""
-    return {
-        "intra_op_parallelism_threads": options.threads, "inter_op_parallelism_threads": options.threads,
-        "gpu_options": tf.GPUOptions(allow_growth=True)}
+def server_config(tf, options: Options, calls_out: bool):
+    """Thread and GPU limits, for a server or a local session; a session on a server ignores them (tensorflow#4455).
+
+    Python functions that wait for another server get threads beside those that compute, else they would wait for themselves.
+    """
+    waiting = IN_FLIGHT_PER_WORKER * options.workers if calls_out else 0
+    return tf.ConfigProto(
+        intra_op_parallelism_threads=options.threads, inter_op_parallelism_threads=options.threads + waiting,
+        gpu_options=tf.GPUOptions(allow_growth=True), allow_soft_placement=True)
 
 
 class Graph:
     """A model's graph in one process, ready for one session: ``signatures``, ``run`` and, where it is held, ``restore``.
 
-    All operations are made here, once; then the graph is finalized (tensorflow#4151). The device rule: everything is on
-    the parameter server, or everything is on this process's own device when it keeps a mirror. Stateful nodes get the
-    model's name as their container, since equal names in two models would otherwise be one variable there.
+    All operations are made here, once; then the graph is finalized (tensorflow#4151). Stateful nodes get the model's name as
+    their container, since equal names in two models would otherwise be one variable on the parameter server.
+
+    The device rule, for task ``home`` of ``tasks`` parameter servers: a graph of one's own runs at home, and its variables are
+    spread over all of them; a SavedModel is at home as a whole. A mirror (``tasks`` 0) is all on this process's own device.
     """
 
-    def __init__(self, tf, source: ModelSource, device: str | None = "/job:ps/task:0"):
+    def __init__(self, tf, source: ModelSource, home: int = 0, tasks: int = 1):
         from tensorflow.python.saved_model import loader_impl
 
-        self.source = source
+        self.source, self.home = source, home
         self.graph = tf.Graph()
         self._loader = self._builder = None
         if source.folder:
@@ -420,6 +429,9 @@ class Graph:
             if node.name in inputs and node.op in ("Placeholder", "PlaceholderV2"):
                 node.attr["shape"].shape.Clear()
                 node.attr["shape"].shape.unknown_rank = True
+        device = f"/job:ps/task:{home}" if tasks else None
+        if source.function and tasks > 1:
+            device = tf.train.replica_device_setter(tasks, worker_device=device)
         with self.graph.as_default(), tf.device(device):
             self._saver = tf.train.import_meta_graph(meta_graph)
             names = {t.name for d in self.signature_defs.values() for t in d.outputs.values() if t.dtype and t.name}
@@ -431,8 +443,9 @@ class Graph:
             tensors = [*definition.inputs.values(), *definition.outputs.values()]
             if definition.outputs and all(t.WhichOneof("encoding") == "name" and t.dtype for t in tensors):
                 inputs, outputs = ({k: tensor_spec(tf, v[k]) for k in sorted(v)} for v in (definition.inputs, definition.outputs))
-                writes = changes_state(meta_graph.graph_def, [t.name for t in definition.outputs.values()])
-                self.signatures[name] = Signature(name, inputs, outputs, writes, definition.method_name)
+                types = operation_types(meta_graph.graph_def, [t.name for t in definition.outputs.values()])
+                writes, calls_out = any(map(STATE_CHANGING.fullmatch, types)), any(map(PYTHON_FUNCTION.fullmatch, types))
+                self.signatures[name] = Signature(name, inputs, outputs, writes, calls_out, definition.method_name)
 
     def _build(self, tf):
         """Call the user's function, in a graph of its own, and describe what it made as a SavedModel would."""
@@ -454,10 +467,12 @@ class Graph:
                 tf.saved_model.build_signature_def(*infos, method_name=tf.saved_model.PREDICT_METHOD_NAME))
         return meta_graph
 
-    def connect(self, tf, target: str, config) -> None:
-        """Make the session and one callable for each signature."""
+    def connect(self, tf, addresses: list[str], options: Options) -> None:
+        """Make the session, on the parameter servers at these addresses or in this process, and a callable for each signature."""
         from tensorflow.core.protobuf import config_pb2
 
+        target = f"grpc://{addresses[self.home]}" if addresses else ""
+        config = session_config(tf, addresses) if addresses else server_config(tf, options, self.calls_out)
         self.session = tf.Session(target, self.graph, config)
         self.variables.set_session(self.session)
         self._callables = {}
@@ -469,9 +484,14 @@ class Graph:
             # half the time of session.run, and no check against static shapes; make_callable is session.run in disguise
             self._callables[name] = self.session._make_callable_from_options(options)
 
+    @property
+    def calls_out(self) -> bool:
+        return any(signature.calls_out for signature in self.signatures.values())
+
     def run(self, signature: str, feed: list[np.ndarray]) -> list[np.ndarray]:
         """The one ``session.run``: arrays in the order of the sorted input names to arrays in that of the outputs."""
-        return self._callables[signature](*feed)
+        outputs = self._callables[signature](*feed)
+        return [np.array(output, object) if isinstance(output, bytes) else np.asarray(output) for output in outputs]
 
     def restore(self, variables: bool = True) -> None:
         """Put the variables' (unless they come from elsewhere) and tables' first values in place."""
@@ -488,7 +508,7 @@ class Graph:
 
         for signature in self.signatures.values():
             specs = [*signature.inputs.values(), *signature.outputs.values()]
-            if signature.inputs and all(spec.free_first_axis for spec in specs):
+            if signature.inputs and not signature.calls_out and all(spec.free_first_axis for spec in specs):
                 signature.batched = self.atomic if signature.writes else self._rows_are_independent(signature, max_batch)
         definitions = {
             name: json_format.MessageToDict(d, always_print_fields_with_no_presence=True, preserving_proto_field_name=True)
@@ -523,7 +543,7 @@ class Graph:
     def warm_up(self) -> None:
         """The first run of a signature is slow (tensorflow/serving#385): do it before anybody waits, changing nothing."""
         for signature in self.signatures.values():
-            if not signature.writes or self.atomic:
+            if not signature.calls_out and (not signature.writes or self.atomic):
                 with contextlib.suppress(Exception):  # a sample that the model refuses has warmed it up as well
                     self.run(signature.name, sample_rows(signature, 0 if self.atomic else 1))
 
@@ -632,31 +652,30 @@ def set_containers(graph_def, container: str) -> None:
             node.attr["container"].s = container.encode() + (b"/" + own if own else b"")
 
 
-# Operations that change what a later run sees, and Python functions, of which we cannot know.
+# Operations that change what a later run sees
 STATE_CHANGING = re.compile(
     r"Assign\w*|(Resource)?(Sparse)?Apply\w+|ResourceScatter\w+|Scatter(Add|Sub|Mul|Div|Min|Max|Update|Nd\w+)|ResourceStridedSliceAssign"
-    r"|CountUpTo|ResourceCountUpTo|LookupTable(Insert|Import|Remove)\w*|\w*(Enqueue|Dequeue|Push|Pop)\w*|(Map)?(Uns|S)tage|WriteFile|(Eager)?PyFunc")
+    r"|CountUpTo|ResourceCountUpTo|LookupTable(Insert|Import|Remove)\w*|\w*(Enqueue|Dequeue|Push|Pop)\w*|(Map)?(Uns|S)tage|WriteFile")
+PYTHON_FUNCTION = re.compile(r"(Eager)?PyFunc(Stateless)?")
 
 
-def changes_state(graph_def, outputs: list[str]) -> bool:
-    """Does computing these tensors change state? Follows inputs, control inputs and called functions."""
+def operation_types(graph_def, outputs: list[str]) -> set[str]:
+    """The types of all operations that these tensors depend on: by inputs, control inputs and called functions."""
     functions = {f.signature.name: f.node_def for f in graph_def.library.function}
     nodes = {node.name: node for node in graph_def.node}
-    seen, stack = set(), [nodes[name.partition(":")[0]] for name in outputs]
+    seen, stack = {}, [nodes[name.partition(":")[0]] for name in outputs]
     while stack:
         node = stack.pop()
         if id(node) in seen:
             continue
-        seen.add(id(node))
-        if STATE_CHANGING.fullmatch(node.op):
-            return True
+        seen[id(node)] = node
         if nodes.get(node.name) is node:  # within a function all nodes count, so nothing is followed there
             stack.extend(nodes[name.lstrip("^").partition(":")[0]] for name in node.input)
         for attribute in node.attr.values():
             for function in [attribute.func, *attribute.list.func]:
                 stack.extend(functions.get(function.name, ()))
         stack.extend(functions.get(node.op, ()))
-    return False
+    return {node.op for node in seen.values()}
 
 
 def tensor_spec(tf, info) -> TensorSpec:
@@ -691,41 +710,158 @@ def first_sentence(message: str) -> str:
 
 
 # ======================================================================================================================
+# Remote predict: another server's model as an operation of one's own graph
+# ======================================================================================================================
+
+# HTTP status to tensorflow::error::Code, where a server of TensorFlow Serving's REST contract answered with an error
+ERROR_CODES = {400: 3, 401: 16, 403: 7, 404: 5, 409: 10, 413: 3, 429: 8, 499: 1, 501: 12, 502: 14, 503: 14, 504: 4}
+
+
+def remote_predict(
+    input_tensor_aliases: list[str], input_tensors: list, output_tensor_aliases: list[str], target_address: str, model_name: str,
+    model_version: int = -1, max_rpc_deadline_millis: int = 3000, output_types: list | None = None, name: str | None = None,
+    signature_name: str = "serving_default", fail_op_on_rpc_error: bool = True
+):
+    """In a graph: the outputs of a model at ``target_address`` ("host:port"), a server of TensorFlow Serving's REST predict.
+
+    Returns the output tensors, of ``output_types`` (float32 if not given) and unknown shape; a run fails when the call does. With
+    ``fail_op_on_rpc_error=False`` returns (status_code, status_error_message, output tensors) and never fails because of the
+    call: the code is an int32 ``tensorflow::error::Code``, 0 for success, and the outputs are empty scalars after an error.
+    ``model_version`` -1 is the latest. The deadline is for the whole call, in milliseconds.
+
+    Source: tensorflow_serving/experimental/tensorflow/ops/remote_predict. Raises ValueError when the lengths do not agree.
+    """
+    tf = import_tensorflow()
+    dtypes = [tf.as_dtype(dtype) for dtype in output_types or [tf.float32] * len(output_tensor_aliases)]
+    if not model_name:
+        raise ValueError("model_name must be specified.")
+    if len(input_tensor_aliases) != len(input_tensors):
+        raise ValueError(f"{len(input_tensor_aliases)} input_tensor_aliases do not fit {len(input_tensors)} input_tensors")
+    if len(output_tensor_aliases) != len(dtypes):
+        raise ValueError(f"{len(output_tensor_aliases)} output_tensor_aliases do not fit {len(dtypes)} output_types")
+    specs = {alias: TensorSpec(np.dtype(t.as_numpy_dtype).name, None) for alias, t in zip(output_tensor_aliases, dtypes)}
+    version = f"/versions/{model_version}" if model_version >= 0 else ""
+    path = f"/v1/models/{urllib.parse.quote(model_name, safe='')}{version}"
+
+    def call(*inputs):
+        named = dict(zip(input_tensor_aliases, inputs))
+        code, message, outputs = call_remote(target_address, path, signature_name, named, specs, max_rpc_deadline_millis / 1000)
+        if code and fail_op_on_rpc_error:
+            raise RemoteFailure(f"<{code}> {message}")
+        return [np.int32(code), message.encode(), *outputs]
+
+    code, message, *outputs = tf.numpy_function(call, input_tensors, [tf.int32, tf.string, *dtypes], name=name or "remote_predict")
+    for scalar in (code, message):
+        scalar.set_shape([])
+    return outputs if fail_op_on_rpc_error else (code, message, outputs)
+
+
+class RemoteFailure(Exception):
+    """How a failed remote_predict leaves its Python function; TensorFlow makes a message with the class's name of it."""
+
+
+def call_remote(
+    address: str, path: str, signature_name: str, inputs: dict[str, np.ndarray], specs: dict[str, TensorSpec], seconds: float
+) -> tuple[int, str, list[np.ndarray]]:
+    """``tensorflow::error::Code``, message and outputs of one predict over REST, within so many seconds."""
+    deadline = time.monotonic() + seconds
+    try:
+        document = json.loads(request_http(address, "GET", f"{path}/metadata", None, deadline))
+        signature = document["metadata"]["signature_def"]["signature_def"].get(signature_name)
+        if signature is None:
+            raise InvalidRequest(f'Serving signature name: "{signature_name}" not found in signature def')
+        if inputs.keys() != signature["inputs"].keys():
+            raise InvalidRequest(f"input aliases {sorted(inputs)} do not match the signature's {sorted(signature['inputs'])}")
+        if missing := specs.keys() - signature["outputs"].keys():
+            raise InvalidRequest(f"output alias {sorted(missing)[0]!r} is not among the signature's {sorted(signature['outputs'])}")
+        texts = {name: json_texts(np.asarray(array), 0, f"{name}_bytes")[0] for name, array in inputs.items()}
+        body = f'{{"signature_name": {json.dumps(signature_name)}, "inputs": {json_object(texts)}}}'
+        outputs = json.loads(request_http(address, "POST", f"{path}:predict", body.encode(), deadline))["outputs"]
+        named = outputs if len(signature["outputs"]) > 1 else dict.fromkeys(signature["outputs"], outputs)
+        return 0, "", [parse_tensor(named[name], spec) for name, spec in specs.items()]
+    except Error as error:
+        code, message = ERROR_CODES.get(error.status, 13), error.message
+    except TimeoutError:
+        code, message = 4, f"{address} did not answer within {seconds * 1000:g} ms"
+    except OSError as error:
+        code, message = 14, f"{address} cannot be reached: {error.strerror or error}"
+    except (http.client.HTTPException, ValueError, KeyError, TypeError, AttributeError) as error:
+        code, message = 13, f"{address} does not answer as TensorFlow Serving does: {type(error).__name__}: {error}"
+    return code, message, [np.zeros((), spec.dtype) if spec.dtype != "object" else np.array(b"", object) for spec in specs.values()]
+
+
+def request_http(address: str, method: str, path: str, body: bytes | None, deadline: float) -> bytes:
+    """The body of a 200 answer. Raises Error with the status and message of another, TimeoutError after the deadline, OSError."""
+
+    def left() -> float:
+        if (seconds := deadline - time.monotonic()) <= 0:
+            raise TimeoutError
+        return seconds
+
+    host, _, port = address.rpartition(":")
+    connection = http.client.HTTPConnection(host, int(port), timeout=left())
+    try:
+        connection.request(method, path, body)
+        connection.sock.settimeout(left())
+        response = connection.getresponse()
+        parts = []
+        while part := response.read1(2**20):
+            parts.append(part)
+            if connection.sock:  # the response closes it when it is complete
+                connection.sock.settimeout(left())
+        if response.status != 200:
+            message = json.loads(b"".join(parts)).get("error", "no reason was given")
+            raise Error(message, response.status)
+        return b"".join(parts)
+    finally:
+        connection.close()
+
+
+# ======================================================================================================================
 # The parameter server: holds the variables, and in `shared` placement runs the models
 # ======================================================================================================================
 
 
 class ParameterServer:
-    """A Ray actor with a TensorFlow server in it, and on that the state of all models."""
+    """A Ray actor with a TensorFlow server in it, and on that the state of the models, or its part of it."""
 
-    def __init__(self, options: Options):
-        self.options = options
-        self.description: tuple[str, list[Model]] | None = None
+    def __init__(self, index: int, options: Options):
+        self.index, self.options = index, options
         self.graphs: dict[str, Graph] = {}
+        self.server = None
+        self.description: tuple[list[str], list[Model]] | None = None
         self.versions: dict[str, tuple[int, list]] = {}  # of mirrored models
         self.count = 0
 
-    def start(self) -> tuple[str, list[Model]]:
-        """Start the TensorFlow server, load the models, return the server's address and what can be served.
+    def serve(self) -> str:
+        """Boot the TensorFlow server on a port that the system picks; its address. It ends with this process (tensorflow#4713).
+
+        Its own job is called ``boot``, because the sessions that come with a cluster of their own call it ``ps``.
+        """
+        tf = import_tensorflow()
+        if self.server is None:
+            self.graphs = {graph.source.name: graph for graph in build_graphs(tf, self.options)}
+            config = server_config(tf, self.options, any(graph.calls_out for graph in self.graphs.values()))
+            self.server = tf.train.Server({"boot": ["localhost:0"]}, job_name="boot", task_index=0, config=config)
+        return f"{ray.util.get_node_ip_address()}:{self.server.target.rpartition(':')[2]}"
+
+    def start(self, others: list[str]) -> tuple[list[str], list[Model]]:
+        """Load the models onto this server and the ``others``; the addresses of all, and what can be served.
 
         Called again, it just returns the same. Raises ModelError when a model cannot be loaded.
         """
         if self.description is None:
             tf = import_tensorflow()
-            address = self._serve(tf)
+            addresses = [self.serve(), *others]
             models = []
-            for source in served_models(self.options):
-                try:
-                    graph = self.graphs[source.name] = Graph(tf, source)
-                    graph.connect(tf, f"grpc://{address}", session_config(tf, [address]))
+            for graph in self.graphs.values():
+                with loading(graph.source):
+                    graph.connect(tf, addresses, self.options)
                     graph.restore()
                     models.append(graph.describe(self.options.max_batch))
-                except Exception as error:
-                    reason = f"{type(error).__name__}: {first_sentence(str(error))}"
-                    raise ModelError(f"model {source} cannot be loaded: {reason}") from error
-                if is_mirrored(self.options, source.name) and any(s.writes for s in models[-1].signatures.values()):
-                    raise ModelError(f"model {source} changes its variables when it runs, so it cannot be mirrored: use --placement shared")
-            self.description = address, models
+                if is_mirrored(self.options, graph.source) and any(s.writes for s in models[-1].signatures.values()):
+                    raise ModelError(f"model {graph.source} changes its variables when it runs, so it cannot be mirrored: use --placement shared")
+            self.description = addresses, models
         return self.description
 
     def get_weights(self, model: str) -> dict[str, np.ndarray]:
@@ -742,27 +878,32 @@ class ParameterServer:
             self.versions[model] = self.count, [ray.put(self.get_weights(model))]
         return self.versions[model]
 
-    def _serve(self, tf) -> str:
-        """Boot the TensorFlow server on a port that the system picks; it ends with this process (tensorflow#4713).
-
-        Its own job is called ``boot``, because the sessions that come with a cluster of their own call it ``ps``.
-        """
-        config = tf.ConfigProto(**limits(tf, self.options))
-        self.server = tf.train.Server({"boot": ["localhost:0"]}, job_name="boot", task_index=0, config=config)
-        host = ray.util.get_node_ip_address()
-        return f"{host}:{self.server.target.rpartition(':')[2]}"
-
     def about(self) -> dict[str, Any]:
         """Process id, node, and the devices that this actor may use."""
         return about_this_actor()
 
 
-def served_models(options: Options) -> list[ModelSource]:
-    return [ModelSource(ADDER, 1, function=f"{__name__}:build_adder"), *options.model]
+def build_graphs(tf, options: Options, mirrors: bool = False) -> list[Graph]:
+    """The graphs of all models, built in the same order and under the same device rule in every process."""
+    graphs = []
+    for index, source in enumerate([ModelSource(ADDER, 1, function=f"{__name__}:build_adder"), *options.model]):
+        home = 0 if source.function else index % options.parameter_servers
+        with loading(source):
+            graphs.append(Graph(tf, source, home, 0 if mirrors and is_mirrored(options, source) else options.parameter_servers))
+    return graphs
 
 
-def is_mirrored(options: Options, model: str) -> bool:
-    return options.placement == "mirrored" and model != ADDER
+@contextlib.contextmanager
+def loading(source: ModelSource):
+    """Whatever goes wrong in this block is a ModelError that names the model."""
+    try:
+        yield
+    except Exception as error:
+        raise ModelError(f"model {source} cannot be loaded: {type(error).__name__}: {first_sentence(str(error))}") from error
+
+
+def is_mirrored(options: Options, source: ModelSource) -> bool:
+    return options.placement == "mirrored" and source.name != ADDER
 
 
 def about_this_actor() -> dict[str, Any]:
@@ -785,8 +926,8 @@ HTTP_STATUS = {1: 499, 3: 400, 4: 504, 5: 404, 6: 409, 7: 403, 8: 429, 9: 400, 1
 class Worker:
     """A Ray actor that runs sessions on the parameter server."""
 
-    def __init__(self, index: int, parameter_server, options: Options):
-        self.index, self.parameter_server, self.options = index, parameter_server, options
+    def __init__(self, index: int, parameter_server, others: list[str], options: Options):
+        self.index, self.parameter_server, self.others, self.options = index, parameter_server, others, options
         self.graphs: dict[str, Graph] = {}
         self.versions: dict[str, int] = {}  # of the weights in each mirror
         self.executor = concurrent.futures.ThreadPoolExecutor(IN_FLIGHT_PER_WORKER, "session.run")
@@ -795,22 +936,20 @@ class Worker:
         """Build the graphs and warm them up; returns ``about_this_actor()`` when ready to run."""
         loop = asyncio.get_running_loop()
         tf = await loop.run_in_executor(self.executor, import_tensorflow)  # while the parameter server does the same
-        address, _ = await self.parameter_server.start.remote()
-        await loop.run_in_executor(self.executor, self._connect, tf, address)
+        addresses, _ = await self.parameter_server.start.remote(self.others)
+        await loop.run_in_executor(self.executor, self._connect, tf, addresses)
         await self.refresh()
         await loop.run_in_executor(self.executor, self._warm_up)
         return about_this_actor()
 
-    def _connect(self, tf, address: str) -> None:
-        for source in served_models(self.options):
-            if is_mirrored(self.options, source.name):
-                graph = self.graphs[source.name] = Graph(tf, source, device=None)
-                graph.connect(tf, "", tf.ConfigProto(allow_soft_placement=True, **limits(tf, self.options)))
+    def _connect(self, tf, addresses: list[str]) -> None:
+        for graph in build_graphs(tf, self.options, mirrors=True):
+            self.graphs[graph.source.name] = graph
+            if is_mirrored(self.options, graph.source):
+                graph.connect(tf, [], self.options)
                 graph.restore(variables=False)
-            else:
-                # A plain client session straight on the parameter server: a server of our own would be one more hop for each feed.
-                graph = self.graphs[source.name] = Graph(tf, source)
-                graph.connect(tf, f"grpc://{address}", session_config(tf, [address]))
+            else:  # a plain client session straight on the parameter server: a server of our own would be one more hop
+                graph.connect(tf, addresses, self.options)
 
     def _warm_up(self) -> None:
         for graph in self.graphs.values():
@@ -819,7 +958,7 @@ class Worker:
     async def refresh(self) -> None:
         """Bring the mirrors up to date, each version's weights through the object store once."""
         for model, graph in self.graphs.items():
-            if is_mirrored(self.options, model):
+            if is_mirrored(self.options, graph.source):
                 version, (weights,) = await self.parameter_server.latest.remote(model)
                 if self.versions.get(model) != version:
                     loop = asyncio.get_running_loop()
@@ -837,8 +976,10 @@ class Worker:
             try:
                 results.append(graph.run(signature, feed))
             except Exception as error:  # answered to whoever asked
-                status = HTTP_STATUS.get(getattr(error, "error_code", None), 500)
-                results.append((status, first_sentence(str(error))))
+                code, message = getattr(error, "error_code", None), first_sentence(str(error))
+                if failure := re.search(r"RemoteFailure: <(\d+)> (.*)", message):
+                    code, message = int(failure[1]), failure[2]
+                results.append((HTTP_STATUS.get(code, 500), message))
         return results
 
 
@@ -857,6 +998,7 @@ class Key(NamedTuple):
     signature: str
     shapes: tuple  # of one row of each input, or None: runs alone
     worker: int | None  # the one worker that is to run it, if it matters
+    calls_out: bool = False  # it may wait for a request that needs a slot as well: it must not take the last one
 
 
 @dataclasses.dataclass(eq=False, slots=True)
@@ -973,6 +1115,8 @@ class Batcher:
                 early = now < waiting[0].arrived + self.options.batch_wait_ms / 1000
                 if early or self._in_flight[key] >= IN_FLIGHT_PER_KEY:
                     continue
+            if key.calls_out and sum(n for k, n in self._in_flight.items() if k.calls_out) >= IN_FLIGHT_PER_WORKER * len(self._ready) - 1:
+                continue
             if key.worker is None:
                 worker = self._slots.popleft()
             elif key.worker in self._slots:
@@ -1137,8 +1281,8 @@ class Cluster:
         self.options = dataclasses.replace(options or Options(), **changes)
         self.models: dict[str, Model] = {}
         self._workers = [WorkerState(index) for index in range(self.options.workers)]
-        self._server: Any = None
-        self._parameter_server: dict[str, Any] = {}  # about it
+        self._servers: list[Any] = []  # parameter server actors
+        self._about_servers: list[dict[str, Any]] = [{} for _ in range(self.options.parameter_servers)]
         self._batcher = Batcher(self.options, self._run, self._worker_lost)
         self._ahead = min(2 * IN_FLIGHT_PER_WORKER * self.options.workers, self.options.max_queue)  # batches of one map
         self._changed = threading.Condition()
@@ -1232,7 +1376,7 @@ class Cluster:
     def get_weights(self, model: str) -> dict[str, np.ndarray]:
         """The variables of a served model by name. Arrays may be read-only: copy what you want to write to."""
         self.find_model(model)
-        return get(self._server.get_weights.remote(model), self.options.timeout_s)
+        return get(self._servers[0].get_weights.remote(model), self.options.timeout_s)
 
     async def get_weights_async(self, model: str) -> dict[str, np.ndarray]:
         """As ``get_weights``, awaitable."""
@@ -1245,8 +1389,8 @@ class Cluster:
         """
         self.find_model(model)
         with self._setting_weights:
-            get(self._server.set_weights.remote(model, weights), self.options.timeout_s)
-            if is_mirrored(self.options, model):
+            get(self._servers[0].set_weights.remote(model, weights), self.options.timeout_s)
+            if self.options.placement == "mirrored":
                 for worker in self._workers:
                     if worker.state == "ready":
                         try:
@@ -1332,7 +1476,7 @@ class Cluster:
         status = "ready" if ready else "failed" if self._failure else "starting" if self._status in ("new", "serving") else self._status
         health = {
             "status": status,
-            "parameter_servers": [{"index": 0, "state": "ready" if self.models else "starting", **self._parameter_server}],
+            "parameter_servers": [{"index": i, "state": "ready" if about else "starting", **about} for i, about in enumerate(self._about_servers)],
             "workers": [{"index": w.index, "state": w.state, "restarts": w.restarts, **w.about} for w in self._workers],
             "models": sorted(self.models), "waiting": self._batcher.waiting()}
         return health | ({"error": str(self._failure)} if self._failure else {})
@@ -1402,16 +1546,20 @@ class Cluster:
                 self._changed.notify_all()
 
     def _start_actors(self) -> None:
-        servers = int(self.options.placement == "shared")  # those that run models
-        share = gpu_share(int(ray.cluster_resources().get("GPU", 0)), servers + self.options.workers)
-        self._resources = {"num_cpus": 0, "num_gpus": share, "max_restarts": 0}
+        servers = self.options.placement == "shared"  # do they run models?
+        share = gpu_share(int(ray.cluster_resources().get("GPU", 0)), servers * self.options.parameter_servers + self.options.workers)
+        self._resources = {"num_cpus": 0, "num_gpus": share, "max_restarts": 0, "scheduling_strategy": "SPREAD"}
         started = time.monotonic()
         resources = self._resources | {"num_gpus": share * servers}
-        self._server = ray.remote(ParameterServer).options(**resources).remote(self.options)
+        actor = ray.remote(ParameterServer).options(**resources)
+        self._servers = [actor.remote(index, self.options) for index in range(self.options.parameter_servers)]
+        others = [server.serve.remote() for server in self._servers[1:]]
+        self._others = [get(address) for address in others]
         self._spawn(self._workers[0])  # imports tensorflow while the parameter server does
-        _, models = get(self._server.start.remote())
-        self._parameter_server = get(self._server.about.remote())
-        log.info("parameter server ready  pid %d  %.1f s", self._parameter_server["pid"], time.monotonic() - started)
+        _, models = get(self._servers[0].start.remote(self._others))
+        self._about_servers = [get(server.about.remote()) for server in self._servers]
+        pids = ", ".join(str(about["pid"]) for about in self._about_servers)
+        log.info("parameter server ready  pid %s  %.1f s", pids, time.monotonic() - started)
         with self._changed:
             self.models = {model.name: model for model in models}
             if self._status == "starting":
@@ -1426,7 +1574,8 @@ class Cluster:
             pool.shutdown(cancel_futures=True)
 
     def _spawn(self, worker: WorkerState) -> None:
-        worker.actor = ray.remote(Worker).options(max_concurrency=100, **self._resources).remote(worker.index, self._server, self.options)
+        worker.actor = ray.remote(Worker).options(max_concurrency=100, **self._resources).remote(
+            worker.index, self._servers[0], self._others, self.options)
         worker.ready = worker.actor.start.remote()
 
     def _start_worker(self, worker: WorkerState) -> None:
@@ -1460,7 +1609,7 @@ class Cluster:
         self._to_start.put(index)
 
     def _end_actors(self) -> None:
-        for actor in [*(worker.actor for worker in self._workers), self._server]:
+        for actor in [*(worker.actor for worker in self._workers), *self._servers]:
             if actor is not None and ray.is_initialized():
                 ray.kill(actor)
         for worker in self._workers:
@@ -1506,7 +1655,9 @@ def make_request(call: Call, future, loop) -> Request:
     shapes, rows, feed = None, 1, call.feed
     if call.signature.batched and all(array.ndim for array in feed) and len({len(array) for array in feed}) == 1:
         shapes, rows = tuple(array.shape[1:] for array in feed), len(feed[0])
-    return Request(Key(call.model, call.signature.name, shapes, call.worker), feed, rows, call.signature.writes, future, loop)
+    signature = call.signature
+    key = Key(call.model, signature.name, shapes, call.worker, signature.calls_out)
+    return Request(key, feed, rows, signature.writes or signature.calls_out, future, loop)
 
 
 @contextlib.contextmanager

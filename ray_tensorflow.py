@@ -823,7 +823,10 @@ def request_http(address: str, method: str, path: str, body: bytes | None, deadl
 
 
 class ParameterServer:
-    """A Ray actor with a TensorFlow server in it, and on that the state of the models, or its part of it."""
+    """A Ray actor with a TensorFlow server in it, and on that the state of the models, or its part of it.
+
+    Its methods run one at a time, as those that are not ``async`` do in an actor that has some that are.
+    """
 
     def __init__(self, index: int, options: Options):
         self.index, self.options = index, options
@@ -878,7 +881,11 @@ class ParameterServer:
             self.versions[model] = self.count, [ray.put(self.get_weights(model))]
         return self.versions[model]
 
-    def about(self) -> dict[str, Any]:
+    async def stay(self) -> None:
+        """Never returns: a call whose failure tells at once that this process is gone."""
+        await asyncio.Event().wait()
+
+    async def about(self) -> dict[str, Any]:
         """Process id, node, and the devices that this actor may use."""
         return about_this_actor()
 
@@ -1472,7 +1479,7 @@ class Cluster:
 
     def health(self) -> dict[str, Any]:
         """What ``GET /health`` answers: status, parameter servers, workers with their state; asks nobody, waits for nothing."""
-        ready = self._status == "serving" and self._count("ready") > 0
+        ready = self._status == "serving" and not self._failure and self._count("ready") > 0
         status = "ready" if ready else "failed" if self._failure else "starting" if self._status in ("new", "serving") else self._status
         health = {
             "status": status,
@@ -1490,7 +1497,7 @@ class Cluster:
 
     def find_model(self, name: str, version: int | None = None) -> Model:
         if self._failure:
-            raise Unavailable(f"The server could not start: {self._failure}")
+            raise Unavailable(str(self._failure))
         if self._status in ("new", "starting"):
             raise Unavailable("The server is starting; try again later.")
         model = self.models.get(name)
@@ -1558,6 +1565,8 @@ class Cluster:
         self._spawn(self._workers[0])  # imports tensorflow while the parameter server does
         _, models = get(self._servers[0].start.remote(self._others))
         self._about_servers = [get(server.about.remote()) for server in self._servers]
+        for server in self._servers:
+            server.stay.remote().future().add_done_callback(self._server_lost)
         pids = ", ".join(str(about["pid"]) for about in self._about_servers)
         log.info("parameter server ready  pid %s  %.1f s", pids, time.monotonic() - started)
         with self._changed:
@@ -1598,6 +1607,15 @@ class Cluster:
             log.info("worker %d ready  pid %d  %.1f s", worker.index, worker.about["pid"], time.monotonic() - started)
         with self._changed:
             self._changed.notify_all()
+
+    def _server_lost(self, _) -> None:
+        """Variables are gone that nobody else has: say so, rather than go on with their first values (tensorflow#2461)."""
+        with self._changed:
+            if self._status != "serving" or self._failure:
+                return
+            self._failure = Unavailable("The parameter server was lost, and the variables with it: start the server anew.")
+        log.error("%s", self._failure)
+        self._batcher.close(str(self._failure))
 
     def _worker_lost(self, index: int, error: BaseException) -> None:
         worker = self._workers[index]
@@ -1747,6 +1765,7 @@ def ray_runtime(options: Options):
     before = os.environ.get("PYTHONPATH")
     os.environ["PYTHONPATH"] = python_path
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_worker_niceness", "0")  # else actors, at nice 15, starve beside a busy web process
     if not os.environ.get("RAY_AUTH_TOKEN_PATH"):  # else it is written to the home folder; Ray keeps the first for the process
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
     ray_constants.ENABLE_RAY_CLUSTER = False  # of several nodes: so everything of Ray's listens on 127.0.0.1

@@ -114,10 +114,13 @@ class ModelError(Error):
 # ======================================================================================================================
 
 
+FRONT_END, COMMAND = "front end", "command"
+
+
 def option(default, help: str, parse: Callable[[Any], Any], only: str | None = None):
     """A field of ``Options``; ``parse`` checks a value (given as text or not), or raises ValueError(what is allowed).
 
-    ``only`` says whose command line has it: the "front end"'s, the "command"'s, or everybody's.
+    ``only`` says whose command line has it: a FRONT_END's, the COMMAND's, or everybody's.
     """
     return dataclasses.field(default=default, metadata={"help": help, "parse": parse, "only": only})
 
@@ -130,7 +133,8 @@ def number(kind: type, least: float, most: float = math.inf, above: bool = False
             result = kind(value)
         except (TypeError, ValueError, OverflowError):
             raise ValueError(allowed) from None
-        if isinstance(value, bool) or result != float(value) or not (least < result if above else least <= result) or not result <= most or math.isinf(result):
+        large_enough = least < result if above else least <= result
+        if isinstance(value, bool) or result != float(value) or not large_enough or not result <= most or math.isinf(result):
             raise ValueError(allowed)
         return result
 
@@ -210,10 +214,6 @@ def model_sources(values) -> tuple[ModelSource, ...]:
     return sources
 
 
-def default_port() -> int:
-    return int(os.environ.get("PORT") or 8080)
-
-
 @dataclasses.dataclass(frozen=True)
 class Options:
     """What can be set. Command line beats environment (``RAY_TENSORFLOW_<NAME>``) beats default.
@@ -235,10 +235,10 @@ class Options:
     max_queue: int = option(1024, "waiting requests past which new ones are refused", number(int, 1))
     timeout_s: float = option(30.0, "deadline of one request, in seconds", number(float, 0, above=True))
     address: str | None = option(None, "Ray cluster to join ('auto': the one that runs here), else one is started", text)
-    host: str | None = option(None, "address to listen on: 0.0.0.0 where the platform sets PORT, else 127.0.0.1", text, "front end")
-    port: int | None = option(None, "port to listen on: PORT where the platform sets it, else 8080", number(int, 0, 65535), "front end")
-    input: str | None = option(None, "rows to predict with the one --model: .npy, or .npz by input name", array_file, "command")
-    output: str | None = option(None, "where the predictions go: .npy, or .npz by output name", array_file, "command")
+    host: str | None = option(None, "address to listen on: 0.0.0.0 where the platform sets PORT, else 127.0.0.1", text, FRONT_END)
+    port: int | None = option(None, "port to listen on: PORT where the platform sets it, else 8080", number(int, 0, 65535), FRONT_END)
+    input: str | None = option(None, "rows to predict with the one --model: .npy, or .npz by input name", array_file, COMMAND)
+    output: str | None = option(None, "where the predictions go: .npy, or .npz by output name", array_file, COMMAND)
 
     def __post_init__(self):
         for field in dataclasses.fields(self):
@@ -266,7 +266,7 @@ class Options:
 
     @classmethod
     def from_command_line(cls, description: str, kind: str, arguments: list[str] | None = None) -> Options:
-        """Options from the command line (of a "front end" or the "command") and the environment; a wrong one ends with status 2."""
+        """Options from the command line of a FRONT_END or the COMMAND; a wrong one ends the program with status 2."""
         parser = argparse.ArgumentParser(description=description, allow_abbrev=False)
         for field in dataclasses.fields(cls):
             if field.metadata["only"] in (None, kind):
@@ -311,9 +311,9 @@ class Signature:
     inputs: dict[str, TensorSpec]
     outputs: dict[str, TensorSpec]
     writes: bool  # running it changes variables: it is never run twice for one request
-    calls_out: bool  # it runs Python functions, such as remote_predict: it may wait for what only another slot can do
-    method: str = "tensorflow/serving/predict"
     batched: bool = False  # rows of several requests may share one run: each answer is the same to the last bit
+    calls_out: bool = False  # it runs Python functions, such as remote_predict: it may wait for what only another slot can do
+    method: str = "tensorflow/serving/predict"
 
 
 @dataclasses.dataclass
@@ -357,7 +357,7 @@ def import_tensorflow():
     """``tensorflow.compat.v1``, imported here and nowhere else, in the actors alone."""
     if "tensorflow" not in sys.modules:
         os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-        for name in ("http_proxy", "https_proxy", "all_proxy", "grpc_proxy"):  # they break gRPC on the loopback (tensorflow#50626)
+        for name in ("http_proxy", "https_proxy", "all_proxy", "grpc_proxy"):  # they break loopback gRPC (tensorflow#50626)
             os.environ.pop(name, None)
             os.environ.pop(name.upper(), None)
         if ray.is_initialized() and not ray.get_gpu_ids():
@@ -445,7 +445,8 @@ class Graph:
                 inputs, outputs = ({k: tensor_spec(tf, v[k]) for k in sorted(v)} for v in (definition.inputs, definition.outputs))
                 types = operation_types(meta_graph.graph_def, [t.name for t in definition.outputs.values()])
                 writes, calls_out = any(map(STATE_CHANGING.fullmatch, types)), any(map(PYTHON_FUNCTION.fullmatch, types))
-                self.signatures[name] = Signature(name, inputs, outputs, writes, calls_out, definition.method_name)
+                self.signatures[name] = Signature(
+                    name, inputs, outputs, writes, calls_out=calls_out, method=definition.method_name)
 
     def _build(self, tf):
         """Call the user's function, in a graph of its own, and describe what it made as a SavedModel would."""
@@ -457,12 +458,13 @@ class Graph:
         self._builder = tf.Graph()  # kept: it owns the Python functions of its py_func operations
         with self._builder.as_default():
             signatures = function(tf)
-            initializer = tf.group(
-                tf.global_variables_initializer(), tf.local_variables_initializer(), tf.tables_initializer(), name="initialize_all")
+            initializers = tf.global_variables_initializer(), tf.local_variables_initializer(), tf.tables_initializer()
+            initializer = tf.group(*initializers, name="initialize_all")
         meta_graph = meta_graph_pb2.MetaGraphDef(graph_def=self._builder.as_graph_def())
         self._initializer = initializer.name
         for signature, (inputs, outputs) in signatures.items():
-            infos = ({k: tf.saved_model.build_tensor_info(tf.convert_to_tensor(t)) for k, t in side.items()} for side in (inputs, outputs))
+            sides = [{name: tf.convert_to_tensor(tensor) for name, tensor in side.items()} for side in (inputs, outputs)]
+            infos = [{name: tf.saved_model.build_tensor_info(tensor) for name, tensor in side.items()} for side in sides]
             meta_graph.signature_def[signature].CopyFrom(
                 tf.saved_model.build_signature_def(*infos, method_name=tf.saved_model.PREDICT_METHOD_NAME))
         return meta_graph
@@ -572,12 +574,14 @@ class TensorFlowVariables:
         with graph.as_default() if operations else contextlib.nullcontext():
             for name, operation in named.items():
                 handle = operation.outputs[0]
-                resource = operation.type == "VarHandleOp"
                 dtype, shape = operation.get_attr("dtype"), operation.get_attr("shape")
                 with tf.colocate_with(operation):
                     new = tf.placeholder(dtype, tf.TensorShape(shape), name="Placeholder_" + name)
-                    value = tf.raw_ops.ReadVariableOp(resource=handle, dtype=dtype) if resource else tf.identity(handle)
-                    assign = tf.raw_ops.AssignVariableOp(resource=handle, value=new) if resource else tf.raw_ops.Assign(ref=handle, value=new).op
+                    if operation.type == "VarHandleOp":
+                        value = tf.raw_ops.ReadVariableOp(resource=handle, dtype=dtype)
+                        assign = tf.raw_ops.AssignVariableOp(resource=handle, value=new)
+                    else:  # a reference variable of TensorFlow 1
+                        value, assign = tf.identity(handle), tf.raw_ops.Assign(ref=handle, value=new).op
                 self.variables[name] = objects.get(operation.name, handle)
                 self.placeholders[name], self.assignment_nodes[name], self._values[name] = new, assign, value
 
@@ -617,12 +621,10 @@ class TensorFlowVariables:
             feeds[name] = to_array(f"variable {name}", value, TensorSpec(np.dtype(placeholder.dtype.as_numpy_dtype).name, None))
             if feeds[name].nbytes >= 2**31 - 2**20:
                 raise InvalidRequest(f"variable {name!r} is larger than the 2 GiB that TensorFlow can be fed")
-        session = self._session()
-        if sum(value.nbytes for value in feeds.values()) < 2**30:
-            session.run([self.assignment_nodes[name] for name in feeds], {self.placeholders[name]: value for name, value in feeds.items()})
-        else:
-            for name, value in feeds.items():
-                session.run(self.assignment_nodes[name], {self.placeholders[name]: value})
+        together = [feeds] if sum(value.nbytes for value in feeds.values()) < 2**30 else [{name: feeds[name]} for name in feeds]
+        for part in together:
+            nodes = [self.assignment_nodes[name] for name in part]
+            self._session().run(nodes, {self.placeholders[name]: value for name, value in part.items()})
 
     def _session(self):
         if self.sess is None:
@@ -694,7 +696,8 @@ def sample_rows(signature: Signature, rows: int) -> list[np.ndarray]:
         if dtype == object:
             arrays.append(np.full(shape, b"", object))
         else:
-            arrays.append((random.standard_normal(shape) if dtype.kind not in "biu" else random.integers(0, 2, shape)).astype(dtype))
+            numbers = random.integers(0, 2, shape) if dtype.kind in "biu" else random.standard_normal(shape)
+            arrays.append(numbers.astype(dtype))
     return arrays
 
 
@@ -750,7 +753,8 @@ def remote_predict(
             raise RemoteFailure(f"<{code}> {message}")
         return [np.int32(code), message.encode(), *outputs]
 
-    code, message, *outputs = tf.numpy_function(call, input_tensors, [tf.int32, tf.string, *dtypes], name=name or "remote_predict")
+    name = name or "remote_predict"
+    code, message, *outputs = tf.numpy_function(call, input_tensors, [tf.int32, tf.string, *dtypes], name=name)
     for scalar in (code, message):
         scalar.set_shape([])
     return outputs if fail_op_on_rpc_error else (code, message, outputs)
@@ -773,7 +777,7 @@ def call_remote(
         if inputs.keys() != signature["inputs"].keys():
             raise InvalidRequest(f"input aliases {sorted(inputs)} do not match the signature's {sorted(signature['inputs'])}")
         if missing := specs.keys() - signature["outputs"].keys():
-            raise InvalidRequest(f"output alias {sorted(missing)[0]!r} is not among the signature's {sorted(signature['outputs'])}")
+            raise InvalidRequest(f"output aliases {sorted(missing)} are not among the signature's {sorted(signature['outputs'])}")
         texts = {name: json_texts(np.asarray(array), 0, f"{name}_bytes")[0] for name, array in inputs.items()}
         body = f'{{"signature_name": {json.dumps(signature_name)}, "inputs": {json_object(texts)}}}'
         outputs = json.loads(request_http(address, "POST", f"{path}:predict", body.encode(), deadline))["outputs"]
@@ -787,7 +791,8 @@ def call_remote(
         code, message = 14, f"{address} cannot be reached: {error.strerror or error}"
     except (http.client.HTTPException, ValueError, KeyError, TypeError, AttributeError) as error:
         code, message = 13, f"{address} does not answer as TensorFlow Serving does: {type(error).__name__}: {error}"
-    return code, message, [np.zeros((), spec.dtype) if spec.dtype != "object" else np.array(b"", object) for spec in specs.values()]
+    empty = [np.array(b"", object) if spec.dtype == "object" else np.zeros((), spec.dtype) for spec in specs.values()]
+    return code, message, empty
 
 
 def request_http(address: str, method: str, path: str, body: bytes | None, deadline: float) -> bytes:
@@ -863,7 +868,8 @@ class ParameterServer:
                     graph.restore()
                     models.append(graph.describe(self.options.max_batch))
                 if is_mirrored(self.options, graph.source) and any(s.writes for s in models[-1].signatures.values()):
-                    raise ModelError(f"model {graph.source} changes its variables when it runs, so it cannot be mirrored: use --placement shared")
+                    reason = "changes its variables when it runs, so it cannot be mirrored: use --placement shared"
+                    raise ModelError(f"model {graph.source} {reason}")
             self.description = addresses, models
         return self.description
 
@@ -1037,7 +1043,9 @@ class Batcher:
     at most ``max_queue`` wait; every request has its answer at the latest when its deadline has passed.
     """
 
-    def __init__(self, options: Options, run: Callable[..., concurrent.futures.Future], lost: Callable[[int, BaseException], None]):
+    def __init__(
+        self, options: Options, run: Callable[..., concurrent.futures.Future], lost: Callable[[int, BaseException], None]
+    ):
         self.options, self._run, self._lost = options, run, lost
         self._lock = threading.Lock()
         self._wake = threading.Condition(self._lock)
@@ -1122,8 +1130,10 @@ class Batcher:
                 early = now < waiting[0].arrived + self.options.batch_wait_ms / 1000
                 if early or self._in_flight[key] >= IN_FLIGHT_PER_KEY:
                     continue
-            if key.calls_out and sum(n for k, n in self._in_flight.items() if k.calls_out) >= IN_FLIGHT_PER_WORKER * len(self._ready) - 1:
-                continue
+            if key.calls_out:
+                calling = sum(batches for other, batches in self._in_flight.items() if other.calls_out)
+                if calling >= IN_FLIGHT_PER_WORKER * len(self._ready) - 1:
+                    continue
             if key.worker is None:
                 worker = self._slots.popleft()
             elif key.worker in self._slots:
@@ -1145,7 +1155,9 @@ class Batcher:
     def _send(self, worker: int, batch: list[Request], merge: bool) -> None:
         key = batch[0].key
         merge = merge and len(batch) > 1
-        feeds = [[np.concatenate(arrays) for arrays in zip(*(request.feed for request in batch))]] if merge else [r.feed for r in batch]
+        feeds = [request.feed for request in batch]
+        if merge:
+            feeds = [[np.concatenate(arrays) for arrays in zip(*feeds)]]
         try:
             future = self._run(worker, key.model, key.signature, feeds)
         except Exception as error:
@@ -1178,7 +1190,8 @@ class Batcher:
             ends = list(itertools.accumulate(request.rows for request in batch))
             results = [[array[end - request.rows:end] for array in result] for request, end in zip(batch, ends)]
         self._return_slot(worker, key)
-        resolve([(r, result if isinstance(result, list) else ModelError(result[1], result[0])) for r, result in zip(batch, results)])
+        outcomes = [result if isinstance(result, list) else ModelError(result[1], result[0]) for result in results]
+        resolve(list(zip(batch, outcomes)))
 
     def _return_slot(self, worker: int, key: Key) -> None:
         with self._lock:
@@ -1196,7 +1209,8 @@ class Batcher:
         with self._lock:
             for request in reversed(batch):
                 if request.writes:
-                    refused.append((request, WorkerLost(f"Worker {worker} was lost; the change may or may not have been applied.")))
+                    error = WorkerLost(f"Worker {worker} was lost; the change may or may not have been applied.")
+                    refused.append((request, error))
                 else:
                     request.sent = False
                     self._queues.setdefault(request.key, collections.deque()).appendleft(request)
@@ -1317,7 +1331,8 @@ class Cluster:
         """
         self.begin()
         with self._changed:
-            self._changed.wait_for(lambda: self._count("ready") >= workers or self._failure or self._status in ("stopping", "stopped"))
+            self._changed.wait_for(
+                lambda: self._count("ready") >= workers or self._failure or self._status in ("stopping", "stopped"))
         if self._status != "serving" or self._failure:
             self.close()
             raise self._failure or Unavailable("The cluster was closed.")
@@ -1366,9 +1381,10 @@ class Cluster:
     ) -> dict[str, np.ndarray]:
         """Run a signature of a served model.
 
-        ``inputs`` are arrays by input name (or just the array, of a sole input), of a dtype that numpy casts to the input's without loss of kind (ints to floats,
-        not floats to ints; text for strings). The result is arrays by output name; they may be read-only, and views of a
-        larger one: copy what you want to write to. Raises InvalidRequest, ModelError, Unavailable, WorkerLost or DeadlineExceeded.
+        ``inputs`` are arrays by input name (or just the array, of a sole input), of a dtype that numpy casts to the input's
+        without loss of kind (ints to floats, not floats to ints; text for strings). The result is arrays by output name; they
+        may be read-only, and views of a larger one: copy what you want to write to. Raises InvalidRequest, ModelError,
+        Unavailable, WorkerLost or DeadlineExceeded.
         """
         spec = self.find(model, version, signature)
         return dict(zip(spec.outputs, self.run(Call(model, spec, feed_of(spec, inputs)))))
@@ -1411,7 +1427,8 @@ class Cluster:
         await asyncio.to_thread(self.set_weights, model, weights)
 
     def map(
-        self, batches: Iterable[Any], model: str, signature: str = "serving_default", version: int | None = None, ordered: bool = True
+        self, batches: Iterable[Any], model: str, signature: str = "serving_default", version: int | None = None,
+        ordered: bool = True
     ) -> Iterator[dict[str, np.ndarray]]:
         """``predict`` for each batch of any iterable, however long and of whatever sizes, in order or as they finish.
 
@@ -1423,8 +1440,8 @@ class Cluster:
 
         def results(most: int):
             while len(pending) > most:
-                done = pending if ordered else concurrent.futures.wait(pending, return_when=concurrent.futures.FIRST_COMPLETED).done
-                future = next(iter(done))
+                first = pending if ordered else concurrent.futures.wait(pending, return_when=concurrent.futures.FIRST_COMPLETED)[0]
+                future = next(iter(first))
                 with naming_batch(pending.pop(future)):
                     outputs = future.result()
                 yield dict(zip(spec.outputs, outputs))
@@ -1440,17 +1457,17 @@ class Cluster:
                 future.cancel()
 
     async def map_async(
-        self, batches: Iterable[Any] | AsyncIterable[Any], model: str, signature: str = "serving_default", version: int | None = None,
-        ordered: bool = True
+        self, batches: Iterable[Any] | AsyncIterable[Any], model: str, signature: str = "serving_default",
+        version: int | None = None, ordered: bool = True
     ) -> AsyncIterator[dict[str, np.ndarray]]:
-        """As ``map``, for ``async for``; ``batches`` may be asynchronous too. Pulling from one that is not blocks a thread, not the loop."""
+        """As ``map``, for ``async for``; ``batches`` may be asynchronous too, else a thread waits for them and not the loop."""
         spec = self.find(model, version, signature)
         pending: dict[asyncio.Future, int] = {}
 
         async def results(most: int):
             while len(pending) > most:
-                done = pending if ordered else (await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED))[0]
-                future = next(iter(done))
+                first = pending if ordered else (await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED))[0]
+                future = next(iter(first))
                 with naming_batch(pending.pop(future)):
                     outputs = await future
                 yield dict(zip(spec.outputs, outputs))
@@ -1479,13 +1496,17 @@ class Cluster:
 
     def health(self) -> dict[str, Any]:
         """What ``GET /health`` answers: status, parameter servers, workers with their state; asks nobody, waits for nothing."""
-        ready = self._status == "serving" and not self._failure and self._count("ready") > 0
-        status = "ready" if ready else "failed" if self._failure else "starting" if self._status in ("new", "serving") else self._status
+        if self._failure:
+            status = "failed"
+        elif self._status == "serving" and self._count("ready"):
+            status = "ready"
+        else:
+            status = "starting" if self._status in ("new", "serving") else self._status
+        servers = [{"index": i, "state": "ready" if about else "starting", **about} for i, about in enumerate(self._about_servers)]
+        workers = [{"index": w.index, "state": w.state, "restarts": w.restarts, **w.about} for w in self._workers]
         health = {
-            "status": status,
-            "parameter_servers": [{"index": i, "state": "ready" if about else "starting", **about} for i, about in enumerate(self._about_servers)],
-            "workers": [{"index": w.index, "state": w.state, "restarts": w.restarts, **w.about} for w in self._workers],
-            "models": sorted(self.models), "waiting": self._batcher.waiting()}
+            "status": status, "parameter_servers": servers, "workers": workers, "models": sorted(self.models),
+            "waiting": self._batcher.waiting()}
         return health | ({"error": str(self._failure)} if self._failure else {})
 
     def find(self, model: str, version: int | None = None, signature: str = "serving_default") -> Signature:
@@ -1553,11 +1574,11 @@ class Cluster:
                 self._changed.notify_all()
 
     def _start_actors(self) -> None:
-        servers = self.options.placement == "shared"  # do they run models?
-        share = gpu_share(int(ray.cluster_resources().get("GPU", 0)), servers * self.options.parameter_servers + self.options.workers)
+        running = self.options.parameter_servers * (self.options.placement == "shared")  # those that run models
+        share = gpu_share(int(ray.cluster_resources().get("GPU", 0)), running + self.options.workers)
         self._resources = {"num_cpus": 0, "num_gpus": share, "max_restarts": 0, "scheduling_strategy": "SPREAD"}
         started = time.monotonic()
-        resources = self._resources | {"num_gpus": share * servers}
+        resources = self._resources | {"num_gpus": share if running else 0}
         actor = ray.remote(ParameterServer).options(**resources)
         self._servers = [actor.remote(index, self.options) for index in range(self.options.parameter_servers)]
         others = [server.serve.remote() for server in self._servers[1:]]
@@ -1602,7 +1623,8 @@ class Cluster:
                 worker.actor, worker.state = None, "lost"
                 log.warning("worker %d could not start: %s", worker.index, first_sentence(str(error)))
                 if not self._count("ready"):
-                    self._failure = error if isinstance(error, Error) else Unavailable(f"No worker could start: {first_sentence(str(error))}")
+                    reason = f"No worker could start: {first_sentence(str(error))}"
+                    self._failure = error if isinstance(error, Error) else Unavailable(reason)
         else:
             log.info("worker %d ready  pid %d  %.1f s", worker.index, worker.about["pid"], time.monotonic() - started)
         with self._changed:
@@ -1819,7 +1841,7 @@ def reply_error(error: Error) -> Reply:
 
 
 def answer(cluster: Cluster, method: str, path: str, query: str, content_encoding: str, body: bytes) -> Reply | Pending:
-    """The one entry of both front ends: a Reply, or what is still to be done for it. ``path`` is as sent, not yet percent-decoded.
+    """The one entry of both front ends: a Reply, or what is still to be done for it. ``path`` is as sent, still percent-encoded.
 
     Raises Error, for ``reply_error``.
     """
@@ -1870,7 +1892,8 @@ def parse_value(query: str) -> float:
         raise InvalidRequest("The query string cannot be parsed") from None
     if len(values) > 1:
         raise InvalidRequest("value must be given once")
-    if len(values[0]) > 100 or not re.fullmatch(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", values[0], re.ASCII) or math.isinf(float(values[0])):
+    number = re.fullmatch(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", values[0][:101], re.ASCII)
+    if not number or len(values[0]) > 100 or math.isinf(float(values[0])):
         raise InvalidRequest(f"value must be one finite number, not {values[0][:100]!r}")
     return float(values[0])
 
@@ -1980,7 +2003,7 @@ def parse_json(body: bytes) -> dict[str, Any]:
         except RecursionError:
             document = json.loads(without_depths(text))
     except json.JSONDecodeError as error:
-        message = RAPIDJSON_MESSAGES.get(error.msg.removesuffix(": "), error.msg + ".") if text.strip() else "The document is empty."
+        message = RAPIDJSON_MESSAGES.get(error.msg, error.msg + ".") if text.strip() else "The document is empty."
         raise InvalidRequest(f"JSON Parse error: {message} at offset: {error.pos}") from None
     except (ValueError, RecursionError) as error:  # an integer of more digits than Python converts
         raise InvalidRequest(f"JSON Parse error: {error or 'nested too deeply'}") from None
@@ -2024,7 +2047,8 @@ INTEGER_RANGES = {
 def parse_predict(document: dict[str, Any], signature: Signature) -> tuple[bool, list[np.ndarray]]:
     """Is it row format, and one array for each input by sorted name. Raises InvalidRequest in TensorFlow Serving's words."""
     if "instances" in document and "inputs" in document:
-        raise InvalidRequest(f"JSON Value: {shown(document)} Not formatted correctly expecting only one of 'inputs' or 'instances' keys to exist ")
+        reason = "Not formatted correctly expecting only one of 'inputs' or 'instances' keys to exist"
+        raise InvalidRequest(f"JSON Value: {shown(document)} {reason} ")
     if not signature.inputs:
         raise InvalidRequest(f"Failed to get input map for signature: {signature.name}")
     if "instances" in document:
@@ -2047,10 +2071,12 @@ def parse_rows(instances: Any, inputs: dict[str, TensorSpec]) -> list[np.ndarray
                 if name not in inputs:
                     raise row_error(i, f"JSON object: does not have named input: {name}", name)
             if row.keys() != inputs.keys():
-                raise InvalidRequest(f"Failed to process element: {i} of 'instances' list. JSON object: {shown(row)} keys must be equal to: {','.join(inputs)}")
+                keys = f"JSON object: {shown(row)} keys must be equal to: {','.join(inputs)}"
+                raise InvalidRequest(f"Failed to process element: {i} of 'instances' list. {keys}")
         return [stack_rows([row[name] for row in instances], spec, name) for name, spec in inputs.items()]
     if len(inputs) > 1:
-        raise InvalidRequest("instances is a plain list, but expecting list of objects as multiple input tensors required as per tensorinfo_map")
+        raise InvalidRequest(
+            "instances is a plain list, but expecting list of objects as multiple input tensors required as per tensorinfo_map")
     for i, row in enumerate(instances):
         if isinstance(row, dict) and not is_base64(row):
             raise InvalidRequest(f"Expecting value/list but got object at item {i} of input list")
@@ -2085,7 +2111,8 @@ def row_error(i: int, message: str, name: str | None) -> InvalidRequest:
 def parse_columns(value: Any, inputs: dict[str, TensorSpec]) -> list[np.ndarray]:
     if not isinstance(value, dict) or is_base64(value):
         if len(inputs) > 1:
-            raise InvalidRequest("inputs is a plain value/list, but expecting an object as multiple input tensors required as per tensorinfo_map")
+            raise InvalidRequest(
+                "inputs is a plain value/list, but expecting an object as multiple input tensors required as per tensorinfo_map")
         return [parse_tensor(value, spec) for spec in inputs.values()]
     for name in inputs:
         if name not in value:
@@ -2110,7 +2137,8 @@ def parse_tensor(value: Any, spec: TensorSpec) -> np.ndarray:
     for level, size in enumerate(shape):
         for item in flat if set(map(type, flat)) > {list} else ():
             if not isinstance(item, list):
-                raise InvalidRequest(f"JSON Value: {shown(item)} found at incorrect level: {level + 1} in the JSON DOM. Expected at level: {len(shape)}")
+                place = f"found at incorrect level: {level + 1} in the JSON DOM. Expected at level: {len(shape)}"
+                raise InvalidRequest(f"JSON Value: {shown(item)} {place}")
         for item in flat if set(map(len, flat)) > {size} else ():
             if len(item) != size:
                 raise InvalidRequest(f"Encountered list at unexpected size: {len(item)} at level: {level} expected size: {size}")
@@ -2151,7 +2179,8 @@ def parse_leaves(values: list[Any], dtype: str) -> np.ndarray:
 def check_leaves(values: list[Any], dtype: str, fine: bool, accepts: Callable[[Any], bool]) -> None:
     for value in () if fine else values:
         if not accepts(value):
-            raise InvalidRequest(f"JSON Value: {shown(value)} Type: {json_type(value)} is not of expected type: {TYPE_NAMES.get(dtype, dtype)}")
+            types = f"Type: {json_type(value)} is not of expected type: {TYPE_NAMES.get(dtype, dtype)}"
+            raise InvalidRequest(f"JSON Value: {shown(value)} {types}")
 
 
 def json_type(value: Any) -> str:
@@ -2239,14 +2268,11 @@ def decimals(flat: np.ndarray) -> list[str]:
     """
     values = flat.tolist()
     texts = ("%g " * len(values) % tuple(values)).split()
-    inexact = np.flatnonzero(np.array(texts, np.float64).astype(flat.dtype) != flat).tolist()
     digits = "%.9g" if flat.itemsize == 4 else "%.17g"
-    for i in inexact:
-        value = values[i]
-        texts[i] = digits % value
-        if not math.isfinite(value):
-            texts[i] = "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
-    return [t if "." in t or "e" in t or t[-1] in "yN" else {"inf": "Infinity", "-inf": "-Infinity"}.get(t) or t + ".0" for t in texts]
+    for i in np.flatnonzero(np.array(texts, np.float64).astype(flat.dtype) != flat).tolist():
+        texts[i] = digits % values[i]
+    tokens = {"nan": "NaN", "-nan": "NaN", "inf": "Infinity", "-inf": "-Infinity"}
+    return [text if "." in text or "e" in text else tokens.get(text) or text + ".0" for text in texts]
 
 
 # -- REST: classify and regress ----------------------------------------------------------------------------------------
@@ -2265,7 +2291,7 @@ def find_example_signature(cluster: Cluster, name: str, version: int | None, sig
     if "inputs" not in signature.inputs:
         raise InvalidRequest(f"No {kind} inputs found in SignatureDef: {signature_name}")
     if signature.inputs["inputs"].dtype != "object":
-        raise InvalidRequest(f"Expected a string input Tensor for serialized examples, but it is {signature.inputs['inputs'].dtype}.")
+        raise InvalidRequest(f"Expected a string input Tensor for the examples, but it is {signature.inputs['inputs'].dtype}.")
     return signature
 
 
@@ -2332,7 +2358,8 @@ def encode_regress(signature: Signature, examples: int, outputs: list[np.ndarray
     if values is None or len(outputs) != 1:
         raise InvalidRequest("Expected one output Tensor.")
     if values.ndim not in (1, 2) or values.ndim == 2 and values.shape[1] != 1:
-        raise InvalidRequest(f"Expected output Tensor shape to be either [batch_size] or [batch_size, 1] but got {list(values.shape)}")
+        shapes = f"either [batch_size] or [batch_size, 1] but got {list(values.shape)}"
+        raise InvalidRequest(f"Expected output Tensor shape to be {shapes}")
     if len(values) != examples:
         raise InvalidRequest(f"Input batch size did not match output batch size: {examples} vs. {len(values)}")
     return Reply(200, to_bytes(f'{{"results": {json_texts(values.reshape(-1), 0, "outputs")[0]}}}'))
@@ -2351,7 +2378,7 @@ def encode_classify(signature: Signature, examples: int, outputs: list[np.ndarra
     labels = json_texts(named["classes"], 2, "classes") if "classes" in named else ['""'] * math.prod(shape)
     scores = json_texts(named["scores"], 2, "scores") if "scores" in named else ["0.0"] * math.prod(shape)
     if len(labels) != len(scores):
-        raise InvalidRequest(f"Tensors class and score should match in num_classes, but have {len(labels)} and {len(scores)} elements")
+        raise InvalidRequest(f"classes and scores should match, but have {len(labels)} and {len(scores)} elements")
     pairs = np.array([f"[{label}, {score}]" for label, score in zip(labels, scores)], object).reshape(shape)
     rows = ", ".join(f"[{', '.join(row)}]" for row in pairs.tolist())
     return Reply(200, to_bytes(f'{{"results": [{rows}]}}'))
@@ -2435,7 +2462,8 @@ def open_columns(path: str, signature: Signature, stack: contextlib.ExitStack) -
         else:
             streams = {next(iter(signature.inputs)): stack.enter_context(open(path, "rb"))}
         if streams.keys() != signature.inputs.keys():
-            raise InvalidRequest(f"{path} has {sorted(streams)}, but the inputs are {sorted(signature.inputs)} (.npz holds several)")
+            inputs = f"the inputs are {sorted(signature.inputs)} (.npz holds several)"
+            raise InvalidRequest(f"{path} has {sorted(streams)}, but {inputs}")
         columns = {name: Column(f"{path}: {name}", stream) for name, stream in streams.items()}
     except (OSError, ValueError, zipfile.BadZipFile) as error:
         raise InvalidRequest(f"{path} cannot be read: {first_sentence(str(error))}") from None
@@ -2478,7 +2506,8 @@ class ArrayWriter:
                 continue
             if name not in self.files:
                 self.files[name] = open(self.paths[name], "wb")
-                header = {"descr": np.lib.format.dtype_to_descr(array.dtype), "fortran_order": False, "shape": (self.total, *array.shape[1:])}
+                shape = self.total, *array.shape[1:]
+                header = {"descr": np.lib.format.dtype_to_descr(array.dtype), "fortran_order": False, "shape": shape}
                 np.lib.format.write_array_header_2_0(self.files[name], header)
             self.files[name].write(np.ascontiguousarray(array).data)
         self.rows += counts.pop()[0]
@@ -2565,7 +2594,7 @@ async def run_command(options: Options) -> int:
 
 
 def main() -> None:
-    options = Options.from_command_line("Add up the workers' numbers in one shared TensorFlow graph, or predict a whole file.", "command")
+    options = Options.from_command_line("Add the workers' numbers up in one shared graph, or predict a whole file.", COMMAND)
     start_logging()
     try:
         sys.exit(asyncio.run(run_command(options)))

@@ -17,7 +17,7 @@ from werkzeug.exceptions import HTTPException, RequestEntityTooLarge
 from werkzeug.serving import WSGIRequestHandler, make_server
 
 from ray_tensorflow import (
-    MAX_BODY_BYTES, METHODS, Cluster, Error, Options, Pending, Reply, answer, reply_error, start_logging, too_large)
+    FRONT_END, MAX_BODY_BYTES, METHODS, Cluster, Error, Options, Pending, Reply, answer, reply_error, start_logging, too_large)
 
 
 def create_app(options: Options | None = None) -> Flask:
@@ -73,7 +73,7 @@ app = create_app()
 
 
 def main() -> None:
-    options = Options.from_command_line(__doc__.partition("\n")[0], "front end")
+    options = Options.from_command_line(__doc__.partition("\n")[0], FRONT_END)
     start_logging()
     logging.getLogger("werkzeug").setLevel(logging.ERROR)  # no line for each request
     host, port = options.listen

@@ -21,7 +21,7 @@ from starlette.routing import Route, WebSocketRoute
 from starlette.websockets import WebSocket, WebSocketDisconnect
 
 from ray_tensorflow import (
-    MAX_BODY_BYTES, METHODS, Cluster, Error, Options, Pending, Reply, answer, answer_message, reply_error,
+    FRONT_END, MAX_BODY_BYTES, METHODS, Cluster, Error, Options, Pending, Reply, answer, answer_message, reply_error,
     start_logging, too_large, with_id)
 
 LARGE_BYTES = 2**16  # JSON from here on is read and written in a thread, since the loop would stand still meanwhile
@@ -43,8 +43,9 @@ def create_app(options: Options | None = None) -> Starlette:
         cluster = request.app.state.cluster
         try:
             body = await read_body(request)
-            reply = await off_loop(len(body), answer, cluster, request.method, raw_path(request), request.scope["query_string"].decode("latin-1"),
-                                   request.headers.get("Content-Encoding", ""), body)
+            path, query = (request.scope[part].decode("latin-1") for part in ("raw_path", "query_string"))  # as they were sent
+            encoding = request.headers.get("Content-Encoding", "")
+            reply = await off_loop(len(body), answer, cluster, request.method, path, query, encoding, body)
         except Error as error:
             reply = reply_error(error)
         return response(await finish(cluster, reply))
@@ -108,11 +109,6 @@ async def finish(cluster: Cluster, reply: Reply | Pending) -> Reply:
         return reply_error(error)
 
 
-def raw_path(request: Request) -> str:
-    """The path as it was sent, not yet percent-decoded."""
-    return request.scope["raw_path"].decode("latin-1").partition("?")[0]
-
-
 def response(reply: Reply) -> Response:
     return Response(reply.body, reply.status, reply.headers)
 
@@ -121,7 +117,7 @@ app = create_app()
 
 
 def main() -> None:
-    options = Options.from_command_line(__doc__.partition("\n")[0], "front end")
+    options = Options.from_command_line(__doc__.partition("\n")[0], FRONT_END)
     start_logging()
     host, port = options.listen
     logging.getLogger("ray_tensorflow").info("listening on http://%s:%d", host, port)

@@ -1783,7 +1783,8 @@ def ray_runtime(options: Options):
             ray.shutdown()
         return
 
-    folder = tempfile.mkdtemp(prefix="ray_tensorflow_")
+    parent = tempfile.gettempdir()
+    folder = tempfile.mkdtemp(prefix="ray_tensorflow_", dir=parent if len(parent) < 20 else "/tmp")  # a socket's path is short
     before = os.environ.get("PYTHONPATH")
     os.environ["PYTHONPATH"] = python_path
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -1811,7 +1812,6 @@ def ray_runtime(options: Options):
 # ======================================================================================================================
 
 MAX_BODY_BYTES = 64 * 2**20
-METHODS = ["GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE"]
 
 
 class Reply(NamedTuple):
@@ -1919,7 +1919,7 @@ def too_large() -> InvalidRequest:
 # -- REST: which model, and what of it ---------------------------------------------------------------------------------
 
 POST_PATH = re.compile(r"/v1/models/([^/:]+)(?:/versions/(\d+)|/labels/([^/:]+))?:(classify|regress|predict)", re.I | re.A)
-GET_PATH = re.compile(r"/v1/models(?:/([^/:]+))??(?:/versions/(\d+)|/labels/([^/:]+))?(?:/(metadata))?", re.I | re.A)
+GET_PATH = re.compile(r"/v1/models(?:/([^/:]+))?(?:/versions/(\d+)|/labels/([^/:]+))?(?:/(metadata))?", re.I | re.A)
 
 
 def answer_rest(cluster: Cluster, method: str, path: str, body: bytes) -> Reply | Pending:
@@ -2015,7 +2015,7 @@ def parse_json(body: bytes) -> dict[str, Any]:
 def without_depths(text: str, most: int = 200) -> str:
     """JSON text with whatever is nested deeper replaced by null: no tensor has so many axes, and other keys are ignored."""
     kept, start, depth = [], 0, 0
-    for token in re.finditer(r'"(?:[^"\\\\]|\\\\.)*"|[][{}]', text, re.S):
+    for token in re.finditer(r'"(?:[^"\\]|\\.)*"?|[][{}]', text, re.S):
         if token[0] in "[{":
             depth += 1
             if depth == most:
@@ -2173,7 +2173,7 @@ def parse_leaves(values: list[Any], dtype: str) -> np.ndarray:
         return array
     if values:
         raise InvalidRequest(f"Conversion of JSON Value: {shown(values[0])} to type: {TYPE_NAMES.get(dtype, dtype)}", 501)
-    return np.empty(0, dtype)
+    return np.empty(0, np.float16)  # nothing, of whatever it was
 
 
 def check_leaves(values: list[Any], dtype: str, fine: bool, accepts: Callable[[Any], bool]) -> None:
@@ -2198,7 +2198,7 @@ def parse_string(value: str | dict[str, Any]) -> bytes:
             raise InvalidRequest("JSON Parse error: The surrogate pair in string is invalid.") from None
     if not is_base64(value):
         raise InvalidRequest(f"JSON Value: {shown(value)} not formatted correctly for base64 data")
-    text = re.sub(r"\\s", "", value["b64"])
+    text = re.sub(r"\s", "", value["b64"], flags=re.A)
     try:
         return base64.b64decode(text if "=" in text else text + "=" * (-len(text) % 4), validate=True)
     except (binascii.Error, ValueError):

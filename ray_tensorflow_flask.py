@@ -8,6 +8,7 @@ Or any WSGI server on ``ray_tensorflow_flask:app``: the cluster starts with the 
 """
 
 import logging
+import re
 import signal
 import threading
 import urllib.parse
@@ -17,13 +18,12 @@ from werkzeug.exceptions import HTTPException, RequestEntityTooLarge
 from werkzeug.serving import WSGIRequestHandler, make_server
 
 from ray_tensorflow import (
-    FRONT_END, MAX_BODY_BYTES, METHODS, Cluster, Error, Options, Pending, Reply, answer, reply_error, start_logging, too_large)
+    FRONT_END, MAX_BODY_BYTES, Cluster, Error, Options, Pending, Reply, answer, reply_error, start_logging, too_large)
 
 
 def create_app(options: Options | None = None) -> Flask:
     """The WSGI application. Without ``options`` they are read from the environment when the cluster starts."""
     app = Flask(__name__, static_folder=None)
-    app.url_map.merge_slashes = False
     app.config["MAX_CONTENT_LENGTH"] = MAX_BODY_BYTES
     starting = threading.Lock()
     clusters: list[Cluster] = []
@@ -36,9 +36,8 @@ def create_app(options: Options | None = None) -> Flask:
                 clusters[0].begin()
             return clusters[0]
 
-    @app.route("/", defaults={"path": ""}, methods=METHODS)
-    @app.route("/<path:path>", methods=METHODS)
-    def handle(path: str) -> Response:
+    @app.before_request  # not a route: TensorFlow Serving's rules match the path before it is decoded, and any method
+    def handle() -> Response:
         try:
             cluster = start()
             reply = answer(cluster, request.method, raw_path(), request.query_string.decode("latin-1"),
@@ -62,7 +61,7 @@ def create_app(options: Options | None = None) -> Flask:
 def raw_path() -> str:
     """The path as it was sent, where the server tells; WSGI itself only has it percent-decoded."""
     target = request.environ.get("RAW_URI") or request.environ.get("REQUEST_URI") or urllib.parse.quote(request.path)
-    return target.partition("?")[0]
+    return re.sub("^https?://[^/?]*", "", target, flags=re.I).partition("?")[0]
 
 
 def response(reply: Reply) -> Response:

@@ -17,11 +17,12 @@ from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
-from starlette.routing import Route, WebSocketRoute
-from starlette.websockets import WebSocket, WebSocketDisconnect
+from starlette.routing import WebSocketRoute, request_response
+from starlette.types import Receive, Scope, Send
+from starlette.websockets import WebSocket, WebSocketClose, WebSocketDisconnect
 
 from ray_tensorflow import (
-    FRONT_END, MAX_BODY_BYTES, METHODS, Cluster, Error, Options, Pending, Reply, answer, answer_message, reply_error,
+    FRONT_END, MAX_BODY_BYTES, Cluster, Error, Options, Pending, Reply, answer, answer_message, reply_error,
     start_logging, too_large, with_id)
 
 LARGE_BYTES = 2**16  # JSON from here on is read and written in a thread, since the loop would stand still meanwhile
@@ -79,9 +80,16 @@ def create_app(options: Options | None = None) -> Starlette:
         what = error.detail if isinstance(error, HTTPException) else "Internal error"
         return response(reply_error(Error(f"{what}: {request.method} {request.url.path[:100]}", status)))
 
-    return Starlette(
-        routes=[WebSocketRoute("/ws", push), Route("/{path:path}", handle, methods=METHODS)], lifespan=lifespan,
-        exception_handlers={HTTPException: http_error, Exception: http_error})
+    http = request_response(handle)
+
+    async def default(scope: Scope, receive: Receive, send: Send) -> None:
+        await (http if scope["type"] == "http" else WebSocketClose())(scope, receive, send)
+
+    app = Starlette(
+        routes=[WebSocketRoute("/ws", push)], lifespan=lifespan, exception_handlers={HTTPException: http_error, Exception: http_error})
+    # not a route: TensorFlow Serving's rules match the path before it is decoded, and any method
+    app.router.default = default
+    return app
 
 
 async def read_body(request: Request) -> bytes:

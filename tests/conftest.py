@@ -4,11 +4,13 @@ Three speeds, by file: pure (test_options, test_batcher, test_codec: no Ray, no 
 this process), cluster (the rest). Tests that break things start their own servers.
 """
 
+import atexit
 import contextlib
 import glob
 import http.client
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -25,6 +27,8 @@ REPOSITORY = os.path.dirname(HERE)
 sys.path[:0] = [REPOSITORY, HERE]
 os.environ["PYTHONPATH"] = os.pathsep.join([HERE, *filter(None, [os.environ.get("PYTHONPATH")])])  # for example_models
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+os.environ["TMPDIR"] = tempfile.tempdir = tempfile.mkdtemp(prefix="rt", dir="/tmp")  # short, and nobody else's
+atexit.register(shutil.rmtree, tempfile.tempdir, ignore_errors=True)
 
 # Every process that a test starts, at whatever remove, inherits these two, and the leak detector looks for them.
 RUN = "RAY_TENSORFLOW_TEST_RUN"

@@ -603,7 +603,10 @@ class TensorFlowVariables:
             raise InvalidRequest(f"flat weights must have the shape ({self.get_flat_size()},), not {new_weights.shape}")
         sizes = [placeholder.shape.num_elements() for placeholder in self.placeholders.values()]
         parts = np.split(new_weights, np.cumsum(sizes)[:-1])
-        self.set_weights({name: part.reshape(p.shape) for part, (name, p) in zip(parts, self.placeholders.items())})
+        shaped = {name: part.reshape(p.shape) for part, (name, p) in zip(parts, self.placeholders.items())}
+        if new_weights.dtype.kind in "biuf":  # the vector has one dtype, but the variables may differ
+            shaped = {name: part.astype(self.placeholders[name].dtype.as_numpy_dtype) for name, part in shaped.items()}
+        self.set_weights(shaped)
 
     def get_weights(self) -> dict[str, np.ndarray]:
         """The variables' values by name, one at a time: together they may be more than a protobuf can hold (tensorflow#2233)."""
@@ -618,7 +621,7 @@ class TensorFlowVariables:
             placeholder, value = self.placeholders[name], np.asarray(value)
             if value.shape != tuple(placeholder.shape.as_list()):
                 raise InvalidRequest(f"variable {name!r} has the shape {tuple(placeholder.shape.as_list())}, not {value.shape}")
-            feeds[name] = to_array(f"variable {name}", value, TensorSpec(np.dtype(placeholder.dtype.as_numpy_dtype).name, None))
+            feeds[name] = to_array(f"variable {name!r}", value, TensorSpec(np.dtype(placeholder.dtype.as_numpy_dtype).name, None))
             if feeds[name].nbytes >= 2**31 - 2**20:
                 raise InvalidRequest(f"variable {name!r} is larger than the 2 GiB that TensorFlow can be fed")
         together = [feeds] if sum(value.nbytes for value in feeds.values()) < 2**30 else [{name: feeds[name]} for name in feeds]
@@ -1730,30 +1733,30 @@ def feed_of(signature: Signature, inputs: Any) -> list[np.ndarray]:
     if not isinstance(inputs, dict) or inputs.keys() != signature.inputs.keys():
         given = sorted(map(str, inputs)) if isinstance(inputs, dict) else type(inputs).__name__
         raise InvalidRequest(f"signature {signature.name!r} takes the inputs {sorted(signature.inputs)}, not {given}")
-    return [to_array(name, inputs[name], spec) for name, spec in signature.inputs.items()]
+    return [to_array(f"input {name!r}", inputs[name], spec) for name, spec in signature.inputs.items()]
 
 
-def to_array(name: str, value: Any, spec: TensorSpec) -> np.ndarray:
+def to_array(what: str, value: Any, spec: TensorSpec) -> np.ndarray:
     dtype = np.dtype(spec.dtype)
     try:
         array = np.asarray(value)
     except ValueError:
-        raise InvalidRequest(f"input {name!r} is ragged: all its rows must have the same shape") from None
+        raise InvalidRequest(f"{what} is ragged: all its rows must have the same shape") from None
     if dtype == object:
         flat = [v.encode() if isinstance(v, str) else v for v in array.astype(object).ravel().tolist()]
         if not all(isinstance(v, bytes) for v in flat):
-            raise InvalidRequest(f"input {name!r} takes text or bytes, not {array.dtype}")
+            raise InvalidRequest(f"{what} takes text or bytes, not {array.dtype}")
         result = np.empty(len(flat), object)
         result[:] = flat
         return result.reshape(array.shape)
     if array.dtype == dtype:
         return array
     if not (np.can_cast(array.dtype, dtype, "same_kind") or array.size == 0):
-        raise InvalidRequest(f"input {name!r} takes {spec.dtype}, not {array.dtype}")
+        raise InvalidRequest(f"{what} takes {spec.dtype}, not {array.dtype}")
     with np.errstate(over="ignore"):
         result = array.astype(dtype)
     if dtype.kind in "iu" and not np.array_equal(result, array):
-        raise InvalidRequest(f"input {name!r} has a value outside the range of {spec.dtype}")
+        raise InvalidRequest(f"{what} has a value outside the range of {spec.dtype}")
     return result
 
 
@@ -2396,14 +2399,17 @@ async def predict_file(cluster: Cluster, model: str, source: str, target: str) -
         columns = open_columns(source, signature, stack)
         total = next(iter(columns.values())).rows
         row_bytes = max(1, sum(column.row_bytes for column in columns.values()))
-        sizes = BatchSizes(cluster.options.max_batch, max(cluster.options.max_batch, 2**20 // row_bytes), signature)
+        most = max(1, 2**22 // row_bytes)  # many batches are in flight at once, and the file is larger than memory
+        sizes = BatchSizes(min(cluster.options.max_batch, most), most, signature)
 
         def batches():
             left = total
-            while left:
+            while True:  # at least one batch: of no rows, the outputs' dtypes and shapes
                 rows = min(left, sizes.rows)
                 yield {name: column.read(rows) for name, column in columns.items()}
                 left -= rows
+                if not left:
+                    return
 
         writer = stack.enter_context(ArrayWriter(target, signature, total))
         progress = Progress(total)
@@ -2435,7 +2441,7 @@ class Column:
     """The rows of one array in .npy format, read one after another from a stream."""
 
     def __init__(self, name: str, stream: BinaryIO):
-        self.stream = stream
+        self.name, self.stream = name, stream
         version = np.lib.format.read_magic(stream)
         read_header = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}.get(version)
         if read_header is None:
@@ -2447,7 +2453,10 @@ class Column:
         self.row_bytes = self.dtype.itemsize * math.prod(self.shape)
 
     def read(self, rows: int) -> np.ndarray:
-        data = self.stream.read(rows * self.row_bytes)
+        try:
+            data = self.stream.read(rows * self.row_bytes)
+        except (OSError, zipfile.BadZipFile, zlib.error) as error:
+            raise InvalidRequest(f"{self.name} cannot be read: {first_sentence(str(error))}") from None
         if len(data) < rows * self.row_bytes:
             raise InvalidRequest("The input file ends before its last row")
         return np.frombuffer(data, self.dtype).reshape(rows, *self.shape)
@@ -2598,7 +2607,7 @@ def main() -> None:
     start_logging()
     try:
         sys.exit(asyncio.run(run_command(options)))
-    except Error as error:
+    except (Error, OSError) as error:
         sys.exit(f"{os.path.basename(sys.argv[0])}: error: {error}")
 
 

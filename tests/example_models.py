@@ -108,6 +108,24 @@ def failing(tf):
 
 
 FUNCTIONS = ("linear", "same_names", "echo", "several", "scalar", "fixed", "centered", "picky", "counter", "failing")
+def peak(tf):
+    """The largest number of each row: rows as wide as one likes, and little to write."""
+    x = tf.placeholder(tf.float32, [None, None], name="x")
+    return {"serving_default": ({"x": x}, {"y": tf.reduce_max(x, axis=1)})}
+
+
+def line(tf):
+    """y = w x + b, to be learned: "train" takes one step of gradient descent, whose learning rate is 0.5, on its own rows."""
+    x, y = (tf.placeholder(tf.float32, [None], name=name) for name in "xy")
+    w, b = tf.get_variable("w", [], initializer=tf.zeros_initializer()), tf.get_variable("b", [], initializer=tf.zeros_initializer())
+    loss = tf.reduce_mean(tf.square(w * x + b - y)) / 2
+    step = tf.train.GradientDescentOptimizer(0.5).minimize(loss)
+    with tf.control_dependencies([step]):
+        trained = tf.identity(loss)
+    return {"serving_default": ({"x": x}, {"y": w * x + b}), "train": ({"x": x, "y": y}, {"loss": trained})}
+
+
+FUNCTIONS = ("linear", "same_names", "echo", "several", "scalar", "fixed", "centered", "picky", "counter")
 
 
 # -- SavedModels -------------------------------------------------------------------------------------------------------

@@ -107,7 +107,6 @@ def failing(tf):
     }
 
 
-FUNCTIONS = ("linear", "same_names", "echo", "several", "scalar", "fixed", "centered", "picky", "counter", "failing")
 def peak(tf):
     """The largest number of each row: rows as wide as one likes, and little to write."""
     x = tf.placeholder(tf.float32, [None, None], name="x")
@@ -125,7 +124,7 @@ def line(tf):
     return {"serving_default": ({"x": x}, {"y": w * x + b}), "train": ({"x": x, "y": y}, {"loss": trained})}
 
 
-FUNCTIONS = ("linear", "same_names", "echo", "several", "scalar", "fixed", "centered", "picky", "counter")
+FUNCTIONS = ("linear", "same_names", "echo", "several", "scalar", "fixed", "centered", "picky", "counter", "failing")
 
 
 # -- SavedModels -------------------------------------------------------------------------------------------------------

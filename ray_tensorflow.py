@@ -659,8 +659,9 @@ def set_containers(graph_def, container: str) -> None:
 
 # Operations that change what a later run sees
 STATE_CHANGING = re.compile(
-    r"Assign\w*|(Resource)?(Sparse)?Apply\w+|ResourceScatter\w+|Scatter(Add|Sub|Mul|Div|Min|Max|Update|Nd\w+)|ResourceStridedSliceAssign"
-    r"|CountUpTo|ResourceCountUpTo|LookupTable(Insert|Import|Remove)\w*|\w*(Enqueue|Dequeue|Push|Pop)\w*|(Map)?(Uns|S)tage|WriteFile")
+    r"Assign\w*|(Resource)?(Sparse)?Apply\w+|ResourceScatter\w+|Scatter(Add|Sub|Mul|Div|Min|Max|Update|Nd\w+)"
+    r"|ResourceStridedSliceAssign|(Resource)?CountUpTo|LookupTable(Insert|Import|Remove)\w*|(Queue|Barrier|Stack)\w+|(Map)?(Uns|S)tage"
+    r"|Rng\w+|Stateful(Standard|Uniform|Truncated|Random)\w+|WriteFile")
 PYTHON_FUNCTION = re.compile(r"(Eager)?PyFunc(Stateless)?")
 
 

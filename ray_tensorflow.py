@@ -130,11 +130,11 @@ def number(kind: type, least: float, most: float = math.inf, above: bool = False
         allowed = f"a {'whole ' if kind is int else ''}number {'above' if above else 'of at least'} {least}"
         allowed += f" and at most {most}" if most < math.inf else ""
         try:
-            result = kind(value)
+            result, as_float = kind(value), float(value)
         except (TypeError, ValueError, OverflowError):
             raise ValueError(allowed) from None
         large_enough = least < result if above else least <= result
-        if isinstance(value, bool) or result != float(value) or not large_enough or not result <= most or math.isinf(result):
+        if isinstance(value, bool) or result != as_float or not large_enough or not result <= most or math.isinf(result):
             raise ValueError(allowed)
         return result
 
@@ -157,7 +157,7 @@ def one_of(*values: str) -> Callable[[Any], str]:
 
 
 def array_file(value) -> str:
-    if not os.fspath(value).endswith((".npy", ".npz")):
+    if not isinstance(value, (str, os.PathLike)) or not os.fspath(value).endswith((".npy", ".npz")):
         raise ValueError("a file whose name ends in .npy or .npz")
     return os.fspath(value)
 
@@ -185,15 +185,15 @@ def model_source(value) -> ModelSource:
     if not (equals and re.fullmatch(r"[\w.-]+", name)):
         name, where = "", value
     folder = os.path.abspath(where)
-    if not os.path.isdir(folder):
+    if not where or not os.path.isdir(folder):
         if re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", where):
             return ModelSource(name or where.partition(":")[2], 1, function=where)
         raise ValueError("a folder that exists, or module:function, with an optional NAME= before it")
-    if os.path.basename(folder).isdigit() and is_saved_model(folder):  # one version of several, named outright
+    if os.path.basename(folder).isdecimal() and is_saved_model(folder):  # one version of several, named outright
         return ModelSource(name or os.path.basename(os.path.dirname(folder)), int(os.path.basename(folder)), folder)
     if is_saved_model(folder):
         return ModelSource(name or os.path.basename(folder), 1, folder)
-    versions = [v for v in os.listdir(folder) if v.isdigit() and is_saved_model(os.path.join(folder, v))]
+    versions = [v for v in os.listdir(folder) if v.isdecimal() and is_saved_model(os.path.join(folder, v))]
     if not versions:
         raise ValueError("a folder with a saved_model.pb in it, or in one of its folders that are named by a number")
     version = max(versions, key=int)
@@ -205,7 +205,7 @@ def is_saved_model(folder: str) -> bool:
 
 
 def model_sources(values) -> tuple[ModelSource, ...]:
-    values = values.split(",") if isinstance(values, str) else [values] if isinstance(values, os.PathLike) else values
+    values = values.split(",") if isinstance(values, str) else list(values) if isinstance(values, (list, tuple)) else [values]
     sources = tuple(model_source(value) for value in values)
     names = [ADDER] + [source.name for source in sources]
     for name in names:
@@ -275,7 +275,10 @@ class Options:
                     f"--{field.name.replace('_', '-')}", help=field.metadata["help"] + default, default=argparse.SUPPRESS,
                     action="append" if field.name == "model" else "store", metavar=field.name.upper().split("_")[-1])
         try:
-            return cls.from_environment(**vars(parser.parse_args(arguments)))
+            options = cls.from_environment(**vars(parser.parse_args(arguments)))
+            if kind == FRONT_END:
+                options.listen  # PORT may be wrong as well
+            return options
         except OptionError as error:
             parser.exit(2, f"{parser.prog}: error: {error}\n")
 
@@ -283,7 +286,10 @@ class Options:
     def listen(self) -> tuple[str, int]:
         """Host and port for a front end; platforms that set ``PORT`` route to all interfaces."""
         platform = os.environ.get("PORT")
-        port = self.port if self.port is not None else number(int, 0, 65535)(platform or 8080)
+        try:
+            port = self.port if self.port is not None else number(int, 0, 65535)(platform or 8080)
+        except ValueError as error:
+            raise OptionError(f"PORT {platform:.200}: must be {error}") from None
         return self.host or ("0.0.0.0" if platform else "127.0.0.1"), port
 
 
@@ -1032,6 +1038,7 @@ class Request:
     deadline: float = 0.0
     sent: bool = False  # to a worker
     expired: bool = False
+    lost_one: bool = False  # a worker was lost that had it
 
     @property
     def over(self) -> bool:
@@ -1056,9 +1063,8 @@ class Batcher:
         self._queues: collections.OrderedDict[Key, collections.deque[Request]] = collections.OrderedDict()
         self._waiting = 0
         self._in_flight: collections.Counter[Key] = collections.Counter()
-        self._slots: collections.deque[int] = collections.deque()  # a worker's number, once for each batch that it could take
-        self._ready: set[int] = set()
-        self._unresolved: collections.deque[Request] = collections.deque()  # by arrival, and so by deadline
+        self._free: dict[int, int] = {}  # how many batches each ready worker could take; the one whose turn it is comes first
+        self._unresolved: collections.OrderedDict[Request, None] = collections.OrderedDict()  # by arrival, and so by deadline
         self._unmergeable: set[tuple[str, str]] = set()
         self._again: list[tuple[int, list[Request], bool]] = []  # batches to send once more, request by request
         self._closed: str | None = None
@@ -1076,12 +1082,11 @@ class Batcher:
                 raise Unavailable(self._closed)
             if self._waiting >= self.options.max_queue:
                 raise Unavailable(f"Too many requests are waiting already ({self._waiting}); try again later.")
-            self._queues.setdefault(request.key, collections.deque()).append(request)
+            waiting = self._queues.setdefault(request.key, collections.deque())
+            waiting.append(request)
             self._waiting += 1
-            while self._unresolved and self._unresolved[0].over:
-                self._unresolved.popleft()
-            self._unresolved.append(request)
-            if len(self._unresolved) == 1:
+            self._unresolved[request] = None
+            if len(self._unresolved) == 1 or self.options.batch_wait_ms and len(waiting) == 1:
                 self._wake.notify()
 
     def dispatch(self) -> None:
@@ -1093,14 +1098,12 @@ class Batcher:
 
     def add_worker(self, worker: int) -> None:
         with self._lock:
-            self._ready.add(worker)
-            self._slots.extend([worker] * IN_FLIGHT_PER_WORKER)
+            self._free[worker] = IN_FLIGHT_PER_WORKER
             self._wake.notify()
 
     def remove_worker(self, worker: int) -> None:
         with self._lock:
-            self._ready.discard(worker)
-            self._slots = collections.deque(slot for slot in self._slots if slot != worker)
+            self._free.pop(worker, None)
 
     def waiting(self) -> int:
         return self._waiting
@@ -1109,7 +1112,7 @@ class Batcher:
         """Refuse new requests, and answer those that are left with Unavailable."""
         with self._lock:
             self._closed = reason
-            left, self._unresolved = list(self._unresolved), collections.deque()
+            left, self._unresolved = list(self._unresolved), collections.OrderedDict()
             self._queues.clear()
             self._waiting = 0
             self._wake.notify()
@@ -1120,11 +1123,10 @@ class Batcher:
     def _take(self) -> tuple[int, list[Request], bool] | None:
         """The next batch that is due, with the worker whose turn it is; keys take turns too. Called with the lock held."""
         now = time.monotonic()
-        for key in list(self._queues) if self._slots else ():
+        for key in list(self._queues) if any(self._free.values()) else ():
             waiting = self._queues[key]
             while waiting and waiting[0].over:
-                waiting.popleft()
-                self._waiting -= 1
+                self._leave(waiting)
             if not waiting:
                 del self._queues[key]
                 continue
@@ -1136,18 +1138,17 @@ class Batcher:
                     continue
             if key.calls_out:
                 calling = sum(batches for other, batches in self._in_flight.items() if other.calls_out)
-                if calling >= IN_FLIGHT_PER_WORKER * len(self._ready) - 1:
+                if calling >= IN_FLIGHT_PER_WORKER * len(self._free) - 1:
                     continue
-            if key.worker is None:
-                worker = self._slots.popleft()
-            elif key.worker in self._slots:
-                self._slots.remove(worker := key.worker)
-            else:
+            worker = key.worker
+            if worker is None:
+                worker = next(worker for worker, free in self._free.items() if free)
+            elif not self._free.get(worker):
                 continue
             # requests that cannot share a run still share the trip, but leave their part to the other workers
-            most = self.options.max_batch if merge else min(self.options.max_batch, -(-len(waiting) // (len(self._slots) + 1)))
-            taken = [waiting.popleft() for _ in range(min(most, len(waiting)))]
-            self._waiting -= len(taken)
+            most = self.options.max_batch if merge else min(self.options.max_batch, -(-len(waiting) // sum(self._free.values())))
+            taken = [self._leave(waiting) for _ in range(min(most, len(waiting)))]
+            self._free[worker] = self._free.pop(worker) - 1  # and so it is the last in turn
             batch = [request for request in taken if not request.over] or taken[:1]
             for request in batch:
                 request.sent = True
@@ -1155,6 +1156,14 @@ class Batcher:
             self._in_flight[key] += 1
             return worker, batch, merge
         return None
+
+    def _leave(self, waiting: collections.deque[Request]) -> Request:
+        """Take the first request out of its queue; one past its deadline has not counted as waiting since then."""
+        request = waiting.popleft()
+        self._waiting -= not request.expired
+        if request.over:
+            self._unresolved.pop(request, None)
+        return request
 
     def _send(self, worker: int, batch: list[Request], merge: bool) -> None:
         key = batch[0].key
@@ -1173,7 +1182,7 @@ class Batcher:
         """Give each request of a batch its part of the results. Runs in Ray's one callback thread: it never waits."""
         key = batch[0].key
         if error := future.exception():
-            self._return_slot(worker, key)
+            self._return_slot(worker, batch, done=False)
             self.remove_worker(worker)
             self._lost(worker, error)
             self._retry_or_refuse(worker, batch)
@@ -1182,7 +1191,7 @@ class Batcher:
         if merge:
             rows = sum(request.rows for request in batch)
             result = results[0]
-            if isinstance(result, tuple) or any(len(array) != rows for array in result):
+            if isinstance(result, tuple) or any(array.shape[:1] != (rows,) for array in result):
                 # One bad request fails alone: each gets a run of its own. Nothing has been changed: a signature that writes
                 # is only merged when a run that fails changes nothing.
                 if not isinstance(result, tuple):
@@ -1193,17 +1202,20 @@ class Batcher:
                 return
             ends = list(itertools.accumulate(request.rows for request in batch))
             results = [[array[end - request.rows:end] for array in result] for request, end in zip(batch, ends)]
-        self._return_slot(worker, key)
+        self._return_slot(worker, batch)
         outcomes = [result if isinstance(result, list) else ModelError(result[1], result[0]) for result in results]
         resolve(list(zip(batch, outcomes)))
 
-    def _return_slot(self, worker: int, key: Key) -> None:
+    def _return_slot(self, worker: int, batch: list[Request], done: bool = True) -> None:
+        key = batch[0].key
         with self._lock:
+            for request in batch if done else ():
+                self._unresolved.pop(request, None)
             self._in_flight[key] -= 1
             if not self._in_flight[key]:
                 del self._in_flight[key]
-            if worker in self._ready:
-                self._slots.append(worker)
+            if worker in self._free:
+                self._free[worker] += 1
             if self._queues:
                 self._wake.notify()
 
@@ -1212,11 +1224,12 @@ class Batcher:
         refused = []
         with self._lock:
             for request in reversed(batch):
-                if request.writes:
-                    error = WorkerLost(f"Worker {worker} was lost; the change may or may not have been applied.")
-                    refused.append((request, error))
+                if request.writes or request.lost_one or request.over:
+                    why = "; the change may or may not have been applied" if request.writes else ", the second one with this request"
+                    refused.append((request, WorkerLost(f"Worker {worker} was lost{why}.")))
+                    self._unresolved.pop(request, None)
                 else:
-                    request.sent = False
+                    request.sent, request.lost_one = False, True
                     self._queues.setdefault(request.key, collections.deque()).appendleft(request)
                     self._waiting += 1
             self._wake.notify()
@@ -1228,14 +1241,14 @@ class Batcher:
             expired = []
             with self._lock:
                 now = time.monotonic()
-                while self._unresolved and (self._unresolved[0].over or self._unresolved[0].deadline <= now):
-                    request = self._unresolved.popleft()
-                    if not request.over:
-                        request.expired = True
-                        expired.append(request)
-                times = [self._unresolved[0].deadline] if self._unresolved else []
-                if self.options.batch_wait_ms and self._slots:
-                    times += [queue[0].arrived + self.options.batch_wait_ms / 1000 for queue in self._queues.values() if queue]
+                while self._unresolved and next(iter(self._unresolved)).deadline <= now:
+                    expired.append(self._unresolved.popitem(last=False)[0])
+                    expired[-1].expired = True
+                    self._waiting -= not expired[-1].sent
+                times = [next(iter(self._unresolved)).deadline] if self._unresolved else []
+                if self.options.batch_wait_ms:  # those whose wait is over only need a worker, whose return wakes this thread
+                    due = [queue[0].arrived + self.options.batch_wait_ms / 1000 for queue in self._queues.values() if queue]
+                    times += [at for at in due if at > now]
                 batches, self._again = self._again + list(iter(self._take, None)), []
                 if not batches and not expired:
                     if self._closed:
@@ -1570,7 +1583,8 @@ class Cluster:
         except Error as error:
             self._failure = error
         except Exception as error:
-            log.exception("the cluster failed")
+            if self._status != "stopping":  # else it was ended on purpose while it started
+                log.exception("the cluster failed")
             self._failure = Unavailable(f"Ray could not be started: {first_sentence(str(error))}")
         finally:
             with self._changed:

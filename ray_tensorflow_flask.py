@@ -24,7 +24,7 @@ from ray_tensorflow import (
 def create_app(options: Options | None = None) -> Flask:
     """The WSGI application. Without ``options`` they are read from the environment when the cluster starts."""
     app = Flask(__name__, static_folder=None)
-    app.config["MAX_CONTENT_LENGTH"] = MAX_BODY_BYTES
+    app.config["MAX_CONTENT_LENGTH"] = MAX_BODY_BYTES + 1  # a chunked body is cut there without a word
     starting = threading.Lock()
     clusters: list[Cluster] = []
 
@@ -39,9 +39,11 @@ def create_app(options: Options | None = None) -> Flask:
     @app.before_request  # not a route: TensorFlow Serving's rules match the path before it is decoded, and any method
     def handle() -> Response:
         try:
-            cluster = start()
+            cluster, body = start(), request.get_data(cache=False)
+            if len(body) > MAX_BODY_BYTES:
+                raise too_large()
             reply = answer(cluster, request.method, raw_path(), request.query_string.decode("latin-1"),
-                           request.headers.get("Content-Encoding", ""), request.get_data(cache=False))
+                           request.headers.get("Content-Encoding", ""), body)
             if isinstance(reply, Pending):
                 reply = reply.encode(cluster.run(reply.call))
         except Error as error:
@@ -60,7 +62,8 @@ def create_app(options: Options | None = None) -> Flask:
 
 def raw_path() -> str:
     """The path as it was sent, where the server tells; WSGI itself only has it percent-decoded."""
-    target = request.environ.get("RAW_URI") or request.environ.get("REQUEST_URI") or urllib.parse.quote(request.path)
+    target = request.environ.get("RAW_URI") or request.environ.get("REQUEST_URI")
+    target = target or urllib.parse.quote(request.path, safe="/:!$&'()*+,;=@~")
     return re.sub("^https?://[^/?]*", "", target, flags=re.I).partition("?")[0]
 
 
@@ -75,6 +78,8 @@ def main() -> None:
     options = Options.from_command_line(__doc__.partition("\n")[0], FRONT_END)
     start_logging()
     logging.getLogger("werkzeug").setLevel(logging.ERROR)  # no line for each request
+    WSGIRequestHandler.error_content_type = "application/json"  # of what is not even HTTP; by default HTML
+    WSGIRequestHandler.error_message_format = '{"error": "This is not a request that HTTP allows here (%(code)d)"}'
     host, port = options.listen
     app = create_app(options)
     server = make_server(host, port, app, threaded=True, request_handler=WSGIRequestHandler)

@@ -39,6 +39,7 @@ import re
 import secrets
 import shutil
 import signal
+import socket
 import sys
 import tempfile
 import threading
@@ -53,6 +54,7 @@ import numpy as np
 import ray
 import ray.exceptions
 from ray._private import ray_constants
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 log = logging.getLogger("ray_tensorflow")
 
@@ -483,12 +485,14 @@ class Graph:
         config = session_config(tf, addresses) if addresses else server_config(tf, options, self.calls_out)
         self.session = tf.Session(target, self.graph, config)
         self.variables.set_session(self.session)
-        self._callables = {}
+        self._callables, self._places = {}, {}
         for name in self.signatures:
             definition = self.signature_defs[name]
-            options = config_pb2.CallableOptions()
-            for side, names in ((definition.inputs, options.feed), (definition.outputs, options.fetch)):
-                names.extend(side[k].name for k in sorted(side))
+            feed = [definition.inputs[alias].name for alias in sorted(definition.inputs)]
+            fetch = [definition.outputs[alias].name for alias in sorted(definition.outputs)]
+            once = list(dict.fromkeys(fetch))  # TensorFlow wants each tensor named once
+            self._places[name] = [once.index(tensor) for tensor in fetch]
+            options = config_pb2.CallableOptions(feed=feed, fetch=once)
             # half the time of session.run, and no check against static shapes; make_callable is session.run in disguise
             self._callables[name] = self.session._make_callable_from_options(options)
 
@@ -499,7 +503,8 @@ class Graph:
     def run(self, signature: str, feed: list[np.ndarray]) -> list[np.ndarray]:
         """The one ``session.run``: arrays in the order of the sorted input names to arrays in that of the outputs."""
         outputs = self._callables[signature](*feed)
-        return [np.array(output, object) if isinstance(output, bytes) else np.asarray(output) for output in outputs]
+        outputs = [np.array(output, object) if isinstance(output, bytes) else np.asarray(output) for output in outputs]
+        return [outputs[place] for place in self._places[signature]]
 
     def restore(self, variables: bool = True) -> None:
         """Put the variables' (unless they come from elsewhere) and tables' first values in place."""
@@ -760,7 +765,7 @@ def remote_predict(
         named = dict(zip(input_tensor_aliases, inputs))
         code, message, outputs = call_remote(target_address, path, signature_name, named, specs, max_rpc_deadline_millis / 1000)
         if code and fail_op_on_rpc_error:
-            raise RemoteFailure(f"<{code}> {message}")
+            raise RemoteFailure(f"<{code}:{base64.b64encode(message.encode()).decode()}>")
         return [np.int32(code), message.encode(), *outputs]
 
     name = name or "remote_predict"
@@ -771,7 +776,10 @@ def remote_predict(
 
 
 class RemoteFailure(Exception):
-    """How a failed remote_predict leaves its Python function; TensorFlow makes a message with the class's name of it."""
+    """How a failed remote_predict leaves its Python function: <code:base64 of the message>.
+
+    TensorFlow makes it a part of a message of its own, in which only plain characters are safe.
+    """
 
 
 def call_remote(
@@ -787,7 +795,7 @@ def call_remote(
         if inputs.keys() != signature["inputs"].keys():
             raise InvalidRequest(f"input aliases {sorted(inputs)} do not match the signature's {sorted(signature['inputs'])}")
         if missing := specs.keys() - signature["outputs"].keys():
-            raise InvalidRequest(f"output aliases {sorted(missing)} are not among the signature's {sorted(signature['outputs'])}")
+            raise InvalidRequest(f"output alias {min(missing)!r} is not among the signature's {sorted(signature['outputs'])}")
         texts = {name: json_texts(np.asarray(array), 0, f"{name}_bytes")[0] for name, array in inputs.items()}
         body = f'{{"signature_name": {json.dumps(signature_name)}, "inputs": {json_object(texts)}}}'
         outputs = json.loads(request_http(address, "POST", f"{path}:predict", body.encode(), deadline))["outputs"]
@@ -802,34 +810,39 @@ def call_remote(
     except (http.client.HTTPException, ValueError, KeyError, TypeError, AttributeError) as error:
         code, message = 13, f"{address} does not answer as TensorFlow Serving does: {type(error).__name__}: {error}"
     empty = [np.array(b"", object) if spec.dtype == "object" else np.zeros((), spec.dtype) for spec in specs.values()]
-    return code, message, empty
+    return code, " ".join(message.split()), empty
 
 
 def request_http(address: str, method: str, path: str, body: bytes | None, deadline: float) -> bytes:
     """The body of a 200 answer. Raises Error with the status and message of another, TimeoutError after the deadline, OSError."""
-
-    def left() -> float:
-        if (seconds := deadline - time.monotonic()) <= 0:
-            raise TimeoutError
-        return seconds
-
     host, _, port = address.rpartition(":")
-    connection = http.client.HTTPConnection(host, int(port), timeout=left())
+    left = max(0.001, deadline - time.monotonic())
+    connection = http.client.HTTPConnection(host, int(port), timeout=left)
+    connection.connect()
+    # the socket's own timeout starts anew with each byte that arrives
+    end = threading.Timer(left, shut_down, [connection.sock])
+    end.start()
     try:
         connection.request(method, path, body)
-        connection.sock.settimeout(left())
         response = connection.getresponse()
-        parts = []
-        while part := response.read1(2**20):
-            parts.append(part)
-            if connection.sock:  # the response closes it when it is complete
-                connection.sock.settimeout(left())
-        if response.status != 200:
-            message = json.loads(b"".join(parts)).get("error", "no reason was given")
-            raise Error(message, response.status)
-        return b"".join(parts)
+        text = response.read()
+    except (OSError, http.client.HTTPException):
+        if time.monotonic() < deadline:
+            raise
     finally:
+        end.cancel()
         connection.close()
+    if time.monotonic() >= deadline:
+        raise TimeoutError
+    if response.status != 200:
+        raise Error(json.loads(text).get("error", "no reason was given"), response.status)
+    return text
+
+
+def shut_down(connected: socket.socket) -> None:
+    """Let whoever waits for this socket go on, with an error."""
+    with contextlib.suppress(OSError):
+        connected.shutdown(socket.SHUT_RDWR)
 
 
 # ======================================================================================================================
@@ -1000,8 +1013,8 @@ class Worker:
                 results.append(graph.run(signature, feed))
             except Exception as error:  # answered to whoever asked
                 code, message = getattr(error, "error_code", None), first_sentence(str(error))
-                if failure := re.search(r"RemoteFailure: <(\d+)> (.*)", message):
-                    code, message = int(failure[1]), failure[2]
+                if failure := re.search(r"RemoteFailure: <(\d+):([\w+/=]*)>", str(error)):
+                    code, message = int(failure[1]), base64.b64decode(failure[2]).decode()
                 results.append((HTTP_STATUS.get(code, 500), message))
         return results
 
@@ -1594,11 +1607,13 @@ class Cluster:
     def _start_actors(self) -> None:
         running = self.options.parameter_servers * (self.options.placement == "shared")  # those that run models
         share = gpu_share(int(ray.cluster_resources().get("GPU", 0)), running + self.options.workers)
-        self._resources = {"num_cpus": 0, "num_gpus": share, "max_restarts": 0, "scheduling_strategy": "SPREAD"}
+        self._resources = {"num_cpus": 0, "num_gpus": share, "max_restarts": 0}
         started = time.monotonic()
         resources = self._resources | {"num_gpus": share if running else 0}
-        actor = ray.remote(ParameterServer).options(**resources)
-        self._servers = [actor.remote(index, self.options) for index in range(self.options.parameter_servers)]
+        actor = ray.remote(ParameterServer)
+        self._servers = [
+            actor.options(scheduling_strategy=on_node(index, resources["num_gpus"]), **resources).remote(index, self.options)
+            for index in range(self.options.parameter_servers)]
         others = [server.serve.remote() for server in self._servers[1:]]
         self._others = [get(address) for address in others]
         self._spawn(self._workers[0])  # imports tensorflow while the parameter server does
@@ -1622,8 +1637,9 @@ class Cluster:
             pool.shutdown(cancel_futures=True)
 
     def _spawn(self, worker: WorkerState) -> None:
-        worker.actor = ray.remote(Worker).options(max_concurrency=100, **self._resources).remote(
-            worker.index, self._servers[0], self._others, self.options)
+        strategy = on_node(worker.index, self._resources["num_gpus"])
+        options = self._resources | {"max_concurrency": 100, "scheduling_strategy": strategy}
+        worker.actor = ray.remote(Worker).options(**options).remote(worker.index, self._servers[0], self._others, self.options)
         worker.ready = worker.actor.start.remote()
 
     def _start_worker(self, worker: WorkerState) -> None:
@@ -1638,11 +1654,13 @@ class Cluster:
                 self._batcher.add_worker(worker.index)
         except Exception as error:
             if self._status == "serving":
-                worker.actor, worker.state = None, "lost"
+                worker.actor = None
                 log.warning("worker %d could not start: %s", worker.index, first_sentence(str(error)))
-                if not self._count("ready"):
-                    reason = f"No worker could start: {first_sentence(str(error))}"
-                    self._failure = error if isinstance(error, Error) else Unavailable(reason)
+                if isinstance(error, Error) and not self._count("ready"):
+                    self._failure = error
+                else:
+                    time.sleep(1)  # or it would be tried without a pause
+                    self._to_start.put(worker.index)
         else:
             log.info("worker %d ready  pid %d  %.1f s", worker.index, worker.about["pid"], time.monotonic() - started)
         with self._changed:
@@ -1700,6 +1718,16 @@ def get(reference, timeout_s: float | None = None):
         while isinstance(cause, ray.exceptions.RayTaskError) and cause.cause is not None:
             cause = cause.cause
         raise cause from None
+
+
+def on_node(index: int, gpus: float):
+    """Spreads actors over the nodes that are alive, ours first. Ray itself does so with actors that need something (a GPU),
+    but puts those that need nothing anywhere, a soft affinity notwithstanding."""
+    if gpus:
+        return "SPREAD"
+    ours = ray.get_runtime_context().get_node_id()
+    nodes = sorted((node["NodeID"] for node in ray.nodes() if node["Alive"]), key=lambda node: (node != ours, node))
+    return NodeAffinitySchedulingStrategy(nodes[index % len(nodes)], soft=False)
 
 
 def gpu_share(gpus: int, actors: int) -> float:
@@ -2116,8 +2144,7 @@ def stack_rows(rows: list[Any], spec: TensorSpec, name: str | None = None) -> np
             if array.size != first.size:
                 raise row_error(i, f"Expecting tensor size: {first.size} but got: {array.size}", name)
             if array.shape != first.shape:
-                shapes = [f"[{','.join(map(str, a.shape))}]" for a in (first, array)]
-                raise row_error(i, f"Expecting shape {shapes[0]} but got: {shapes[1]}", name)
+                raise row_error(i, f"Expecting shape {shape_text(first.shape)} but got: {shape_text(array.shape)}", name)
         raise
 
 
@@ -2372,11 +2399,13 @@ def varint(number: int) -> bytes:
 
 
 def encode_regress(signature: Signature, examples: int, outputs: list[np.ndarray]) -> Reply:
-    values = dict(zip(signature.outputs, outputs)).get("outputs")
-    if values is None or len(outputs) != 1:
+    if len(outputs) != 1:
         raise InvalidRequest("Expected one output Tensor.")
-    if values.ndim not in (1, 2) or values.ndim == 2 and values.shape[1] != 1:
-        shapes = f"either [batch_size] or [batch_size, 1] but got {list(values.shape)}"
+    if "outputs" not in signature.outputs:
+        raise InvalidRequest(f"No regression outputs found in SignatureDef: {signature.name}")
+    values = check_output("output", outputs[0], "float32")
+    if values.ndim != 1 and values.shape[1:] != (1,):
+        shapes = f"either [batch_size] or [batch_size, 1] but got {shape_text(values.shape)}"
         raise InvalidRequest(f"Expected output Tensor shape to be {shapes}")
     if len(values) != examples:
         raise InvalidRequest(f"Input batch size did not match output batch size: {examples} vs. {len(values)}")
@@ -2384,22 +2413,38 @@ def encode_regress(signature: Signature, examples: int, outputs: list[np.ndarray
 
 
 def encode_classify(signature: Signature, examples: int, outputs: list[np.ndarray]) -> Reply:
+    if len(outputs) > 2:
+        raise InvalidRequest(f"Expected one or two output Tensors, found {len(outputs)}")
     named = dict(zip(signature.outputs, outputs))
-    if not named or named.keys() - {"classes", "scores"}:
-        raise InvalidRequest(f"Expected one or two output Tensors, found {len(named)}")
-    for name, array in named.items():
-        if array.ndim != 2:
-            raise InvalidRequest(f"Expected Tensor shape: [batch_size num_classes] but got {list(array.shape)}")
-        if len(array) != examples:
-            raise InvalidRequest(f"Expected {name} output batch size of {examples}. Got: {len(array)}")
-    shape = next(iter(named.values())).shape
-    labels = json_texts(named["classes"], 2, "classes") if "classes" in named else ['""'] * math.prod(shape)
-    scores = json_texts(named["scores"], 2, "scores") if "scores" in named else ["0.0"] * math.prod(shape)
-    if len(labels) != len(scores):
-        raise InvalidRequest(f"classes and scores should match, but have {len(labels)} and {len(scores)} elements")
-    pairs = np.array([f"[{label}, {score}]" for label, score in zip(labels, scores)], object).reshape(shape)
-    rows = ", ".join(f"[{', '.join(row)}]" for row in pairs.tolist())
-    return Reply(200, to_bytes(f'{{"results": [{rows}]}}'))
+    texts = {}
+    for name, dtype in (("classes", "object"), ("scores", "float32")):
+        if name in named:
+            array = check_output(name, named[name], dtype)
+            if array.ndim != 2:
+                raise InvalidRequest(f"Expected Tensor shape: [batch_size num_classes] but got {shape_text(array.shape)}")
+            if len(array) != examples:
+                raise InvalidRequest(f"Expected {name} output batch size of {examples}. Got: {len(array)}")
+            texts[name] = [json_texts(row, 1, name) for row in array]
+    if not texts:
+        raise InvalidRequest('Expected classification signature outputs to contain at least one of "classes" or "scores"')
+    labels = texts.get("classes") or [['""'] * len(row) for row in texts["scores"]]
+    scores = texts.get("scores") or [["0.0"] * len(row) for row in texts["classes"]]
+    if len(labels[0]) != len(scores[0]):
+        counts = f"{len(labels[0])} vs. {len(scores[0])}"
+        raise InvalidRequest(f"Tensors class and score should match in num_classes. Got {counts}")
+    pairs = [", ".join(f"[{label}, {score}]" for label, score in zip(*row)) for row in zip(labels, scores)]
+    return Reply(200, to_bytes('{"results": [' + ", ".join(f"[{row}]" for row in pairs) + "]}"))
+
+
+def check_output(name: str, array: np.ndarray, dtype: str) -> np.ndarray:
+    if array.dtype != dtype:
+        types = [f"DT_{TYPE_NAMES.get(t, t).upper()}" for t in (dtype, array.dtype.name)]
+        raise InvalidRequest(f"Expected {name} Tensor of {types[0]}. Got: {types[1]}")
+    return array
+
+
+def shape_text(shape: tuple[int, ...]) -> str:
+    return f"[{','.join(map(str, shape))}]"
 
 
 # ======================================================================================================================

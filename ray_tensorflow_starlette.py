@@ -19,7 +19,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import WebSocketRoute, request_response
 from starlette.types import Receive, Scope, Send
-from starlette.websockets import WebSocket, WebSocketClose, WebSocketDisconnect
+from starlette.websockets import WebSocket, WebSocketClose, WebSocketDisconnect, WebSocketDisconnected
 
 from ray_tensorflow import (
     FRONT_END, MAX_BODY_BYTES, Cluster, Error, Options, Pending, Reply, answer, answer_message, reply_error,
@@ -72,7 +72,7 @@ def create_app(options: Options | None = None) -> Starlette:
                     if event["type"] == "websocket.disconnect":
                         raise WebSocketDisconnect
                     requests.create_task(serve(event.get("text") or event.get("bytes") or ""))
-        except* WebSocketDisconnect:
+        except* (WebSocketDisconnect, WebSocketDisconnected):
             pass
 
     async def http_error(request: Request, error: Exception) -> Response:

@@ -3,9 +3,12 @@
 Importing this file imports no tensorflow: the test process does so only when it saves or runs a model itself.
 """
 
+import functools
+import json
 import os
 import subprocess
 import sys
+import time
 
 
 # -- one's own graphs: module:function ---------------------------------------------------------------------------------
@@ -124,7 +127,89 @@ def line(tf):
     return {"serving_default": ({"x": x}, {"y": w * x + b}), "train": ({"x": x, "y": y}, {"loss": trained})}
 
 
+def late(tf):
+    """y = 2 x; the third process to build it, the second worker, has to wait until there is a file "open" in a folder."""
+    gate = os.environ["RAY_TENSORFLOW_TEST_GATE"]
+    place = len(os.listdir(gate))
+    with open(os.path.join(gate, str(place)), "x"):
+        pass
+    while place == 2 and not os.path.exists(os.path.join(gate, "open")):
+        time.sleep(0.05)
+    x = tf.placeholder(tf.float32, [None], name="x")
+    return {"serving_default": ({"x": x}, {"y": 2 * x})}
+
+
+def broken(tf):
+    """Cannot be built."""
+    raise RuntimeError("this model is broken\nin two lines")
+
+
 FUNCTIONS = ("linear", "same_names", "echo", "several", "scalar", "fixed", "centered", "picky", "counter", "failing")
+
+
+# -- graphs for tests that start their own servers ---------------------------------------------------------------------
+
+
+def half_plus_two(tf):
+    x = tf.placeholder(tf.float32, [None], name="x")
+    return {"serving_default": ({"x": x}, {"y": 0.5 * x + 2})}
+
+
+def half_plus_remote(tf):
+    """y = 0.5x + b, where b is what half_plus_two on this very server (REMOTE_PORT) makes of 2."""
+    from ray_tensorflow import remote_predict
+
+    x = tf.placeholder(tf.float32, [None], name="x")
+    b, = remote_predict(["x"], [tf.constant([2.0])], ["y"], f"127.0.0.1:{os.environ['REMOTE_PORT']}", "half_plus_two")
+    return {"serving_default": ({"x": x}, {"y": 0.5 * x + b})}
+
+
+def remote(tf):
+    """For each of REMOTE_CASES (JSON: name to arguments of remote_predict) a failing signature, and NAME_status that is not."""
+    from ray_tensorflow import remote_predict
+
+    signatures = {}
+    for name, case in json.loads(os.environ["REMOTE_CASES"]).items():
+        inputs = {alias: tf.placeholder(dtype, None) for alias, dtype in case.pop("inputs", {"x": "float32"}).items()}
+        outputs = case.pop("outputs", {"y": "float32"})
+        case = {"target_address": f"127.0.0.1:{os.environ['REMOTE_PORT']}", "model_name": "half_plus_two"} | case
+        call = functools.partial(
+            remote_predict, list(inputs), list(inputs.values()), list(outputs), output_types=list(outputs.values()), **case)
+        code, message, tensors = call(fail_op_on_rpc_error=False)
+        signatures[name] = (inputs, dict(zip(outputs, call())))
+        signatures[f"{name}_status"] = (inputs, {"code": code, "message": message, **dict(zip(outputs, tensors))})
+    return signatures
+
+
+def gate(tf):
+    """Answers with the name of a file, when that file exists."""
+    path = tf.placeholder(tf.string, [None], name="path")
+
+    def wait(path):
+        end = time.monotonic() + 60
+        while not os.path.exists(path[0]) and time.monotonic() < end:
+            time.sleep(0.01)
+        return path
+
+    return {"serving_default": ({"path": path}, {"path": tf.numpy_function(wait, [path], tf.string)})}
+
+
+def crowd(tf):
+    """y = x, but to 12345 the answer is how many rows ran together, which the trial of random rows does not see."""
+    x = tf.placeholder(tf.float32, [None], name="x")
+    return {"serving_default": ({"x": x}, {"y": tf.where(tf.equal(x, 12345), tf.fill(tf.shape(x), tf.cast(tf.size(x), tf.float32)), x)})}
+
+
+def table(tf, rows: int = 1_000_000):
+    """An embedding table of 100 columns in two parts: 400 MB."""
+    ids = tf.placeholder(tf.int64, [None], name="ids")
+    partitioner, initializer = tf.fixed_size_partitioner(2), tf.random_uniform_initializer(seed=1)
+    embeddings = tf.get_variable("embeddings", [rows, 100], tf.float32, initializer, partitioner=partitioner)
+    return {"serving_default": ({"ids": ids}, {"rows": tf.nn.embedding_lookup(embeddings, ids)})}
+
+
+def small_table(tf):
+    return table(tf, rows=1000)
 
 
 # -- SavedModels -------------------------------------------------------------------------------------------------------
@@ -182,7 +267,41 @@ def save_affine(tf, folder: str) -> None:
     tf.saved_model.save(module, os.path.join(folder, "1"), signatures={"serving_default": serve, "double": double})
 
 
-SAVED = {"words": save_words, "picture": save_picture, "affine": save_affine}
+def save_scores(tf, folder: str) -> None:
+    """TF1: signatures for classify and regress, right and wrong, on examples with a feature x of two floats and a name."""
+    v1 = tf.compat.v1
+    with v1.Graph().as_default(), v1.Session() as session:
+        inputs = v1.placeholder(tf.string, [None])
+        x = v1.placeholder(tf.float32, [None])
+        features = {"x": tf.io.FixedLenFeature([2], tf.float32), "name": tf.io.FixedLenFeature([], tf.string, "")}
+        parsed = tf.io.parse_example(inputs, features)
+        scores, name = parsed["x"], parsed["name"][:, tf.newaxis]
+        classes = tf.concat([name + "-a", name + "-b"], axis=1)
+        total, y = tf.reduce_sum(scores, axis=1), x * 2
+        info = v1.saved_model.build_tensor_info
+
+        def signature(method, outputs, inputs={"inputs": inputs}):
+            sides = ({key: info(tensor) for key, tensor in side.items()} for side in (inputs, outputs))
+            return v1.saved_model.build_signature_def(*sides, f"tensorflow/serving/{method}")
+
+        classify, regress = (lambda **outputs: signature("classify", outputs)), (lambda **outputs: signature("regress", outputs))
+        builder = v1.saved_model.Builder(os.path.join(folder, "1"))
+        builder.add_meta_graph_and_variables(session, ["serve"], signature_def_map={
+            "serving_default": signature("predict", {"y": y}, {"x": x}), "twice": signature("predict", {"a": y, "b": y}, {"x": x}),
+            "classify": classify(classes=classes, scores=scores), "only_scores": classify(scores=scores), "only_classes": classify(classes=classes),
+            "classify_flat": classify(scores=total), "classify_uneven": classify(classes=classes, scores=scores[:, :1]),
+            "classify_first": classify(scores=scores[:1]), "classify_other": classify(other=scores),
+            "scores_and_other": classify(scores=scores, other=name), "classify_three": classify(classes=classes, scores=scores, other=name),
+            "classify_numbers": classify(classes=scores), "classify_double": classify(scores=tf.cast(scores, tf.float64)),
+            "classify_named": signature("classify", {"scores": scores}, {"x": inputs}),
+            "regress": regress(outputs=total), "regress_column": regress(outputs=total[:, tf.newaxis]), "regress_wide": regress(outputs=scores),
+            "regress_first": regress(outputs=total[:1]), "regress_other": regress(other=total), "regress_both": regress(outputs=total, other=scores),
+            "regress_int": regress(outputs=tf.cast(total, tf.int32)),
+            "regress_two": signature("regress", {"outputs": total}, {"inputs": inputs, "x": x})})
+        builder.save()
+
+
+SAVED = {"words": save_words, "picture": save_picture, "affine": save_affine, "scores": save_scores}
 
 
 def save(name: str, folder: str) -> str:

@@ -395,7 +395,7 @@ def test_a_dtype_that_has_no_json_is_not_implemented_in_columns_and_invalid_in_r
     message = f"Conversion of JSON Value: 1 to type: {dtype}"
     refused(message, predict, '{"inputs": [1, 2]}', x=dtype, status=501)
     refused(message, predict, '{"inputs": 1}', x=dtype, status=501)
-    refused(f"Failed to process element: 0 of 'instances' list. Error: ", predict, '{"instances": [1, 2]}', x=dtype, status=400)
+    refused("Failed to process element: 0 of 'instances' list. Error: ", predict, '{"instances": [1, 2]}', x=dtype, status=400)
     refused(message, predict, '{"instances": [{"x": 1}]}', x=dtype, status=400)
 
 

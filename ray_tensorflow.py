@@ -176,6 +176,10 @@ class ModelSource(NamedTuple):
         return f"{self.name} ({self.folder or self.function})"
 
 
+def is_saved_model(folder: str) -> bool:
+    return any(os.path.isfile(os.path.join(folder, name)) for name in ("saved_model.pb", "saved_model.pbtxt"))
+
+
 def model_source(value) -> ModelSource:
     """Parse ``[NAME=]DIR`` or ``[NAME=]module:function``; a folder of numbered versions means its highest."""
     if isinstance(value, ModelSource):
@@ -200,10 +204,6 @@ def model_source(value) -> ModelSource:
         raise ValueError("a folder with a saved_model.pb in it, or in one of its folders that are named by a number")
     version = max(versions, key=int)
     return ModelSource(name or os.path.basename(folder), int(version), os.path.join(folder, version))
-
-
-def is_saved_model(folder: str) -> bool:
-    return any(os.path.isfile(os.path.join(folder, name)) for name in ("saved_model.pb", "saved_model.pbtxt"))
 
 
 def model_sources(values) -> tuple[ModelSource, ...]:
@@ -1831,8 +1831,11 @@ def ray_runtime(options: Options):
 
     parent = tempfile.gettempdir()
     folder = tempfile.mkdtemp(prefix="ray_tensorflow_", dir=parent if len(parent) < 20 else "/tmp")  # a socket's path is short
-    before = os.environ.get("PYTHONPATH")
-    os.environ["PYTHONPATH"] = python_path
+    inherited = {"PYTHONPATH": python_path}
+    if not os.path.exists(os.path.expanduser("~/.keras")):
+        inherited["KERAS_HOME"] = os.environ.get("KERAS_HOME") or os.path.join(folder, "keras")  # else Keras makes one at home
+    before = {name: os.environ.get(name) for name in inherited}
+    os.environ.update(inherited)
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_worker_niceness", "0")  # else actors, at nice 15, starve beside a busy web process
     if not os.environ.get("RAY_AUTH_TOKEN_PATH"):  # else it is written to the home folder; Ray keeps the first for the process
@@ -1846,9 +1849,8 @@ def ray_runtime(options: Options):
     finally:
         ray.shutdown()
         ray_constants.ENABLE_RAY_CLUSTER = True
-        os.environ.pop("PYTHONPATH")
-        if before is not None:
-            os.environ["PYTHONPATH"] = before
+        for name, value in before.items():
+            os.environ.pop(name, None) if value is None else os.environ.update({name: value})
         shutil.rmtree(folder, ignore_errors=True)
 
 

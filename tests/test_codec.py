@@ -11,7 +11,6 @@ import urllib.parse
 import numpy as np
 import pytest
 
-import ray_tensorflow
 from ray_tensorflow import (
     GET_PATH, HTTP_STATUS, MAX_BODY_BYTES, POST_PATH, Error, InvalidRequest, Signature, TensorSpec, decimals, encode_predict,
     parse_json, parse_leaves, parse_predict, parse_rows, parse_tensor, parse_value, reply_error, shown, unzip, without_depths)
@@ -755,7 +754,3 @@ def test_a_small_body_that_decompresses_to_a_huge_one_is_too_large():
 
 def test_a_body_of_just_the_limit_is_not_too_large():
     assert len(unzip("gzip", gzip.compress(bytes(MAX_BODY_BYTES), 1))) == MAX_BODY_BYTES
-
-
-def test_the_codec_does_not_import_tensorflow():
-    assert ray_tensorflow.np is np and "tensorflow" not in sys.modules

@@ -450,7 +450,7 @@ class Graph:
         for name, definition in self.signature_defs.items():
             tensors = [*definition.inputs.values(), *definition.outputs.values()]
             if definition.outputs and all(t.WhichOneof("encoding") == "name" and t.dtype for t in tensors):
-                inputs, outputs = ({k: tensor_spec(tf, v[k]) for k in sorted(v)} for v in (definition.inputs, definition.outputs))
+                inputs, outputs = ({k: tensor_spec(self.graph, v[k]) for k in sorted(v)} for v in (definition.inputs, definition.outputs))
                 types = operation_types(meta_graph.graph_def, [t.name for t in definition.outputs.values()])
                 writes, calls_out = any(map(STATE_CHANGING.fullmatch, types)), any(map(PYTHON_FUNCTION.fullmatch, types))
                 self.signatures[name] = Signature(
@@ -695,9 +695,10 @@ def operation_types(graph_def, outputs: list[str]) -> set[str]:
     return {node.op for node in seen.values()}
 
 
-def tensor_spec(tf, info) -> TensorSpec:
+def tensor_spec(graph, info) -> TensorSpec:
+    """The declared shape, and the dtype that the tensor has: there are SavedModels that declare another one."""
     shape = None if info.tensor_shape.unknown_rank else tuple(None if d.size < 0 else d.size for d in info.tensor_shape.dim)
-    return TensorSpec(np.dtype(tf.as_dtype(info.dtype).as_numpy_dtype).name, shape)
+    return TensorSpec(np.dtype(graph.get_tensor_by_name(info.name).dtype.as_numpy_dtype).name, shape)
 
 
 def sample_rows(signature: Signature, rows: int) -> list[np.ndarray]:
@@ -1593,12 +1594,14 @@ class Cluster:
                     self._start_actors()
                 finally:
                     self._end_actors()
-        except Error as error:
-            self._failure = error
         except Exception as error:
-            if self._status != "stopping":  # else it was ended on purpose while it started
+            if self._status == "stopping":  # it was ended on purpose while it started
+                pass
+            elif isinstance(error, Error):
+                self._failure = error
+            else:
                 log.exception("the cluster failed")
-            self._failure = Unavailable(f"Ray could not be started: {first_sentence(str(error))}")
+                self._failure = Unavailable(f"Ray could not be started: {first_sentence(str(error))}")
         finally:
             with self._changed:
                 self._status = "stopped"

@@ -174,7 +174,7 @@ def test_concurrent_requests_get_their_own_results(front_end, clients):
      'Expected classification signature outputs to contain at least one of "classes" or "scores"'),
     ("scores:classify", "classify_flat", 400, "Expected Tensor shape: [batch_size num_classes] but got [2]"),
     ("scores:classify", "classify_first", 400, "Expected scores output batch size of 2. Got: 1"),
-    ("scores:classify", "classify_uneven", 400, "should match, but have 4 and 2 elements"),
+    ("scores:classify", "classify_uneven", 400, "should match in num_classes. Got 2 vs. 1"),
     ("scores:classify", "classify_three", 400, "Expected one or two output Tensors, found 3"),
     ("scores:classify", "classify_numbers", 400, "Expected classes Tensor of DT_STRING. Got: DT_FLOAT"),
     ("scores:classify", "classify_double", 400, "Expected scores Tensor of DT_FLOAT. Got: DT_DOUBLE"),

@@ -350,7 +350,7 @@ def test_the_web_process_never_maps_tensorflow(front_end):
     (({"y": [[1, 1, 1]]}, "linear"), 400, "'x'"),
     (({}, "linear"), 400, "'x'"),
     (({"x": [[1, 1, 1]], "y": 1}, "linear"), 400, "'y'"),
-    (([[1, 1, 1]], "linear"), 400, "list"),
+    (([[1, 1]], "several"), 400, "list"),
     ((None, "linear"), 400, "'x'"),
     (({"x": [["1", "1", "1"]]}, "linear"), 400, "float32"),
     (({"x": [[1j, 1, 1]]}, "linear"), 400, "float32"),

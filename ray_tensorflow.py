@@ -1825,7 +1825,8 @@ def ray_runtime(options: Options):
         try:
             ray.init(options.address, namespace="ray_tensorflow", runtime_env={"env_vars": {"PYTHONPATH": python_path}}, **quiet)
         except ConnectionError as error:
-            raise Unavailable(f"No Ray cluster answers at {options.address!r}: {first_sentence(str(error))}") from None
+            reason = f"{first_sentence(str(error))} (if it wants a token, set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN)"
+            raise Unavailable(f"No Ray cluster answers at {options.address!r}: {reason}") from None
         try:
             yield
         finally:

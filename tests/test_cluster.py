@@ -5,6 +5,7 @@ import base64
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -26,6 +27,7 @@ REAL = sorted(real_models())
 OTHER = {"counter", "failing", "scores"}  # those that change, fail, or want serialized examples; they have tests of their own
 STATELESS = [name for name in (*example_models.SAVED, *example_models.FUNCTIONS) if name not in OTHER] + REAL
 SLOW = {"basic_pitch"}  # 50 ms a run
+MISDECLARED = ("saved_model_half_plus_three", "tensorflow/serving/regress")  # its input is declared a float, but is text
 
 
 # -- what plain sessions answer ----------------------------------------------------------------------------------------
@@ -39,7 +41,8 @@ class Reference:
         numbers = np.random.default_rng(7)
         self.cases = [  # (signature, inputs, outputs)
             (signature, inputs := self.sample(signature, numbers), self.plain.predict(inputs, signature))
-            for signature in self.plain.names if not signature.startswith("__") for _ in range(2 if name in SLOW else 6)]
+            for signature in self.plain.names if not signature.startswith("__") and (name, signature) != MISDECLARED
+            for _ in range(2 if name in SLOW else 6)]
 
     def sample(self, signature: str, numbers) -> dict[str, np.ndarray]:
         """Random inputs, of one to three rows where their number is free."""
@@ -51,7 +54,8 @@ class Reference:
             shape = (rows, *shape) if tensor.shape.rank is None or tensor.shape.as_list()[:1] == [None] else shape
             dtype = tensor.dtype.as_numpy_dtype
             if dtype is object:
-                texts = [example(numbers) for _ in range(9)] if self.name in REAL else [b"two", b"", "é".encode(), b"unheard", b"a\0\n\""]
+                texts = [b"two", b"", "é".encode(), b"unheard", b"a\0\n\""]
+                texts = [example(numbers) for _ in range(9)] if self.name in REAL else texts
                 inputs[key] = numbers.choice(np.array(texts, object), shape)
             elif dtype is np.bool_:
                 inputs[key] = numbers.random(shape) < 0.5
@@ -121,7 +125,7 @@ def test_a_model_answers_as_in_a_plain_session(cluster, reference, clients, merg
 @pytest.mark.parametrize("count", [1, 32])
 @pytest.mark.parametrize("name", STATELESS)
 def test_a_model_answers_over_http_as_in_a_plain_session(front_end, reference, clients, name, count):
-    cases = [case for case in reference(name).cases if (name, case[0]) != ("echo", "half")]  # JSON has no half in TensorFlow Serving
+    cases = [case for case in reference(name).cases if (name, case[0]) != ("echo", "half")]  # which has no JSON
     cases *= 1 if name in SLOW or count == 1 else 4
     answers = clients(count, lambda case: front_end.predict(name, {"signature_name": case[0], "inputs": to_json(case[1])}), cases)
     for answer, (signature, inputs, expected) in zip(answers, cases):
@@ -276,12 +280,13 @@ def test_the_blocking_door_may_be_used_where_a_loop_runs(cluster, notebook):
 
 
 def test_several_loops_and_threads_at_once_get_the_same_answers(cluster, notebook):
-    def blocking(_):
+    def blocking():
         return [cluster.predict(X, "linear")["y"].tolist() for _ in range(40)]
 
     doors = [asyncio.run, uvloop_run, notebook, asyncio.run, uvloop_run]
     with ThreadPoolExecutor() as pool:
-        futures = [pool.submit(lambda door=door: door(many(cluster))) for door in doors] + [pool.submit(blocking, None) for _ in range(3)]
+        futures = [pool.submit(lambda door=door: door(many(cluster))) for door in doors]
+        futures += [pool.submit(blocking) for _ in range(3)]
         assert [future.result(60) for future in futures] == [[Y] * 40] * 8
 
 
@@ -405,7 +410,7 @@ GATE = os.environ.setdefault("RAY_TENSORFLOW_TEST_GATE", os.path.join(tempfile.g
 
 @pytest.fixture(scope="module")
 def late_cluster():
-    """A cluster of two workers, the second of which started late; with what it answered while there was one: (cluster, answers)."""
+    """(cluster, answers): two workers, the second of which started late, and what was answered while there was one."""
     os.mkdir(GATE)
     before = folders()
     cluster = Cluster(workers=2, model=["example_models:late"])
@@ -426,7 +431,10 @@ def late_cluster():
 
 
 def wait_ready(cluster: Cluster, workers: int) -> None:
-    wait_until(lambda: [w["state"] for w in cluster.health()["workers"]].count("ready") == workers, what=f"{workers} workers to be ready")
+    def ready():
+        return sum(worker["state"] == "ready" for worker in cluster.health()["workers"]) == workers
+
+    wait_until(ready, what=f"{workers} workers to be ready")
 
 
 def test_a_worker_that_does_not_start_holds_nobody_up(late_cluster):
@@ -494,16 +502,18 @@ def test_a_model_that_cannot_be_loaded_is_named(tmp_path, kind):
 
 def plain_environment() -> dict[str, str]:
     """The environment without what a Ray or a TensorFlow in this process has set in it."""
-    return {name: value for name, value in os.environ.items() if name != "CUDA_VISIBLE_DEVICES" and not name.startswith("RAY_AUTH")}
+    set_here = re.compile("CUDA_VISIBLE_DEVICES|RAY_AUTH.*")
+    return {name: value for name, value in os.environ.items() if not set_here.fullmatch(name)}
 
 
 def run_script(code: str, **environment) -> dict:
     """Run Python code that has ``report``, a dict, in a new process and a folder that is not the repository's; the report."""
-    prelude = f"import asyncio, json, os, sys, threading, time\nsys.path.insert(0, {REPOSITORY!r})\nreport = {{}}\n"
+    prelude = f"import asyncio, contextlib, json, os, sys, threading, time\nsys.path.insert(0, {REPOSITORY!r})\nreport = {{}}\n"
     with tempfile.TemporaryDirectory() as folder:
+        code = prelude + textwrap.dedent(code) + "\nprint('REPORT', json.dumps(report))"
         result = subprocess.run(
-            [sys.executable, "-c", prelude + textwrap.dedent(code) + "\nprint('REPORT', json.dumps(report))"], cwd=folder, text=True,
-            capture_output=True, timeout=400, env=plain_environment() | environment)
+            [sys.executable, "-c", code], cwd=folder, text=True, capture_output=True, timeout=400,
+            env=plain_environment() | environment)
     assert result.returncode == 0, result.stderr
     return json.loads(result.stdout.rpartition("REPORT ")[2])
 
@@ -519,12 +529,16 @@ def five_lives():
         def look(way):
             children = set()
             for thread in os.listdir("/proc/self/task"):
-                with open(f"/proc/self/task/{thread}/children") as file:
+                with contextlib.suppress(FileNotFoundError), open(f"/proc/self/task/{thread}/children") as file:
                     children.update(file.read().split())
+            paths = [f"/proc/self/fd/{number}" for number in os.listdir("/proc/self/fd")]
+            mine = {os.readlink(path) for path in paths if os.path.islink(path)}
+            with open("/proc/self/net/tcp") as tcp, open("/proc/self/net/tcp6") as tcp6:
+                sockets = [line.split() for line in [*tcp, *tcp6]]
             report[way] |= {
+                "listening": [s[1] for s in sockets if s[3] == "0A" and f"socket:[{s[9]}]" in mine], "open": len(mine),
                 "threads": [t.name for t in threading.enumerate() if "ray_tensorflow" in t.name],
-                "children": len(children), "ray": ray.is_initialized(), "path": os.environ.get("PYTHONPATH") == path,
-                "files": len(os.listdir("/proc/self/fd"))}
+                "children": len(children), "ray": ray.is_initialized(), "path": os.environ.get("PYTHONPATH") == path}
 
         path = os.environ.get("PYTHONPATH")
         with Cluster(workers=1) as cluster:
@@ -561,10 +575,10 @@ def five_lives():
 
 @pytest.mark.parametrize("way", ["with", "asyncio", "uvloop", "thread", "notebook"])
 def test_a_cluster_starts_and_ends_five_times_in_one_process_and_leaves_nothing(five_lives, way):
-    life = five_lives[way]
-    files = life.pop("files")
-    assert life == {"sum": 3.0, "status": "ready", "threads": [], "children": 0, "ray": False, "path": True}
-    assert files <= five_lives["with"].get("files", files) + 10
+    opened = five_lives[way]["open"] - five_lives["with"]["open"]
+    assert opened < 20  # Ray itself leaves a log and up to two sockets open each time, which go nowhere
+    assert {name: value for name, value in five_lives[way].items() if name != "open"} == {
+        "sum": 3.0, "status": "ready", "listening": [], "threads": [], "children": 0, "ray": False, "path": True}
 
 
 def test_the_process_that_has_a_cluster_does_not_import_tensorflow(five_lives):
@@ -602,7 +616,7 @@ def test_closing_while_starting_is_quick_and_clean(tmp_path):
 
 
 def test_a_forked_process_may_start_its_own():
-    """As under a process manager that loads the application and then forks: nothing of it runs in the parent (tensorflow#2448)."""
+    """As under a process manager that loads the application and then forks: none of it runs in the parent (tensorflow#2448)."""
     report = run_script("""
         import ray_tensorflow_flask
 
@@ -647,19 +661,20 @@ def test_without_gpus_no_actor_sees_one(cluster):
 
 @pytest.fixture(scope="module")
 def ray_with_gpus():
-    """The address of a Ray of its own, on 127.0.0.1 alone, with two logical GPUs; and what its clients need in their environment."""
+    """(address, environment): a Ray of its own on 127.0.0.1, with two logical GPUs, and what its clients have to have set."""
     with tempfile.TemporaryDirectory(prefix="ray_gpu_", ignore_cleanup_errors=True) as folder:
         token = {"RAY_AUTH_TOKEN": uuid.uuid4().hex * 2, "RAY_USAGE_STATS_ENABLED": "0", "HOME": folder}
         token["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"  # one node, which is then content with 127.0.0.1
         token["RAY_AUTH_MODE"] = "token"  # which Ray takes for granted only where it starts itself
         port = free_port()
         command = [
-            os.path.join(os.path.dirname(sys.executable), "ray"), "start", "--head", "--block", f"--port={port}", "--node-ip-address=127.0.0.1",
-            "--num-cpus=1", "--num-gpus=2", "--include-dashboard=false", f"--temp-dir={folder}", "--object-store-memory=80000000"]
+            os.path.join(os.path.dirname(sys.executable), "ray"), "start", "--head", "--block", f"--port={port}",
+            "--node-ip-address=127.0.0.1", "--num-cpus=1",
+            "--num-gpus=2", "--include-dashboard=false", f"--temp-dir={folder}", "--object-store-memory=80000000"]
         with open(os.path.join(folder, "log"), "w+") as log, owned_by_session():
             process = subprocess.Popen(command, env=plain_environment() | token, stdout=log, stderr=log, start_new_session=True)
             try:
-                wait_until(lambda: process.poll() is not None or "Ray runtime started" in open(log.name).read(), what="Ray to start")
+                wait_until(lambda: process.poll() is not None or "runtime started" in open(log.name).read(), what="Ray to start")
                 assert process.poll() is None, open(log.name).read()
                 yield f"127.0.0.1:{port}", token
             finally:

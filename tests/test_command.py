@@ -53,8 +53,9 @@ class Run:
 
     def files(self) -> list[str]:
         """What is in its home, in its temporary folder and where it was started."""
-        return [path for name in ("home", "temp", "work") for path in glob.glob(f"{self.folders[name]}/**", recursive=True, include_hidden=True)
-                if path != f"{self.folders[name]}/"]
+        tops = [f"{self.folders[name]}/" for name in ("home", "temp", "work")]
+        paths = [path for top in tops for path in glob.glob(f"{top}**", recursive=True, include_hidden=True)]
+        return [path for path in paths if path not in tops]
 
 
 @contextlib.contextmanager
@@ -68,8 +69,9 @@ def running(*options: str, before: tuple[str, ...] = ()):
     with contextlib.ExitStack() as stack:
         outputs = [stack.enter_context(open(os.path.join(folders["log"], name), "w")) for name in ("stdout", "stderr")]
         process = subprocess.Popen(
-            [*before, sys.executable, os.path.join(REPOSITORY, "ray_tensorflow.py"), *options], cwd=folders["work"], env=environment,
-            stdin=subprocess.DEVNULL, stdout=outputs[0], stderr=outputs[1], start_new_session=True)
+            [*before, sys.executable, os.path.join(REPOSITORY, "ray_tensorflow.py"), *options],
+            cwd=folders["work"], env=environment, stdin=subprocess.DEVNULL,
+            stdout=outputs[0], stderr=outputs[1], start_new_session=True)
     try:
         yield Run(process, folders, owner)
     finally:
@@ -186,7 +188,7 @@ def starts_ray(run: Run):
 
 def starts_parameter_server(run: Run):
     """TensorFlow is being imported."""
-    wait_until(lambda: any(command.startswith("ray::ParameterServer") for command in processes(run.owner).values()), what="the actor")
+    wait_until(lambda: any("ray::ParameterServer" in command for command in processes(run.owner).values()), what="the actor")
 
 
 def waits_for_an_add(run: Run):

@@ -10,7 +10,8 @@ import pytest
 import example_models
 import ray_tensorflow
 from ray_tensorflow import (
-    ADDER, PYTHON_FUNCTION, STATE_CHANGING, Graph, ModelSource, Options, import_tensorflow, model_source, operation_types, server_config)
+    ADDER, PYTHON_FUNCTION, STATE_CHANGING, Graph, ModelSource, Options, import_tensorflow, model_source, operation_types,
+    server_config)
 
 BIG = np.finfo(np.float64).max
 
@@ -400,15 +401,15 @@ def draws_from_a_generator(tf):
 
 
 @pytest.mark.parametrize("build", [
-    updates, updates_first, updates_in_a_branch, updates_in_a_loop, updates_in_a_function, updates_some_rows, trains, inserts_into_a_table,
-    takes_from_a_queue, draws_from_a_generator], ids=lambda build: build.__name__)
+    updates, updates_first, updates_in_a_branch, updates_in_a_loop, updates_in_a_function, updates_some_rows, trains,
+    inserts_into_a_table, takes_from_a_queue, draws_from_a_generator], ids=lambda build: build.__name__)
 def test_what_changes_state_is_known(tf, build):
     assert changes(tf, build)
 
 
 @pytest.mark.parametrize("build", [
-    reads, looks_up_in_a_table, is_beside_an_update, scatters_into_a_new_tensor, loops_over_rows, gathers_a_list_in_a_loop, counts_bits,
-    draws_random_numbers], ids=lambda build: build.__name__)
+    reads, looks_up_in_a_table, is_beside_an_update, scatters_into_a_new_tensor, loops_over_rows, gathers_a_list_in_a_loop,
+    counts_bits, draws_random_numbers], ids=lambda build: build.__name__)
 def test_what_only_computes_is_known(tf, build):
     assert not changes(tf, build)
 

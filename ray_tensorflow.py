@@ -25,6 +25,7 @@ import binascii
 import collections
 import concurrent.futures
 import contextlib
+import copy
 import dataclasses
 import functools
 import http.client
@@ -421,8 +422,7 @@ class Graph:
         self._loader = self._builder = None
         if source.folder:
             self._loader = loader_impl.SavedModelLoader(source.folder)
-            meta_graph = type(m := self._loader.get_meta_graph_def_from_tags(["serve"]))()
-            meta_graph.CopyFrom(m)
+            meta_graph = copy.deepcopy(self._loader.get_meta_graph_def_from_tags(["serve"]))
             for node in itertools.chain(meta_graph.graph_def.node, *(f.node_def for f in meta_graph.graph_def.library.function)):
                 node.device = ""  # devices of the machine that saved it (tensorflow#4011)
             self.atomic = False
@@ -465,13 +465,14 @@ class Graph:
         self.atomic = getattr(function, "atomic", False)
         self._builder = tf.Graph()  # kept: it owns the Python functions of its py_func operations
         with self._builder.as_default():
-            signatures = function(tf)
+            signatures = {  # a variable may stand for its value
+                signature: [{name: tf.convert_to_tensor(value) for name, value in side.items()} for side in (inputs, outputs)]
+                for signature, (inputs, outputs) in function(tf).items()}
             initializers = tf.global_variables_initializer(), tf.local_variables_initializer(), tf.tables_initializer()
             initializer = tf.group(*initializers, name="initialize_all")
         meta_graph = meta_graph_pb2.MetaGraphDef(graph_def=self._builder.as_graph_def())
         self._initializer = initializer.name
-        for signature, (inputs, outputs) in signatures.items():
-            sides = [{name: tf.convert_to_tensor(tensor) for name, tensor in side.items()} for side in (inputs, outputs)]
+        for signature, sides in signatures.items():
             infos = [{name: tf.saved_model.build_tensor_info(tensor) for name, tensor in side.items()} for side in sides]
             meta_graph.signature_def[signature].CopyFrom(
                 tf.saved_model.build_signature_def(*infos, method_name=tf.saved_model.PREDICT_METHOD_NAME))
@@ -492,9 +493,9 @@ class Graph:
             fetch = [definition.outputs[alias].name for alias in sorted(definition.outputs)]
             once = list(dict.fromkeys(fetch))  # TensorFlow wants each tensor named once
             self._places[name] = [once.index(tensor) for tensor in fetch]
-            options = config_pb2.CallableOptions(feed=feed, fetch=once)
             # half the time of session.run, and no check against static shapes; make_callable is session.run in disguise
-            self._callables[name] = self.session._make_callable_from_options(options)
+            call = config_pb2.CallableOptions(feed=feed, fetch=once)
+            self._callables[name] = self.session._make_callable_from_options(call)
 
     @property
     def calls_out(self) -> bool:

@@ -139,6 +139,12 @@ def late(tf):
     return {"serving_default": ({"x": x}, {"y": 2 * x})}
 
 
+def bare(tf):
+    """A variable itself as an output."""
+    x = tf.placeholder(tf.float32, [None], name="x")
+    return {"serving_default": ({"x": x}, {"w": tf.get_variable("w", initializer=[1.0, 2.0]), "y": x + 1})}
+
+
 def broken(tf):
     """Cannot be built."""
     raise RuntimeError("this model is broken\nin two lines")

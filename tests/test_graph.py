@@ -472,3 +472,8 @@ def test_a_signature_that_calls_python_is_known(tf):
         output = tf.numpy_function(lambda: np.float32(1), [], tf.float32)
         types = operation_types(graph.as_graph_def(), [output.name])
     assert any(map(PYTHON_FUNCTION.fullmatch, types))
+
+
+def test_a_variable_may_be_an_output_itself(load):
+    w, y = load("example_models:bare").run("serving_default", [np.array([1.0], np.float32)])
+    assert (w.tolist(), y.tolist()) == ([1.0, 2.0], [2.0])

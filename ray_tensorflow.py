@@ -1235,7 +1235,7 @@ class Batcher:
                 self._wake.notify()
 
     def _retry_or_refuse(self, worker: int, batch: list[Request]) -> None:
-        """After a worker was lost: what only reads runs again elsewhere; what writes may have been applied, and says so."""
+        """After a worker was lost: what only reads runs once more elsewhere; what writes may have been applied, and says so."""
         refused = []
         with self._lock:
             for request in reversed(batch):

@@ -1,6 +1,6 @@
 """How fast, and in how much memory: this project beside what one would do without it, measured in one run.
 
-    python tests/benchmark.py                                # everything, under 10 minutes on 2 cores; prints a table
+    python tests/benchmark.py                                # everything; prints a table
     python tests/benchmark.py --only adds,start --rounds 5   # some parts, more rounds
 
 All servers of a comparison are up at the same time, and bursts of load go to them in turn (A B C A B C ...), since these

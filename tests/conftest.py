@@ -1,7 +1,7 @@
 """What the tests share: real servers, one cluster for the session, models to serve, and a leak detector.
 
-Three speeds, by file: pure (test_options, test_batcher, test_codec: no Ray, no TensorFlow), graph (test_graph: TensorFlow in
-this process), cluster (the rest). Tests that break things start their own servers.
+Three speeds, by file: pure (test_options, test_batcher, test_codec: no Ray, no TensorFlow), graph (test_graph, test_weights:
+TensorFlow in this process), cluster (the rest). Tests that break things start their own servers.
 """
 
 import atexit

@@ -288,7 +288,7 @@ def test_a_model_that_cannot_be_loaded_is_told_by_health_and_to_every_request():
 # -- other servers -----------------------------------------------------------------------------------------------------
 
 WSGI_SERVER = """
-import signal, sys
+import signal, sys, threading
 from wsgiref.simple_server import make_server
 from ray_tensorflow_flask import app
 
@@ -298,8 +298,9 @@ def reporting(environ, start_response):
         return [" ".join(sys.modules).encode()]
     return app(environ, start_response)
 
-signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
-make_server("127.0.0.1", int(sys.argv[1]), reporting).serve_forever()
+server = make_server("127.0.0.1", int(sys.argv[1]), reporting)
+signal.signal(signal.SIGTERM, lambda *_: threading.Thread(target=server.shutdown).start())  # wsgiref swallows a SystemExit
+server.serve_forever()
 """
 
 

@@ -435,7 +435,7 @@ class Graph:
 
         self.source, self.home = source, home
         self.graph = tf.Graph()
-        self._loader = self._builder = None
+        self._loader = self._builder = self.session = self._callables = None
         if source.folder:
             self._loader = loader_impl.SavedModelLoader(source.folder)
             meta_graph = copy.deepcopy(self._loader.get_meta_graph_def_from_tags(["serve"]))
@@ -496,23 +496,28 @@ class Graph:
         return meta_graph
 
     def connect(self, tf, addresses: list[str], options: Options, timeout_s: float = 0) -> None:
-        """Make the session, on the parameter servers at these addresses or in this process, and a callable for each signature."""
+        """Make the session, on the parameter servers at these addresses or in this process, and a callable for each signature.
+
+        Called again it makes another session, and leaves the first one behind, which may wait for a server that is gone.
+        """
         from tensorflow.core.protobuf import config_pb2
 
         target = f"grpc://{addresses[self.home]}" if addresses else ""
         config = session_config(tf, addresses, timeout_s) if addresses else server_config(tf, options, self.calls_out)
-        self.session = tf.Session(target, self.graph, config)
-        self.variables.set_session(self.session)
-        self._callables, self._places = {}, {}
+        session, callables, places = tf.Session(target, self.graph, config), {}, {}
         for name in self.signatures:
             definition = self.signature_defs[name]
             feed = [definition.inputs[alias].name for alias in sorted(definition.inputs)]
             fetch = [definition.outputs[alias].name for alias in sorted(definition.outputs)]
             once = list(dict.fromkeys(fetch))  # TensorFlow wants each tensor named once
-            self._places[name] = [once.index(tensor) for tensor in fetch]
+            places[name] = [once.index(tensor) for tensor in fetch]
             # half the time of session.run, and no check against static shapes; make_callable is session.run in disguise
             call = config_pb2.CallableOptions(feed=feed, fetch=once)
-            self._callables[name] = self.session._make_callable_from_options(call)
+            callables[name] = session._make_callable_from_options(call)
+        left = [self.session, self._callables]
+        self.session, self._callables, self._places = session, callables, places
+        self.variables.set_session(session)
+        threading.Thread(target=left.clear, daemon=True).start()  # the end of a session waits for its server as well
 
     @property
     def calls_out(self) -> bool:
@@ -925,7 +930,7 @@ class Checkpoints:
         try:
             with np.load(path, allow_pickle=False) as file:
                 return {name.removeprefix("variables/"): from_plain(file[name]) for name in file.files}
-        except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error, NotImplementedError) as error:
+        except Exception as error:  # there is no end to what numpy and zipfile raise
             raise ModelError(f"The checkpoint {path} is damaged ({first_sentence(str(error))}): put a good one in its place, or"
                              " remove it to start without.") from None
 
@@ -1163,31 +1168,30 @@ class Worker:
     async def start(self, parameter_server, others: list[str]) -> dict[str, Any]:
         """Build the graphs and warm them up; returns ``about_this_actor()`` when ready to run.
 
-        Called again, with a parameter server that was started anew, it leaves behind what still waits for the old one.
+        Called again, with a parameter server that was started anew, it leaves threads behind that still wait for the old one.
         """
         self.parameter_server, loop = parameter_server, asyncio.get_running_loop()
         self.executor = executor = concurrent.futures.ThreadPoolExecutor(IN_FLIGHT_PER_WORKER, "session.run")
         tf = await loop.run_in_executor(executor, import_tensorflow)  # while the parameter server does the same
         addresses, _ = await parameter_server.start.remote(others)
-        graphs = await loop.run_in_executor(executor, self._connect, tf, addresses)
-        if executor is self.executor:
-            self.graphs, self.versions = graphs, {}
+        await loop.run_in_executor(executor, self._connect, tf, addresses)
         await self.refresh()
-        await loop.run_in_executor(executor, self._warm_up, graphs)
+        await loop.run_in_executor(executor, self._warm_up)
         return about_this_actor()
 
-    def _connect(self, tf, addresses: list[str]) -> dict[str, Graph]:
-        graphs = build_graphs(tf, self.options, mirrors=True)
-        for graph in graphs:
-            if is_mirrored(self.options, graph.source):
+    def _connect(self, tf, addresses: list[str]) -> None:
+        if not self.graphs:
+            self.graphs = {graph.source.name: graph for graph in build_graphs(tf, self.options, mirrors=True)}
+        for graph in self.graphs.values():
+            if not is_mirrored(self.options, graph.source):
+                # a plain client session straight on the parameter server: a server of our own would be one more hop
+                graph.connect(tf, addresses, self.options, self.options.timeout_s + 1)  # when nobody waits for it any more
+            elif graph.session is None:
                 graph.connect(tf, [], self.options)
                 graph.restore(variables=False)
-            else:  # a plain client session straight on the parameter server: a server of our own would be one more hop
-                graph.connect(tf, addresses, self.options, self.options.timeout_s + 1)  # when nobody waits for it any more
-        return {graph.source.name: graph for graph in graphs}
 
-    def _warm_up(self, graphs: dict[str, Graph]) -> None:
-        for graph in graphs.values():
+    def _warm_up(self) -> None:
+        for graph in self.graphs.values():
             graph.warm_up()
 
     async def refresh(self) -> None:
@@ -1685,7 +1689,7 @@ class Supervisor:
             await asyncio.gather(*tasks, *watches, return_exceptions=True)
         for server in self.servers:
             log.warning("parameter server lost  pid %d  %s", server.about["pid"], reasons[0])
-            server.restarts += 1
+            server.state, server.restarts = "starting", server.restarts + 1
             await self._end_actor(server)
         for worker in self.workers:
             worker.state = "starting"
@@ -1749,26 +1753,31 @@ class Supervisor:
 
     async def _watch(self, member: Member) -> str:
         """Returns why an actor was lost, as soon as it is."""
-        stays = asyncio.ensure_future(call(member.actor.stay.remote()))
+        stays, answer = asyncio.ensure_future(call(member.actor.stay.remote())), None
         report = asyncio.get_running_loop().create_future()
         if member.kind == "worker":
             self._reports[member.index] = report
         patience = HUNG_S[member.kind]
-        while not stays.done() and not report.done():
-            answer = asyncio.ensure_future(call(member.actor.about.remote()))
-            for seconds, state in ((SUSPECT_S, "ready"), (patience - SUSPECT_S, "hung")):
-                self._set_state(member, state)
-                await asyncio.wait([stays, report, answer], timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
-                if stays.done() or report.done() or answer.done():
-                    break
-            else:
-                await self._kill(member)
-                return f"it did not answer for {patience:g} s"
-            if answer.done() and not answer.exception():
-                self._set_state(member, "ready", answer.result())
-            await asyncio.wait([stays, report], timeout=PING_S, return_when=asyncio.FIRST_COMPLETED)
-        stays.cancel()
-        return "a front end could not reach it" if report.done() else first_sentence(str(stays.exception()))
+        try:
+            while True:
+                answer = asyncio.ensure_future(call(member.actor.about.remote()))
+                for seconds, state in ((SUSPECT_S, "ready"), (patience - SUSPECT_S, "hung")):
+                    self._set_state(member, state)
+                    if (await asyncio.wait([stays, report, answer], timeout=seconds, return_when=asyncio.FIRST_COMPLETED))[0]:
+                        break
+                else:
+                    await self._kill(member)
+                    return f"it did not answer for {patience:g} s"
+                if answer.done() and not answer.exception():
+                    self._set_state(member, "ready", answer.result())
+                    await asyncio.wait([stays, report], timeout=PING_S, return_when=asyncio.FIRST_COMPLETED)
+                if report.done():
+                    return "a front end could not reach it"
+                if stays.done():
+                    return first_sentence(str(stays.exception()))
+        finally:
+            for future in (stays, answer):
+                future.cancel() or future.cancelled() or future.exception()
 
     def _set_state(self, member: Member, state: str, about: dict[str, Any] | None = None) -> None:
         if (state, about or member.about) != (member.state, member.about):

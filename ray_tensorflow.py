@@ -1770,7 +1770,7 @@ class Supervisor:
                     return f"it did not answer for {patience:g} s"
                 if answer.done() and not answer.exception():
                     self._set_state(member, "ready", answer.result())
-                    await asyncio.wait([stays, report], timeout=PING_S, return_when=asyncio.FIRST_COMPLETED)
+                await asyncio.wait([stays, report], timeout=PING_S, return_when=asyncio.FIRST_COMPLETED)
                 if report.done():
                     return "a front end could not reach it"
                 if stays.done():

@@ -1813,6 +1813,11 @@ def to_array(what: str, value: Any, spec: TensorSpec) -> np.ndarray:
 RAY_SETTINGS = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_worker_niceness": "0",  # else actors, at nice 15, starve beside a busy web process
+    "RAY_prestart_worker_first_driver": "0", "RAY_enable_worker_prestart": "0",  # no process that waits for ordinary tasks
+    "RAY_raylet_client_connect_timeout_milliseconds": "20",  # else a first attempt that comes too early costs a second
+    "RAY_raylet_client_num_connect_attempts": "500",
+    "RAY_task_events_report_interval_ms": "0", "RAY_enable_timeline": "0",  # nobody asks for these, and they cost at each call
+    "RAY_enable_metrics_collection": "0", "RAY_event_stats": "0",
 }
 
 
@@ -1861,13 +1866,16 @@ def ray_runtime(options: Options):
 
 
 def make_folder() -> str:
-    """A temporary folder for Ray: a short path, since it holds sockets."""
+    """A temporary folder for Ray, with a short path, since it holds sockets."""
     try:
         parent = tempfile.gettempdir()
-        return tempfile.mkdtemp(prefix="ray_tensorflow_", dir=parent if len(parent) < 20 else "/tmp")
+        parent = parent if len(parent) < 20 else "/tmp"
+        if shutil.disk_usage(parent).free < 2**20:
+            raise OSError(f"less than 1 MiB is free in {parent}")
+        return tempfile.mkdtemp(prefix="ray_tensorflow_", dir=parent)
     except OSError as error:
-        raise Unavailable(
-            f"There is no place for Ray's files: {error} (set TMPDIR to a folder with a path of less than 20 characters)") from None
+        advice = "set TMPDIR to a folder with a path of less than 20 characters that has some"
+        raise Unavailable(f"There is no room for Ray's temporary files, {error.strerror or error}: {advice}.") from None
 
 
 @contextlib.contextmanager

@@ -33,7 +33,7 @@ def small_memory() -> list[str]:
 
 
 def environment(*changes: str) -> list[str]:
-    return ["env", "-u", "no_proxy", "-u", "NO_PROXY", *PROXIES, *changes]
+    return ["env", "-u", "no_proxy", "-u", "NO_PROXY", *changes, *PROXIES]
 
 
 # -- it starts and serves ----------------------------------------------------------------------------------------------
@@ -67,7 +67,7 @@ READ_ONLY = [f"if [ -d {folder} ]; then mount --bind {folder} {folder}; mount -o
 
 @pytest.mark.parametrize("mounts, words", [
     ([*READ_ONLY, "cd /proc"], "No usable temporary directory"),
-    (['mount -t tmpfs -o size=64k none "$TMPDIR"'], "No space left"),
+    (['mount -t tmpfs -o size=64k none "$TMPDIR"'], "less than 1 MiB is free in /tmp/rt"),
 ], ids=["nowhere to write", "a full disk"])
 def test_without_room_for_temporary_files_it_says_so_in_one_sentence(mounts, words):
     with running("--workers", "1", before=tuple(with_mounts(*mounts))) as run:

@@ -2391,6 +2391,17 @@ def to_array(what: str, value: Any, spec: TensorSpec) -> np.ndarray:
 
 # -- Ray itself --------------------------------------------------------------------------------------------------------
 
+# For the Ray that we start, and only while it starts: its processes inherit them. What the environment says already is kept.
+RAY_SETTINGS = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_worker_niceness": "0",  # else actors, at nice 15, starve beside a busy web process
+    "RAY_prestart_worker_first_driver": "0", "RAY_enable_worker_prestart": "0",  # no process that waits for ordinary tasks
+    "RAY_raylet_client_connect_timeout_milliseconds": "20",  # else a first attempt that comes too early costs a second
+    "RAY_raylet_client_num_connect_attempts": "500",
+    "RAY_task_events_report_interval_ms": "0", "RAY_enable_timeline": "0",  # nobody asks for these, and they cost at each call
+    "RAY_enable_metrics_collection": "0", "RAY_event_stats": "0",
+}
+
 
 @contextlib.contextmanager
 def ray_runtime(options: Options):
@@ -2416,29 +2427,58 @@ def ray_runtime(options: Options):
             ray.shutdown()
         return
 
-    parent = tempfile.gettempdir()
-    folder = tempfile.mkdtemp(prefix="ray_tensorflow_", dir=parent if len(parent) < 20 else "/tmp")  # a socket's path is short
-    inherited = {"PYTHONPATH": python_path}
+    folder = make_folder()
+    variables = {name: value for name, value in RAY_SETTINGS.items() if name not in os.environ} | {"PYTHONPATH": python_path}
     if not os.path.exists(os.path.expanduser("~/.keras")):
-        inherited["KERAS_HOME"] = os.environ.get("KERAS_HOME") or os.path.join(folder, "keras")  # else Keras makes one at home
-    before = {name: os.environ.get(name) for name in inherited}
-    os.environ.update(inherited)
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("RAY_worker_niceness", "0")  # else actors, at nice 15, starve beside a busy web process
+        variables["KERAS_HOME"] = os.environ.get("KERAS_HOME") or os.path.join(folder, "keras")  # else Keras makes one at home
     if not os.environ.get("RAY_AUTH_TOKEN_PATH"):  # else it is written to the home folder; Ray keeps the first for the process
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
     ray_constants.ENABLE_RAY_CLUSTER = False  # of several nodes: so everything of Ray's listens on 127.0.0.1
     try:
-        ray.init(
-            "local", num_cpus=options.threads, include_dashboard=False, object_store_memory=80 * 2**20, _temp_dir=folder,
-            namespace="ray_tensorflow", **quiet)
+        with environment(variables):
+            ray.init(
+                "local", num_cpus=options.threads, include_dashboard=False, object_store_memory=80 * 2**20, _temp_dir=folder,
+                namespace="ray_tensorflow", **quiet)
+        end_agents_with_raylet(folder)
         yield
     finally:
         ray.shutdown()
         ray_constants.ENABLE_RAY_CLUSTER = True
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def make_folder() -> str:
+    """A temporary folder for Ray, with a short path, since it holds sockets."""
+    try:
+        parent = tempfile.gettempdir()
+        parent = parent if len(parent) < 20 else "/tmp"
+        if shutil.disk_usage(parent).free < 2**20:
+            raise OSError(f"less than 1 MiB is free in {parent}")
+        return tempfile.mkdtemp(prefix="ray_tensorflow_", dir=parent)
+    except OSError as error:
+        advice = "set TMPDIR to a folder with a path of less than 20 characters that has some"
+        raise Unavailable(f"There is no room for Ray's temporary files, {error.strerror or error}: {advice}.") from None
+
+
+@contextlib.contextmanager
+def environment(variables: dict[str, str]):
+    """What starts in this block has these variables; this process has its own again afterwards."""
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
         for name, value in before.items():
             os.environ.pop(name, None) if value is None else os.environ.update({name: value})
-        shutil.rmtree(folder, ignore_errors=True)
+
+
+def end_agents_with_raylet(folder: str) -> None:
+    """When this process is killed, the kernel ends Ray's others with it, but the raylet's two agents then try for a minute to tell
+    the GCS, which is gone as well, unless the raylet's log says that it was ended on purpose (ray/_private/process_watcher.py)."""
+    path = os.path.join(folder, "session_latest", "logs", "raylet.out")
+    os.rename(path, path + ".started")  # where it goes on writing
+    with open(path, "w") as file:
+        file.write("Raylet received SIGTERM, or the process that started it was killed\n")
 
 
 # ======================================================================================================================

@@ -1,0 +1,101 @@
+"""Small and awkward places to run in, and an end that nobody can prepare for. Where the machine cannot make one, the test says so."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+
+import pytest
+from conftest import REPOSITORY, START_S, Server, folders, processes, wait_until
+from test_command import running
+
+PROXY = "http://127.0.0.1:9"  # where nobody listens
+PROXIES = [f"{name}={PROXY}" for word in ("http", "https", "all", "grpc") for name in (f"{word}_proxy", f"{word.upper()}_PROXY")]
+ONE_CPU = ["taskset", "-c", str(min(os.sched_getaffinity(0)))]
+
+
+def with_mounts(*commands: str) -> list[str]:
+    """What to put before a command so that these run first, where they change the mounts of this one process alone."""
+    before = ["unshare", "-m", "sh", "-ec", "; ".join([*commands, 'exec "$@"']), "sh"]
+    try:
+        done = subprocess.run([*before, "true"], capture_output=True, text=True, timeout=10)
+    except OSError as error:
+        pytest.skip(f"this machine cannot change mounts: {error}")
+    if done.returncode:
+        pytest.skip(f"this machine cannot change mounts: {done.stderr.strip()}")
+    return before
+
+
+def small_memory() -> list[str]:
+    """64 MB of /dev/shm, as a container has by default."""
+    return with_mounts("mount -t tmpfs -o size=64m none /dev/shm")
+
+
+def environment(*changes: str) -> list[str]:
+    return ["env", "-u", "no_proxy", "-u", "NO_PROXY", *changes, *PROXIES]
+
+
+# -- it starts and serves ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["flask", "starlette"])
+def test_a_front_end_serves_on_one_cpu_with_64_mb_of_shared_memory_behind_a_dead_proxy_with_no_home_to_write_to(kind):
+    before = [*small_memory(), *environment("HOME=/proc/nothing"), *ONE_CPU]
+    command = [*before, sys.executable, os.path.join(REPOSITORY, f"ray_tensorflow_{kind}.py"), "--port", "{port}"]
+    with Server(kind, "--workers", "1", "--model", "linear=example_models:linear", command=command) as server:
+        server.wait_ready()
+        assert [server.get(f"/?value={value}").json for value in (1, 2)] == [{"result": 1.0}, {"result": 3.0}]
+        assert server.predict("linear", {"instances": [[1, 0, 0]]}).json == {"predictions": [[1.5, 1.5]]}
+        rows = 100_000  # more than Ray sends in a message: through its object store
+        assert server.predict("linear", {"instances": [[1, 0, 0]] * rows}).json == {"predictions": [[1.5, 1.5]] * rows}
+        assert "Traceback" not in server.output()
+
+
+def test_the_command_adds_with_no_home_at_all_and_a_temporary_folder_that_does_not_exist():
+    with running("--workers", "2", before=(*small_memory(), *environment("-u", "HOME", "TMPDIR=/nowhere"), *ONE_CPU)) as run:
+        assert run.wait() == 0, run.read("stderr")
+        assert run.lines[-1] == "sum: 1.0"
+        assert (run.left, run.files()) == ({}, [])
+
+
+# -- it says what it lacks ---------------------------------------------------------------------------------------------
+
+READ_ONLY = [f"if [ -d {folder} ]; then mount --bind {folder} {folder}; mount -o remount,ro,bind {folder}; fi"
+             for folder in ("/tmp", "/var/tmp", "/usr/tmp")]
+
+
+@pytest.mark.parametrize("mounts, words", [
+    ([*READ_ONLY, "cd /proc"], "No usable temporary directory"),
+    (['mount -t tmpfs -o size=64k none "$TMPDIR"'], "less than 1 MiB is free in /tmp/rt"),
+], ids=["nowhere to write", "a full disk"])
+def test_without_room_for_temporary_files_it_says_so_in_one_sentence(mounts, words):
+    with running("--workers", "1", before=tuple(with_mounts(*mounts))) as run:
+        assert run.wait(START_S) == 1
+        [line] = run.read("stderr").splitlines()
+        assert words in line and "TMPDIR" in line and "Traceback" not in line
+        assert (run.lines, run.left, run.files()) == ([], {}, [])
+
+
+# -- it is killed ------------------------------------------------------------------------------------------------------
+
+
+def test_a_front_end_that_is_killed_leaves_nothing_running():
+    before = folders()
+    server = Server("starlette", "--workers", "2")
+    with server:
+        server.wait_ready(workers=2)
+        assert server.get("/?value=3").json == {"result": 3.0}
+        server.process.kill()
+        server.process.wait()
+        wait_until(lambda: not processes("test"), 20, f"these to end: {processes('test')}")
+    for folder in folders() - before:  # a killed process cannot clean up: its logs and sockets stay
+        shutil.rmtree(folder)
+
+
+def test_a_command_that_is_killed_while_workers_start_leaves_nothing_running():
+    with running("--workers", "4") as run:
+        wait_until(lambda: re.search(r"worker 0 ready", run.read("stderr")), what="worker 0")
+        run.process.kill()
+        run.process.wait()
+        wait_until(lambda: not processes(run.owner), 20, f"these to end: {processes(run.owner)}")

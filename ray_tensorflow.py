@@ -22,6 +22,7 @@ import asyncio
 import atexit
 import base64
 import binascii
+import bisect
 import collections
 import concurrent.futures
 import contextlib
@@ -37,6 +38,7 @@ import math
 import os
 import queue
 import re
+import resource
 import secrets
 import shutil
 import signal
@@ -1077,6 +1079,7 @@ class Batcher:
         self._wake = threading.Condition(self._lock)
         self._queues: collections.OrderedDict[Key, collections.deque[Request]] = collections.OrderedDict()
         self._waiting = 0
+        self.batch_sizes: collections.Counter[int] = collections.Counter()
         self._in_flight: collections.Counter[Key] = collections.Counter()
         self._free: dict[int, int] = {}  # how many batches each ready worker could take; the one whose turn it is comes first
         self._unresolved: collections.OrderedDict[Request, None] = collections.OrderedDict()  # by arrival, and so by deadline
@@ -1110,6 +1113,15 @@ class Batcher:
             batches = list(iter(self._take, None))
         for worker, batch, merge in batches:
             self._send(worker, batch, merge)
+
+    def forget(self, request: Request) -> None:
+        """Nobody waits for this request any more: its place in the queue is free."""
+        with self._lock:
+            if request in self._unresolved:
+                del self._unresolved[request]
+                if not request.sent:
+                    self._queues[request.key].remove(request)
+                    self._waiting -= 1
 
     def add_worker(self, worker: int) -> None:
         with self._lock:
@@ -1167,6 +1179,7 @@ class Batcher:
             batch = [request for request in taken if not request.over] or taken[:1]
             for request in batch:
                 request.sent = True
+            self.batch_sizes[len(batch)] += 1
             self._queues.move_to_end(key)
             self._in_flight[key] += 1
             return worker, batch, merge
@@ -1481,7 +1494,7 @@ class Cluster:
         try:
             for index, batch in enumerate(batches):
                 with naming_batch(index):
-                    pending[self._submit(Call(model, spec, feed_of(spec, batch)))] = index
+                    pending[self._submit(Call(model, spec, feed_of(spec, batch))).future] = index
                 yield from results(self._ahead - 1)
             yield from results(0)
         finally:
@@ -1508,7 +1521,7 @@ class Cluster:
             index = 0
             async for batch in iterate(batches):
                 with naming_batch(index):
-                    pending[self._submit_async(Call(model, spec, feed_of(spec, batch)))] = index
+                    pending[self._submit_async(Call(model, spec, feed_of(spec, batch))).future] = index
                 index += 1
                 async for result in results(self._ahead - 1):
                     yield result
@@ -1518,13 +1531,33 @@ class Cluster:
             for future in pending:
                 future.cancel()
 
-    def run(self, call: Call) -> list[np.ndarray]:
-        """Do checked work: the outputs in the order of their sorted names."""
-        return self._submit(call).result()  # the batcher keeps the deadline
+    def run(self, call: Call, gone: Callable[[], bool] | None = None) -> list[np.ndarray]:
+        """Do checked work: the outputs in the order of their sorted names.
+
+        ``gone`` is asked once a second whether the caller has gone away: the work is then given up, its place in the queue free.
+        """
+        request = self._submit(call)
+        while True:
+            try:
+                return request.future.result(gone and 1)  # the batcher keeps the deadline
+            except TimeoutError:
+                if gone():
+                    self._batcher.forget(request)
+                    raise Unavailable("The client went away.", 499) from None
 
     async def run_async(self, call: Call) -> list[np.ndarray]:
-        """As ``run``, awaitable."""
-        return await self._submit_async(call)
+        """As ``run``, awaitable; when the awaiting task is cancelled, the place in the queue is free at once."""
+        request = self._submit_async(call)
+        try:
+            return await request.future
+        except asyncio.CancelledError:
+            self._batcher.forget(request)
+            raise
+
+    @property
+    def batch_sizes(self) -> collections.Counter[int]:
+        """How many batches of each size have gone to workers."""
+        return self._batcher.batch_sizes
 
     def health(self) -> dict[str, Any]:
         """What ``GET /health`` answers: status, parameter servers, workers with their state; asks nobody, waits for nothing."""
@@ -1571,18 +1604,18 @@ class Cluster:
 
     # -- inside: actors, all in the cluster's own thread and its helpers -----------------------------------------------
 
-    def _submit(self, call: Call) -> concurrent.futures.Future:
-        future = concurrent.futures.Future()
-        self._batcher.submit(make_request(call, future, None))
+    def _submit(self, call: Call) -> Request:
+        request = make_request(call, concurrent.futures.Future(), None)
+        self._batcher.submit(request)
         self._batcher.dispatch()
-        return future
+        return request
 
-    def _submit_async(self, call: Call) -> asyncio.Future:
+    def _submit_async(self, call: Call) -> Request:
         loop = asyncio.get_running_loop()
-        future = loop.create_future()
-        self._batcher.submit(make_request(call, future, loop))
+        request = make_request(call, loop.create_future(), loop)
+        self._batcher.submit(request)
         loop.call_soon(self._batcher.dispatch)  # after all that is ready in this turn of the loop has come along
-        return future
+        return request
 
     def _run(self, worker: int, model: str, signature: str, feeds: list[list[np.ndarray]]) -> concurrent.futures.Future:
         return self._workers[worker].actor.run.remote(model, signature, feeds).future()
@@ -1872,10 +1905,11 @@ class Reply(NamedTuple):
 
     status: int
     body: bytes
+    content_type: str = "application/json"
 
     @property
     def headers(self) -> dict[str, str]:
-        return {"Content-Type": "application/json"} | ({"Retry-After": "1"} if self.status in (429, 503) else {})
+        return {"Content-Type": self.content_type} | ({"Retry-After": "1"} if self.status in (429, 503) else {})
 
 
 class Pending(NamedTuple):
@@ -1893,7 +1927,9 @@ def reply_error(error: Error) -> Reply:
     return reply_json({"error": error.message}, error.status)
 
 
-def answer(cluster: Cluster, method: str, path: str, query: str, content_encoding: str, body: bytes) -> Reply | Pending:
+def answer(
+    cluster: Cluster, metrics: Metrics, method: str, path: str, query: str, content_encoding: str, body: bytes
+) -> Reply | Pending:
     """The one entry of both front ends: a Reply, or what is still to be done for it. ``path`` is as sent, still percent-encoded.
 
     Raises Error, for ``reply_error``.
@@ -1901,13 +1937,15 @@ def answer(cluster: Cluster, method: str, path: str, query: str, content_encodin
     if path == "/health" and method in ("GET", "HEAD"):
         health = cluster.health()
         return reply_json(health, 200 if health["status"] == "ready" else 503)
+    if path == "/metrics" and method in ("GET", "HEAD"):
+        return Reply(200, metrics.text(cluster).encode(), "text/plain; version=0.0.4; charset=utf-8")
     if path == "/" and method in ("GET", "HEAD"):
         return add_value(cluster, parse_value(query))
     if path[:4].lower() == "/v1/":
         return answer_rest(cluster, method, path, unzip(content_encoding, body))
-    if path in ("/", "/health"):
+    if path in ("/", "/health", "/metrics"):
         raise InvalidRequest(f"{path} answers GET, not {method}", 405)
-    raise InvalidRequest(f"There is nothing at {path[:100]}: try /, /health or /v1/models/<name>", 404)
+    raise InvalidRequest(f"There is nothing at {path[:100]}: try /, /health, /metrics or /v1/models/<name>", 404)
 
 
 def answer_message(cluster: Cluster, message: str | bytes) -> tuple[str, Reply | Pending]:
@@ -2026,6 +2064,101 @@ def reply_status(cluster: Cluster, name: str, version: int | None) -> Reply:
         raise InvalidRequest(f"{error} (Could not find {reason})", 404) from None
     ok = {"error_code": "OK", "error_message": ""}
     return reply_json({"model_version_status": [{"version": str(model.version), "state": "AVAILABLE", "status": ok}]})
+
+
+# -- metrics -----------------------------------------------------------------------------------------------------------
+
+LATENCIES_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
+KINDS_BY_PATH = {"/": ("add", ADDER), "/health": ("health", ""), "/metrics": ("metrics", "")}
+
+
+class Metrics:
+    """What ``GET /metrics`` tells about the requests of one front end, in the text format of Prometheus, version 0.0.4.
+
+    Every label has one of a few known values, whatever is asked for.
+    """
+
+    def __init__(self):
+        self._lock = threading.Lock()
+        self._requests: collections.Counter[tuple[str, str, int]] = collections.Counter()  # by kind, model and code
+        self._latencies: dict[str, list[int]] = {}  # by kind: how many in each bucket, the last of which has no end
+        self._seconds: collections.Counter[str] = collections.Counter()
+
+    def observe(self, cluster: Cluster, path: str, status: int, seconds: float) -> None:
+        """One request to ``path`` was answered with ``status`` after so many seconds."""
+        kind, model = kind_and_model(path[:500])
+        if model not in cluster.models:
+            model = ""
+        with self._lock:
+            self._requests[kind, model, status] += 1
+            self._latencies.setdefault(kind, [0] * (len(LATENCIES_S) + 1))[bisect.bisect_left(LATENCIES_S, seconds)] += 1
+            self._seconds[kind] += seconds
+
+    def text(self, cluster: Cluster) -> str:
+        health, batch_sizes = cluster.health(), dict(cluster.batch_sizes)
+        with self._lock:
+            requests, seconds = sorted(self._requests.items()), dict(self._seconds)
+            latencies = {kind: list(counts) for kind, counts in sorted(self._latencies.items())}
+        errors = collections.Counter()
+        for (_, _, code), count in requests:
+            if code >= 400:
+                errors[code] += count
+        powers = [2**i for i in range(cluster.options.max_batch.bit_length())]
+        by_size = [0] * (len(powers) + 1)
+        for size, count in batch_sizes.items():
+            by_size[bisect.bisect_left(powers, size)] += count
+
+        lines = []
+
+        def family(name: str, kind: str, help: str) -> None:
+            lines.extend((f"# HELP ray_tensorflow_{name} {help}", f"# TYPE ray_tensorflow_{name} {kind}"))
+
+        def sample(name: str, value: float, **labels) -> None:
+            inside = ",".join(f'{key}="{escaped(str(text))}"' for key, text in labels.items())
+            lines.append(f"ray_tensorflow_{name}{{{inside}}} {value}" if inside else f"ray_tensorflow_{name} {value}")
+
+        def histogram(name: str, ends: Iterable[float], counts: list[int], total: float, **labels) -> None:
+            for end, count in zip([*ends, "+Inf"], itertools.accumulate(counts)):
+                sample(f"{name}_bucket", count, **labels, le=end)
+            sample(f"{name}_sum", total, **labels)
+            sample(f"{name}_count", sum(counts), **labels)
+
+        family("requests_total", "counter", "Requests answered.")
+        for (kind, model, code), count in requests:
+            sample("requests_total", count, kind=kind, model=model, code=code)
+        family("errors_total", "counter", "Requests answered with an error.")
+        for code, count in sorted(errors.items()):
+            sample("errors_total", count, code=code)
+        family("request_seconds", "histogram", "Seconds from a request to its answer.")
+        for kind, counts in latencies.items():
+            histogram("request_seconds", LATENCIES_S, counts, seconds[kind], kind=kind)
+        family("batch_size", "histogram", "Requests that went to a worker together.")
+        histogram("batch_size", powers, by_size, sum(size * count for size, count in batch_sizes.items()))
+        family("waiting_requests", "gauge", "Requests that wait for a worker.")
+        sample("waiting_requests", health["waiting"])
+        for actors in ("worker", "parameter_server"):
+            family(f"{actors}_restarts_total", "counter", f"How often a {actors.replace('_', ' ')} was started anew.")
+            for actor in health[f"{actors}s"]:
+                sample(f"{actors}_restarts_total", actor.get("restarts", 0), index=actor["index"])
+        return "\n".join(lines) + "\n"
+
+
+@functools.lru_cache(1024)
+def kind_and_model(path: str) -> tuple[str, str]:
+    """What a path asks for, and the model that it names, which there may not be."""
+    if path in KINDS_BY_PATH:
+        return KINDS_BY_PATH[path]
+    if path == "/ws":
+        return "message", ""
+    if match := POST_PATH.fullmatch(path):
+        return match[4].lower(), urllib.parse.unquote(match[1])
+    if match := GET_PATH.fullmatch(path):
+        return match[4].lower() if match[4] else "status", urllib.parse.unquote(match[1] or "")
+    return "other", ""
+
+
+def escaped(label: str) -> str:
+    return label.replace("\\", r"\\").replace('"', r'\"').replace("\n", r"\n")
 
 
 # -- REST: from JSON to arrays -----------------------------------------------------------------------------------------
@@ -2633,6 +2766,12 @@ def start_logging() -> None:
     """One line an event, on standard error."""
     logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr)
     log.setLevel(logging.INFO)
+
+
+def allow_connections() -> None:
+    """As many open files as the system allows: each client needs one, and many systems give 1,024 unless asked."""
+    now, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(now, min(most, 2**16)), most))
 
 
 async def run_command(options: Options) -> int:

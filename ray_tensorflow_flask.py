@@ -48,7 +48,7 @@ def create_app(options: Options | None = None) -> Flask:
         cluster, body = start(), request.get_data(cache=False)
         if len(body) > MAX_BODY_BYTES:
             raise too_large()
-        reply = answer(cluster, metrics, request.method, raw_path(), request.query_string.decode("latin-1"),
+        reply = answer(cluster, metrics, request.environ["REQUEST_METHOD"], raw_path(), request.query_string.decode("latin-1"),
                        request.headers.get("Content-Encoding", ""), body)
         if isinstance(reply, Pending):
             reply = reply.encode(cluster.run(reply.call, client_gone(request.environ)))
@@ -130,8 +130,23 @@ class Server(ThreadedWSGIServer):
 
 
 class RequestHandler(WSGIRequestHandler):
-    error_content_type = "application/json"  # of what is not even HTTP; by default HTML
+    """Werkzeug's, but what is not even HTTP is refused in JSON as well."""
+
+    error_content_type = "application/json"
     error_message_format = '{"error": "This is not a request that HTTP allows here (%(code)d)"}'
+    default_request_version = "HTTP/1.0"  # in which it is refused: 0.9 has no status
+
+    def parse_request(self) -> bool:
+        line = self.raw_requestline.decode("latin-1")
+        try:
+            _, target, _ = line.split()  # two may be HTTP 0.9, or cut short: "GET /" would be an add
+            urllib.parse.urlsplit(target)  # as Werkzeug will
+        except ValueError:
+            self.raw_requestline = b"-"  # which is refused
+        return super().parse_request()
+
+    def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
+        super().send_error(code if code < 500 else 400, message, explain)  # 505: a wrong version is the client's error, too
 
     def run_wsgi(self) -> None:
         self.server.threads[threading.current_thread()] = None

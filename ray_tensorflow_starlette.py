@@ -52,6 +52,8 @@ def create_app(options: Options | None = None) -> Starlette:
         started, cluster = time.monotonic(), request.app.state.cluster
         path, query = (request.scope[part].decode("latin-1") for part in ("raw_path", "query_string"))  # as they were sent
         try:
+            if request.scope["http_version"] == "0.9":  # a request cut short may look like it: "GET /" would be an add
+                raise InvalidRequest("HTTP 0.9 is not spoken here")
             body = await read_body(request, cluster.options.timeout_s)
             encoding = request.headers.get("Content-Encoding", "")
             reply = await off_loop(len(body), answer, cluster, metrics, request.method, path, query, encoding, body)
@@ -159,13 +161,23 @@ app = create_app()
 
 
 class Protocol(AutoHTTPProtocol):
-    """uvicorn's, but what is not even HTTP is refused in JSON as well."""
+    """uvicorn's, but what is not even HTTP is refused in JSON as well, and each request learns that its client went away."""
 
     def send_400_response(self, msg: str) -> None:
         body = reply_error(Error(msg)).body
         self.transport.write(b"HTTP/1.1 400 Bad Request\r\nContent-Type: application/json\r\n"
                              b"Content-Length: %d\r\nConnection: close\r\n\r\n%b" % (len(body), body))
         self.transport.close()
+
+    def _start_asgi_task(self, cycle, app) -> None:
+        self.answering = cycle
+        super()._start_asgi_task(cycle, app)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        if answering := getattr(self, "answering", None):  # uvicorn tells only the last of pipelined requests
+            answering.disconnected = True
+            answering.message_event.set()
+        super().connection_lost(exc)
 
 
 class Server(uvicorn.Server):

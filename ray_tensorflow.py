@@ -1644,7 +1644,7 @@ class Cluster:
     def _start_actors(self) -> None:
         running = self.options.parameter_servers * (self.options.placement == "shared")  # those that run models
         share = gpu_share(int(ray.cluster_resources().get("GPU", 0)), running + self.options.workers)
-        self._resources = {"num_cpus": 0, "num_gpus": share, "max_restarts": 0}
+        self._resources = {"num_cpus": 0, "num_gpus": share, "max_restarts": 0, "enable_task_events": False}  # which pile up
         started = time.monotonic()
         resources = self._resources | {"num_gpus": share if running else 0}
         actor = ray.remote(ParameterServer)

@@ -28,6 +28,7 @@ import concurrent.futures
 import contextlib
 import copy
 import dataclasses
+import fcntl
 import functools
 import http.client
 import importlib
@@ -36,7 +37,6 @@ import json
 import logging
 import math
 import os
-import queue
 import re
 import resource
 import secrets
@@ -101,6 +101,10 @@ class WorkerLost(Error):
 
     def __init__(self, message: str, status: int = 502):
         super().__init__(message, status)
+
+
+class ServerLost(Error):
+    """A worker's session has lost its parameter server: nobody knows what of the run has been applied."""
 
 
 class DeadlineExceeded(Error):
@@ -238,6 +242,9 @@ class Options:
     max_batch: int = option(64, "most requests that one session.run takes together", number(int, 1))
     batch_wait_ms: float = option(0.0, "how long a batch may wait for company, in milliseconds", number(float, 0))
     max_queue: int = option(1024, "waiting requests past which new ones are refused", number(int, 1))
+    checkpoint_dir: str | None = option(
+        None, "folder in which the sum and changed variables are kept, through power cuts and for the next start; without it they"
+        " are kept as long as the program runs", text)
     timeout_s: float = option(30.0, "deadline of one request, in seconds", number(float, 0, above=True))
     address: str | None = option(None, "Ray cluster to join ('auto': the one that runs here), else one is started", text)
     host: str | None = option(None, "address to listen on: 0.0.0.0 where the platform sets PORT, else 127.0.0.1", text, FRONT_END)
@@ -286,6 +293,12 @@ class Options:
             return options
         except OptionError as error:
             parser.exit(2, f"{parser.prog}: error: {error}\n")
+
+    @property
+    def shared(self) -> dict[str, Any]:
+        """Those that all front ends of one shared cluster must have in common."""
+        names = ("workers", "threads", "model", "parameter_servers", "placement", "max_batch", "checkpoint_dir")
+        return {name: getattr(self, name) for name in names}
 
     @property
     def listen(self) -> tuple[str, int]:
@@ -344,8 +357,8 @@ def build_adder(tf):
     """The built-in model: a shared float64 sum to which values are added; each gets the sum right after its own add.
 
     Read, cumulative sum and assignment are one critical section of one ``session.run``, so that no other worker's add
-    slips between (tensorflow#6360). The new sum is checked before it is assigned: a run that fails changes nothing.
-    float64, because a float32 sum stops counting at 2**24.
+    slips between (tensorflow#6360). The new sum is checked, and kept, before it is assigned: a run that fails changes nothing,
+    and no sum is ever answered that is not on disk. float64, because a float32 sum stops counting at 2**24.
     """
     value = tf.placeholder(tf.float64, [None], name="value")
     total = tf.get_variable("sum", [], tf.float64, tf.zeros_initializer())
@@ -353,7 +366,9 @@ def build_adder(tf):
     def add():
         sums = tf.cumsum(tf.concat([[total.read_value()], value], axis=0))
         sums = tf.debugging.check_numerics(sums, "the sum would not be finite")
-        with tf.control_dependencies([total.assign(sums[-1], read_value=False)]):
+        kept = tf.numpy_function(keep_sum, [sums[-1]], tf.float64)  # runs where the variable is: in the parameter server
+        kept.set_shape([])
+        with tf.control_dependencies([total.assign(kept, read_value=False)]):
             return sums[1:]
 
     sums = tf.CriticalSection(shared_name="sum").execute(add)
@@ -380,14 +395,15 @@ def import_tensorflow():
     return tf
 
 
-def session_config(tf, addresses: list[str]):
+def session_config(tf, addresses: list[str], timeout_s: float = 0):
     """The one session config: variables live on the ``ps`` tasks and are shared by all sessions made with it.
 
     The TF servers know nothing of each other; each session brings the cluster along. Without ``share_session_state``
-    every session would get a private copy of the parameter server's state.
+    every session would get a private copy of the parameter server's state. Without a timeout a run on a server that died
+    would never return.
     """
     config = tf.ConfigProto(
-        allow_soft_placement=True,
+        allow_soft_placement=True, operation_timeout_in_ms=round(timeout_s * 1000),
         experimental=tf.ConfigProto.Experimental(share_session_state_in_clusterspec_propagation=True))
     job = config.cluster_def.job.add(name="ps")
     for task, address in enumerate(addresses):
@@ -454,7 +470,8 @@ class Graph:
             if definition.outputs and all(t.WhichOneof("encoding") == "name" and t.dtype for t in tensors):
                 inputs, outputs = ({k: tensor_spec(self.graph, v[k]) for k in sorted(v)} for v in (definition.inputs, definition.outputs))
                 types = operation_types(meta_graph.graph_def, [t.name for t in definition.outputs.values()])
-                writes, calls_out = any(map(STATE_CHANGING.fullmatch, types)), any(map(PYTHON_FUNCTION.fullmatch, types))
+                writes = any(map(STATE_CHANGING.fullmatch, types))
+                calls_out = not self.atomic and any(map(PYTHON_FUNCTION.fullmatch, types))
                 self.signatures[name] = Signature(
                     name, inputs, outputs, writes, calls_out=calls_out, method=definition.method_name)
 
@@ -480,12 +497,12 @@ class Graph:
                 tf.saved_model.build_signature_def(*infos, method_name=tf.saved_model.PREDICT_METHOD_NAME))
         return meta_graph
 
-    def connect(self, tf, addresses: list[str], options: Options) -> None:
+    def connect(self, tf, addresses: list[str], options: Options, timeout_s: float = 0) -> None:
         """Make the session, on the parameter servers at these addresses or in this process, and a callable for each signature."""
         from tensorflow.core.protobuf import config_pb2
 
         target = f"grpc://{addresses[self.home]}" if addresses else ""
-        config = session_config(tf, addresses) if addresses else server_config(tf, options, self.calls_out)
+        config = session_config(tf, addresses, timeout_s) if addresses else server_config(tf, options, self.calls_out)
         self.session = tf.Session(target, self.graph, config)
         self.variables.set_session(self.session)
         self._callables, self._places = {}, {}
@@ -769,7 +786,7 @@ def remote_predict(
         named = dict(zip(input_tensor_aliases, inputs))
         code, message, outputs = call_remote(target_address, path, signature_name, named, specs, max_rpc_deadline_millis / 1000)
         if code and fail_op_on_rpc_error:
-            raise RemoteFailure(f"<{code}:{base64.b64encode(message.encode()).decode()}>")
+            raise PythonFailure(code, message)
         return [np.int32(code), message.encode(), *outputs]
 
     name = name or "remote_predict"
@@ -779,11 +796,20 @@ def remote_predict(
     return outputs if fail_op_on_rpc_error else (code, message, outputs)
 
 
-class RemoteFailure(Exception):
-    """How a failed remote_predict leaves its Python function: <code:base64 of the message>.
+class PythonFailure(Exception):
+    """How a Python function in a graph fails with a ``tensorflow::error::Code`` and words of its own.
 
     TensorFlow makes it a part of a message of its own, in which only plain characters are safe.
     """
+
+    def __init__(self, code: int, message: str):
+        super().__init__(f"<{code}:{base64.b64encode(message.encode()).decode()}>")
+
+    @staticmethod
+    def find(error: Exception) -> tuple[int, str] | None:
+        """Code and message, when this is what made a run fail."""
+        found = re.search(r"PythonFailure: <(\d+):([\w+/=]*)>", str(error))
+        return (int(found[1]), base64.b64decode(found[2]).decode()) if found else None
 
 
 def call_remote(
@@ -853,80 +879,236 @@ def shut_down(connected: socket.socket) -> None:
 # The parameter server: holds the variables, and in `shared` placement runs the models
 # ======================================================================================================================
 
+KEEP_EVERY_S = 10.0  # how old the kept variables of a model may be that changes them when it runs
+
+
+class Checkpoints:
+    """Variables in files, one for each model: ``<model>.<version>.npz`` in a folder, written aside and renamed.
+
+    What is written has survived a killed process; if ``durable``, a power cut as well. Only one program at a time may use a
+    folder. Methods raise Error, a sentence that names the file.
+    """
+
+    def __init__(self, folder: str, durable: bool):
+        self.folder, self.durable = folder, durable
+        try:
+            os.makedirs(folder, exist_ok=True)
+            self._lock = open(os.path.join(folder, ".lock"), "w")
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # until this process ends, however it does
+        except BlockingIOError:
+            raise Unavailable(f"The checkpoint folder {folder} is in use by another program.") from None
+        except OSError as error:
+            raise Unavailable(f"The checkpoint folder {folder} cannot be used: {error.strerror}.") from None
+
+    def path(self, source: ModelSource) -> str:
+        return os.path.join(self.folder, f"{source.name}.{source.version}.npz")
+
+    def keep(self, source: ModelSource, weights: dict[str, np.ndarray]) -> None:
+        path = self.path(source)
+        try:
+            with open(path + ".new", "wb") as file:
+                np.savez(file, **{f"variables/{name}": as_plain(value) for name, value in weights.items()})
+                if self.durable:
+                    file.flush()
+                    os.fsync(file.fileno())
+            os.replace(path + ".new", path)
+            if self.durable:
+                folder = os.open(self.folder, os.O_RDONLY)
+                os.fsync(folder)
+                os.close(folder)
+        except OSError as error:
+            raise Unavailable(f"The variables cannot be kept in {path}: {error.strerror}.") from None
+
+    def load(self, source: ModelSource) -> dict[str, np.ndarray] | None:
+        """What was kept last, or None if nothing ever was."""
+        path = self.path(source)
+        if not os.path.exists(path):
+            return None
+        try:
+            with np.load(path, allow_pickle=False) as file:
+                return {name.removeprefix("variables/"): from_plain(file[name]) for name in file.files}
+        except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error, NotImplementedError) as error:
+            raise ModelError(f"The checkpoint {path} is damaged ({first_sentence(str(error))}): put a good one in its place, or"
+                             " remove it to start without.") from None
+
+
+def as_plain(array: np.ndarray) -> np.ndarray:
+    """Strings as fixed-width bytes, each with a full stop behind it since numpy strips zeros from the end."""
+    array = np.asarray(array)
+    return np.array([text + b"." for text in array.ravel()], "S").reshape(array.shape) if array.dtype == object else array
+
+
+def from_plain(array: np.ndarray) -> np.ndarray:
+    return np.array([text[:-1] for text in array.ravel()], object).reshape(array.shape) if array.dtype.kind == "S" else array
+
+
+checkpoints: Checkpoints | None = None  # of this process, where it is the first parameter server
+ADDER_SOURCE = ModelSource(ADDER, 1, function=f"{__name__}:build_adder")
+
+
+def keep_sum(total: np.ndarray) -> np.ndarray:
+    """Called by the adder's graph with the new sum before it is assigned: a sum that cannot be kept fails the run."""
+    try:
+        if checkpoints:
+            checkpoints.keep(ADDER_SOURCE, {"sum": total})
+    except Error as error:
+        raise PythonFailure(ERROR_CODES[error.status], error.message) from None
+    return total
+
 
 class ParameterServer:
     """A Ray actor with a TensorFlow server in it, and on that the state of the models, or its part of it.
 
-    Its methods run one at a time, as those that are not ``async`` do in an actor that has some that are.
+    The first of them also loads the models, onto all of them, and keeps their variables in ``folder``; ``again`` says that
+    this program has had a first one before, so that what it kept has to be there.
     """
 
-    def __init__(self, index: int, options: Options):
-        self.index, self.options = index, options
+    def __init__(self, index: int, options: Options, folder: str, again: bool):
+        self.index, self.options, self.folder, self.again = index, options, folder, again
         self.graphs: dict[str, Graph] = {}
         self.server = None
         self.description: tuple[list[str], list[Model]] | None = None
+        self.kept: dict[str, int] = {}  # a fingerprint of each model's variables as they were kept last
+        self.trouble: str | None = None  # with keeping them
         self.versions: dict[str, tuple[int, list]] = {}  # of mirrored models
-        self.count = 0
+        self.count = time.time_ns()  # never again a number that an earlier parameter server gave out
+        self.executor = concurrent.futures.ThreadPoolExecutor(1, "in turn")
+        self.staying = asyncio.Event()
+        self.keeping: asyncio.Future | None = None
 
-    def serve(self) -> str:
+    # Each of these runs in the one thread, one at a time, so that the event loop can always answer about().
+
+    async def serve(self) -> str:
+        return await self._in_turn(self._serve)
+
+    async def start(self, others: list[str]) -> tuple[list[str], list[Model]]:
+        description = await self._in_turn(self._start, others)
+        self.keeping = self.keeping or asyncio.ensure_future(self._keep_now_and_then())
+        return description
+
+    async def get_weights(self, model: str) -> dict[str, np.ndarray]:
+        return await self._in_turn(self._get_weights, model)
+
+    async def set_weights(self, model: str, weights: dict[str, np.ndarray]) -> None:
+        """They are kept when this returns."""
+        await self._in_turn(self._set_weights, model, weights)
+
+    async def latest(self, model: str) -> tuple[int, list]:
+        """The number of the weights' version, and (in a list, so that Ray leaves it alone) where the object store has them."""
+        return await self._in_turn(self._latest, model)
+
+    async def keep(self) -> None:
+        """Keep the variables that models have changed since they were kept last."""
+        await self._in_turn(self._keep)
+
+    async def _in_turn(self, method, *arguments):
+        return await asyncio.get_running_loop().run_in_executor(self.executor, method, *arguments)
+
+    # These two wait for nothing.
+
+    async def stay(self) -> None:
+        """Returns only when it is called again: a call whose failure tells at once that this process is gone."""
+        await stay(self)
+
+    async def about(self) -> dict[str, Any]:
+        """Process id, node, the devices that this actor may use, and what is wrong with keeping variables, if anything is."""
+        return about_this_actor() | ({"trouble": self.trouble} if self.trouble else {})
+
+    def _serve(self) -> str:
         """Boot the TensorFlow server on a port that the system picks; its address. It ends with this process (tensorflow#4713).
 
         Its own job is called ``boot``, because the sessions that come with a cluster of their own call it ``ps``.
         """
+        global checkpoints
         tf = import_tensorflow()
         if self.server is None:
+            if self.index == 0:
+                checkpoints = Checkpoints(self.folder, durable=self.options.checkpoint_dir is not None)
             self.graphs = {graph.source.name: graph for graph in build_graphs(tf, self.options)}
             config = server_config(tf, self.options, any(graph.calls_out for graph in self.graphs.values()))
             self.server = tf.train.Server({"boot": ["localhost:0"]}, job_name="boot", task_index=0, config=config)
         return f"{ray.util.get_node_ip_address()}:{self.server.target.rpartition(':')[2]}"
 
-    def start(self, others: list[str]) -> tuple[list[str], list[Model]]:
+    def _start(self, others: list[str]) -> tuple[list[str], list[Model]]:
         """Load the models onto this server and the ``others``; the addresses of all, and what can be served.
 
         Called again, it just returns the same. Raises ModelError when a model cannot be loaded.
         """
         if self.description is None:
             tf = import_tensorflow()
-            addresses = [self.serve(), *others]
+            addresses = [self._serve(), *others]
             models = []
             for graph in self.graphs.values():
                 with loading(graph.source):
                     graph.connect(tf, addresses, self.options)
                     graph.restore()
+                self._bring_back(graph)
+                with loading(graph.source):
                     models.append(graph.describe(self.options.max_batch))
-                if is_mirrored(self.options, graph.source) and any(s.writes for s in models[-1].signatures.values()):
+                if is_mirrored(self.options, graph.source) and self._changes(graph):
                     reason = "changes its variables when it runs, so it cannot be mirrored: use --placement shared"
                     raise ModelError(f"model {graph.source} {reason}")
             self.description = addresses, models
         return self.description
 
-    def get_weights(self, model: str) -> dict[str, np.ndarray]:
+    def _bring_back(self, graph: Graph) -> None:
+        """Set the variables to what was kept of them, and keep those of the models that change them from now on."""
+        weights = checkpoints.load(graph.source)
+        path = checkpoints.path(graph.source)
+        if weights is not None:
+            try:
+                graph.variables.set_weights(weights)
+            except InvalidRequest as error:
+                raise ModelError(f"The checkpoint {path} is not of this model: {error}") from None
+        elif self.again and self._changes(graph):
+            raise ModelError(f"The checkpoint {path} is gone, and the model's changed variables with it: start the program anew.")
+        self._keep_graph(graph)
+
+    def _changes(self, graph: Graph) -> bool:
+        return any(signature.writes for signature in graph.signatures.values())
+
+    def _get_weights(self, model: str) -> dict[str, np.ndarray]:
         return self.graphs[model].variables.get_weights()
 
-    def set_weights(self, model: str, weights: dict[str, np.ndarray]) -> None:
-        self.graphs[model].variables.set_weights(weights)
+    def _set_weights(self, model: str, weights: dict[str, np.ndarray]) -> None:
+        variables = self.graphs[model].variables
+        variables.set_weights(weights)
         self.versions.pop(model, None)
+        checkpoints.keep(self.graphs[model].source, variables.get_weights())
 
-    def latest(self, model: str) -> tuple[int, list]:
-        """The number of the weights' version, and (in a list, so that Ray leaves it alone) where the object store has them."""
+    def _latest(self, model: str) -> tuple[int, list]:
         if model not in self.versions:
             self.count += 1
-            self.versions[model] = self.count, [ray.put(self.get_weights(model))]
+            self.versions[model] = self.count, [ray.put(self._get_weights(model))]
         return self.versions[model]
 
-    async def stay(self) -> None:
-        """Never returns: a call whose failure tells at once that this process is gone."""
-        await asyncio.Event().wait()
+    def _keep(self) -> None:
+        for graph in self.graphs.values():
+            if not graph.atomic:  # the others keep each change themselves, before it is answered
+                self._keep_graph(graph)
 
-    async def about(self) -> dict[str, Any]:
-        """Process id, node, and the devices that this actor may use."""
-        return about_this_actor()
+    def _keep_graph(self, graph: Graph) -> None:
+        if self._changes(graph):
+            weights = graph.variables.get_weights()
+            fingerprint = hash(tuple((name, zlib.crc32(as_plain(value).tobytes())) for name, value in weights.items()))
+            if self.kept.get(graph.source.name) != fingerprint:
+                checkpoints.keep(graph.source, weights)
+                self.kept[graph.source.name] = fingerprint
+
+    async def _keep_now_and_then(self) -> None:
+        while True:
+            await asyncio.sleep(KEEP_EVERY_S)
+            try:
+                await self.keep()
+                self.trouble = None
+            except Exception as error:  # it is tried again soon, and meanwhile about() tells
+                self.trouble = first_sentence(str(error))
 
 
 def build_graphs(tf, options: Options, mirrors: bool = False) -> list[Graph]:
     """The graphs of all models, built in the same order and under the same device rule in every process."""
     graphs = []
-    for index, source in enumerate([ModelSource(ADDER, 1, function=f"{__name__}:build_adder"), *options.model]):
+    for index, source in enumerate([ADDER_SOURCE, *options.model]):
         home = 0 if source.function else index % options.parameter_servers
         with loading(source):
             graphs.append(Graph(tf, source, home, 0 if mirrors and is_mirrored(options, source) else options.parameter_servers))
@@ -952,6 +1134,13 @@ def about_this_actor() -> dict[str, Any]:
         "cuda_visible_devices": os.environ.get("CUDA_VISIBLE_DEVICES")}
 
 
+async def stay(actor) -> None:
+    """Until the actor is asked to stay anew."""
+    actor.staying.set()
+    actor.staying = asyncio.Event()
+    await actor.staying.wait()
+
+
 # ======================================================================================================================
 # The workers: each builds the same graphs against the parameter server, and runs what it is given
 # ======================================================================================================================
@@ -961,38 +1150,46 @@ Result = list[np.ndarray] | tuple[int, str]
 
 # tensorflow::error::Code to HTTP status, as TensorFlow Serving has it; any other is 500
 HTTP_STATUS = {1: 499, 3: 400, 4: 504, 5: 404, 6: 409, 7: 403, 8: 429, 9: 400, 10: 409, 11: 400, 12: 501, 14: 503, 16: 401}
+DISCONNECTED = (4, 14)  # what a run fails with when its parameter server is gone
 
 
 class Worker:
     """A Ray actor that runs sessions on the parameter server."""
 
-    def __init__(self, index: int, parameter_server, others: list[str], options: Options):
-        self.index, self.parameter_server, self.others, self.options = index, parameter_server, others, options
+    def __init__(self, index: int, options: Options):
+        self.index, self.options = index, options
         self.graphs: dict[str, Graph] = {}
         self.versions: dict[str, int] = {}  # of the weights in each mirror
-        self.executor = concurrent.futures.ThreadPoolExecutor(IN_FLIGHT_PER_WORKER, "session.run")
+        self.staying = asyncio.Event()
 
-    async def start(self) -> dict[str, Any]:
-        """Build the graphs and warm them up; returns ``about_this_actor()`` when ready to run."""
-        loop = asyncio.get_running_loop()
-        tf = await loop.run_in_executor(self.executor, import_tensorflow)  # while the parameter server does the same
-        addresses, _ = await self.parameter_server.start.remote(self.others)
-        await loop.run_in_executor(self.executor, self._connect, tf, addresses)
+    async def start(self, parameter_server, others: list[str]) -> dict[str, Any]:
+        """Build the graphs and warm them up; returns ``about_this_actor()`` when ready to run.
+
+        Called again, with a parameter server that was started anew, it leaves behind what still waits for the old one.
+        """
+        self.parameter_server, loop = parameter_server, asyncio.get_running_loop()
+        self.executor = executor = concurrent.futures.ThreadPoolExecutor(IN_FLIGHT_PER_WORKER, "session.run")
+        tf = await loop.run_in_executor(executor, import_tensorflow)  # while the parameter server does the same
+        addresses, _ = await parameter_server.start.remote(others)
+        graphs = await loop.run_in_executor(executor, self._connect, tf, addresses)
+        if executor is self.executor:
+            self.graphs, self.versions = graphs, {}
         await self.refresh()
-        await loop.run_in_executor(self.executor, self._warm_up)
+        await loop.run_in_executor(executor, self._warm_up, graphs)
         return about_this_actor()
 
-    def _connect(self, tf, addresses: list[str]) -> None:
-        for graph in build_graphs(tf, self.options, mirrors=True):
-            self.graphs[graph.source.name] = graph
+    def _connect(self, tf, addresses: list[str]) -> dict[str, Graph]:
+        graphs = build_graphs(tf, self.options, mirrors=True)
+        for graph in graphs:
             if is_mirrored(self.options, graph.source):
                 graph.connect(tf, [], self.options)
                 graph.restore(variables=False)
             else:  # a plain client session straight on the parameter server: a server of our own would be one more hop
-                graph.connect(tf, addresses, self.options)
+                graph.connect(tf, addresses, self.options, self.options.timeout_s + 1)  # when nobody waits for it any more
+        return {graph.source.name: graph for graph in graphs}
 
-    def _warm_up(self) -> None:
-        for graph in self.graphs.values():
+    def _warm_up(self, graphs: dict[str, Graph]) -> None:
+        for graph in graphs.values():
             graph.warm_up()
 
     async def refresh(self) -> None:
@@ -1006,7 +1203,7 @@ class Worker:
                     self.versions[model] = version
 
     async def run(self, model: str, signature: str, feeds: list[list[np.ndarray]]) -> list[Result]:
-        """Run one signature on each feed in turn. One that fails does not touch the others."""
+        """Run one signature on each feed in turn. One that fails does not touch the others. Raises ServerLost."""
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(self.executor, self._run, self.graphs[model], signature, feeds)
 
@@ -1017,10 +1214,20 @@ class Worker:
                 results.append(graph.run(signature, feed))
             except Exception as error:  # answered to whoever asked
                 code, message = getattr(error, "error_code", None), first_sentence(str(error))
-                if failure := re.search(r"RemoteFailure: <(\d+):([\w+/=]*)>", str(error)):
-                    code, message = int(failure[1]), base64.b64decode(failure[2]).decode()
+                if failure := PythonFailure.find(error):
+                    code, message = failure
+                elif code in DISCONNECTED:
+                    raise ServerLost(f"The parameter server does not answer: {message}") from None
                 results.append((HTTP_STATUS.get(code, 500), message))
         return results
+
+    async def stay(self) -> None:
+        """Returns only when it is called again: a call whose failure tells at once that this process is gone."""
+        await stay(self)
+
+    async def about(self) -> dict[str, Any]:
+        """Process id, node, and the devices that this actor may use."""
+        return about_this_actor()
 
 
 # ======================================================================================================================
@@ -1039,6 +1246,13 @@ class Key(NamedTuple):
     shapes: tuple  # of one row of each input, or None: runs alone
     worker: int | None  # the one worker that is to run it, if it matters
     calls_out: bool = False  # it may wait for a request that needs a slot as well: it must not take the last one
+
+
+class WorkerId(NamedTuple):
+    """One life of a worker: one that is started anew keeps its index."""
+
+    index: int
+    life: int = 0
 
 
 @dataclasses.dataclass(eq=False, slots=True)
@@ -1063,6 +1277,16 @@ class Request:
         return self.expired or self.future.done()
 
 
+@dataclasses.dataclass(eq=False, slots=True)
+class Batch:
+    """Requests that travel together, to be merged into one run or not."""
+
+    worker: WorkerId
+    key: Key
+    requests: list[Request]
+    merge: bool
+
+
 class Batcher:
     """Whatever queued up while the last batches ran is the next batch. Usable from any thread and any event loop.
 
@@ -1072,19 +1296,19 @@ class Batcher:
     """
 
     def __init__(
-        self, options: Options, run: Callable[..., concurrent.futures.Future], lost: Callable[[int, BaseException], None]
+        self, options: Options, run: Callable[..., concurrent.futures.Future], lost: Callable[[WorkerId, BaseException], None]
     ):
         self.options, self._run, self._lost = options, run, lost
         self._lock = threading.Lock()
         self._wake = threading.Condition(self._lock)
         self._queues: collections.OrderedDict[Key, collections.deque[Request]] = collections.OrderedDict()
         self._waiting = 0
-        self.batch_sizes: collections.Counter[int] = collections.Counter()
-        self._in_flight: collections.Counter[Key] = collections.Counter()
-        self._free: dict[int, int] = {}  # how many batches each ready worker could take; the one whose turn it is comes first
+        self.batch_sizes: collections.Counter[int] = collections.Counter()  # how many of each have gone to workers
+        self._in_flight: dict[WorkerId, list[Batch]] = {}
+        self._free: dict[WorkerId, int] = {}  # how many batches each ready worker could take; whose turn it is comes first
         self._unresolved: collections.OrderedDict[Request, None] = collections.OrderedDict()  # by arrival, and so by deadline
         self._unmergeable: set[tuple[str, str]] = set()
-        self._again: list[tuple[int, list[Request], bool]] = []  # batches to send once more, request by request
+        self._again: list[Batch] = []  # to be sent once more, request by request
         self._closed: str | None = None
         self._thread = threading.Thread(target=self._keep_time, name="ray_tensorflow batcher", daemon=True)
         self._thread.start()
@@ -1111,26 +1335,41 @@ class Batcher:
         """Send all batches that are due to workers that are free."""
         with self._lock:
             batches = list(iter(self._take, None))
-        for worker, batch, merge in batches:
-            self._send(worker, batch, merge)
+        for batch in batches:
+            self._send(batch)
 
     def forget(self, request: Request) -> None:
-        """Nobody waits for this request any more: its place in the queue is free."""
+        """Its caller went away: make room for others."""
         with self._lock:
             if request in self._unresolved:
-                del self._unresolved[request]
-                if not request.sent:
-                    self._queues[request.key].remove(request)
-                    self._waiting -= 1
+                self._expire(request)
 
-    def add_worker(self, worker: int) -> None:
+    def add_worker(self, worker: WorkerId) -> None:
+        """It takes work from now on, be it new or suspended before."""
         with self._lock:
-            self._free[worker] = IN_FLIGHT_PER_WORKER
+            self._free[worker] = IN_FLIGHT_PER_WORKER - len(self._in_flight.get(worker, ()))
             self._wake.notify()
 
-    def remove_worker(self, worker: int) -> None:
+    def suspend_worker(self, worker: WorkerId) -> None:
+        """It gets no new work, and nobody waits for company because of what it has."""
         with self._lock:
             self._free.pop(worker, None)
+            self._wake.notify()
+
+    def remove_worker(self, worker: WorkerId) -> None:
+        """It is gone. What it had to read runs once more elsewhere; what it had to write may have been applied, and says so."""
+        refused = []
+        with self._lock:
+            self._free.pop(worker, None)
+            for batch in reversed(self._in_flight.pop(worker, [])):
+                refused += self._take_back(batch)
+            self._wake.notify()
+        resolve(refused)
+
+    def in_flight(self, worker: WorkerId) -> int:
+        """How many requests this worker has at the moment."""
+        with self._lock:
+            return sum(len(batch.requests) for batch in self._in_flight.get(worker, ()))
 
     def waiting(self) -> int:
         return self._waiting
@@ -1147,7 +1386,7 @@ class Batcher:
 
     # -- inside --------------------------------------------------------------------------------------------------------
 
-    def _take(self) -> tuple[int, list[Request], bool] | None:
+    def _take(self) -> Batch | None:
         """The next batch that is due, with the worker whose turn it is; keys take turns too. Called with the lock held."""
         now = time.monotonic()
         for key in list(self._queues) if any(self._free.values()) else ():
@@ -1161,29 +1400,31 @@ class Batcher:
             full = len(waiting) >= self.options.max_batch
             if merge and not full:
                 early = now < waiting[0].arrived + self.options.batch_wait_ms / 1000
-                if early or self._in_flight[key] >= IN_FLIGHT_PER_KEY:
+                if early or sum(other == key for other in self._keys_in_flight()) >= IN_FLIGHT_PER_KEY:
                     continue
             if key.calls_out:
-                calling = sum(batches for other, batches in self._in_flight.items() if other.calls_out)
+                calling = sum(other.calls_out for other in self._keys_in_flight())
                 if calling >= IN_FLIGHT_PER_WORKER * len(self._free) - 1:
                     continue
-            worker = key.worker
-            if worker is None:
-                worker = next(worker for worker, free in self._free.items() if free)
-            elif not self._free.get(worker):
+            free = (worker for worker, places in self._free.items() if places and key.worker in (None, worker.index))
+            if (worker := next(free, None)) is None:
                 continue
             # requests that cannot share a run still share the trip, but leave their part to the other workers
             most = self.options.max_batch if merge else min(self.options.max_batch, -(-len(waiting) // sum(self._free.values())))
             taken = [self._leave(waiting) for _ in range(min(most, len(waiting)))]
             self._free[worker] = self._free.pop(worker) - 1  # and so it is the last in turn
-            batch = [request for request in taken if not request.over] or taken[:1]
-            for request in batch:
+            batch = Batch(worker, key, [request for request in taken if not request.over] or taken[:1], merge)
+            for request in batch.requests:
                 request.sent = True
-            self.batch_sizes[len(batch)] += 1
+            self.batch_sizes[len(batch.requests)] += 1
             self._queues.move_to_end(key)
-            self._in_flight[key] += 1
-            return worker, batch, merge
+            self._in_flight.setdefault(worker, []).append(batch)
+            return batch
         return None
+
+    def _keys_in_flight(self) -> Iterator[Key]:
+        """Of the batches whose workers are in order."""
+        return (batch.key for worker in self._free for batch in self._in_flight.get(worker, ()))
 
     def _leave(self, waiting: collections.deque[Request]) -> Request:
         """Take the first request out of its queue; one past its deadline has not counted as waiting since then."""
@@ -1193,75 +1434,84 @@ class Batcher:
             self._unresolved.pop(request, None)
         return request
 
-    def _send(self, worker: int, batch: list[Request], merge: bool) -> None:
-        key = batch[0].key
-        merge = merge and len(batch) > 1
-        feeds = [request.feed for request in batch]
-        if merge:
+    def _send(self, batch: Batch) -> None:
+        batch.merge = batch.merge and len(batch.requests) > 1
+        feeds = [request.feed for request in batch.requests]
+        if batch.merge:
             feeds = [[np.concatenate(arrays) for arrays in zip(*feeds)]]
         try:
-            future = self._run(worker, key.model, key.signature, feeds)
+            future = self._run(batch.worker, batch.key.model, batch.key.signature, feeds)
         except Exception as error:
             future = concurrent.futures.Future()
             future.set_exception(error)
-        future.add_done_callback(functools.partial(self._finish, worker, batch, merge))
+        future.add_done_callback(functools.partial(self._finish, batch))
 
-    def _finish(self, worker: int, batch: list[Request], merge: bool, future: concurrent.futures.Future) -> None:
+    def _finish(self, batch: Batch, future: concurrent.futures.Future) -> None:
         """Give each request of a batch its part of the results. Runs in Ray's one callback thread: it never waits."""
-        key = batch[0].key
         if error := future.exception():
-            self._return_slot(worker, batch, done=False)
-            self.remove_worker(worker)
-            self._lost(worker, error)
-            self._retry_or_refuse(worker, batch)
+            if self._is_under_way(batch):
+                self.remove_worker(batch.worker)
+                self._lost(batch.worker, error)
             return
         results: list[Result] = future.result()
-        if merge:
-            rows = sum(request.rows for request in batch)
+        if batch.merge:
+            rows = sum(request.rows for request in batch.requests)
             result = results[0]
             if isinstance(result, tuple) or any(array.shape[:1] != (rows,) for array in result):
                 # One bad request fails alone: each gets a run of its own. Nothing has been changed: a signature that writes
                 # is only merged when a run that fails changes nothing.
                 if not isinstance(result, tuple):
-                    self._unmergeable.add(key[:2])
+                    self._unmergeable.add(batch.key[:2])
+                batch.merge = False
                 with self._lock:
-                    self._again.append((worker, batch, False))
+                    self._again.append(batch)
                     self._wake.notify()
                 return
-            ends = list(itertools.accumulate(request.rows for request in batch))
-            results = [[array[end - request.rows:end] for array in result] for request, end in zip(batch, ends)]
-        self._return_slot(worker, batch)
-        outcomes = [result if isinstance(result, list) else ModelError(result[1], result[0]) for result in results]
-        resolve(list(zip(batch, outcomes)))
+            ends = list(itertools.accumulate(request.rows for request in batch.requests))
+            results = [[array[end - request.rows:end] for array in result] for request, end in zip(batch.requests, ends)]
+        if self._arrive(batch):
+            outcomes = [result if isinstance(result, list) else ModelError(result[1], result[0]) for result in results]
+            resolve(list(zip(batch.requests, outcomes)))
 
-    def _return_slot(self, worker: int, batch: list[Request], done: bool = True) -> None:
-        key = batch[0].key
+    def _is_under_way(self, batch: Batch) -> bool:
+        """Has it not been given up, with its worker?"""
+        return batch in self._in_flight.get(batch.worker, ())
+
+    def _arrive(self, batch: Batch) -> bool:
+        """Its worker has a free place again. False if nobody waits for this batch any more."""
         with self._lock:
-            for request in batch if done else ():
+            if not self._is_under_way(batch):
+                return False
+            for request in batch.requests:
                 self._unresolved.pop(request, None)
-            self._in_flight[key] -= 1
-            if not self._in_flight[key]:
-                del self._in_flight[key]
-            if worker in self._free:
-                self._free[worker] += 1
+            self._in_flight[batch.worker].remove(batch)
+            if not self._in_flight[batch.worker]:
+                del self._in_flight[batch.worker]
+            if batch.worker in self._free:
+                self._free[batch.worker] += 1
             if self._queues:
                 self._wake.notify()
+            return True
 
-    def _retry_or_refuse(self, worker: int, batch: list[Request]) -> None:
-        """After a worker was lost: what only reads runs once more elsewhere; what writes may have been applied, and says so."""
+    def _take_back(self, batch: Batch) -> list[tuple[Request, Error]]:
+        """A lost worker's batch, back to where it came from; those that cannot be, with the reason. Called with the lock held."""
         refused = []
-        with self._lock:
-            for request in reversed(batch):
-                if request.writes or request.lost_one or request.over:
-                    why = "; the change may or may not have been applied" if request.writes else ", the second one with this request"
-                    refused.append((request, WorkerLost(f"Worker {worker} was lost{why}.")))
-                    self._unresolved.pop(request, None)
-                else:
-                    request.sent, request.lost_one = False, True
-                    self._queues.setdefault(request.key, collections.deque()).appendleft(request)
-                    self._waiting += 1
-            self._wake.notify()
-        resolve(refused)
+        for request in reversed(batch.requests):
+            if request.writes or request.lost_one or request.over:
+                why = "; the change may or may not have been applied" if request.writes else ", the second one with this request"
+                refused.append((request, WorkerLost(f"Worker {batch.worker.index} was lost{why}.")))
+                self._unresolved.pop(request, None)
+            else:
+                request.sent, request.lost_one = False, True
+                self._queues.setdefault(request.key, collections.deque()).appendleft(request)
+                self._waiting += 1
+        return refused
+
+    def _expire(self, request: Request) -> None:
+        """Nobody waits for it any more. Called with the lock held."""
+        self._unresolved.pop(request, None)
+        request.expired = True
+        self._waiting -= not request.sent
 
     def _keep_time(self) -> None:
         """The batcher's own thread: sends what became due, and ends waits whose deadline has passed."""
@@ -1269,21 +1519,21 @@ class Batcher:
             expired = []
             with self._lock:
                 now = time.monotonic()
-                while self._unresolved and next(iter(self._unresolved)).deadline <= now:
-                    expired.append(self._unresolved.popitem(last=False)[0])
-                    expired[-1].expired = True
-                    self._waiting -= not expired[-1].sent
+                while self._unresolved and (request := next(iter(self._unresolved))).deadline <= now:
+                    self._expire(request)
+                    expired.append(request)
                 times = [next(iter(self._unresolved)).deadline] if self._unresolved else []
                 if self.options.batch_wait_ms:  # those whose wait is over only need a worker, whose return wakes this thread
                     due = [queue[0].arrived + self.options.batch_wait_ms / 1000 for queue in self._queues.values() if queue]
                     times += [at for at in due if at > now]
-                batches, self._again = self._again + list(iter(self._take, None)), []
+                again = [batch for batch in self._again if self._is_under_way(batch)]
+                batches, self._again = again + list(iter(self._take, None)), []
                 if not batches and not expired:
                     if self._closed:
                         return
                     self._wake.wait(max(0.001, min(times) - now) if times else None)
-            for worker, batch, merge in batches:
-                self._send(worker, batch, merge)
+            for batch in batches:
+                self._send(batch)
             resolve([(request, self._too_late(request)) for request in expired])
 
     def _too_late(self, request: Request) -> Error:
@@ -1313,6 +1563,320 @@ def set_outcomes(outcomes: list[tuple[Request, Any]]) -> None:
                 request.future.set_exception(outcome)
             else:
                 request.future.set_result(outcome)
+
+
+# ======================================================================================================================
+# The supervisor: starts the actors, watches them, and starts anew what dies or hangs
+# ======================================================================================================================
+
+PING_S = 0.5  # between two looks at an actor
+SUSPECT_S = 1.0  # a worker that has not answered for so long gets no new work
+HUNG_S = {"worker": 5.0, "parameter server": 30.0}  # an actor that has not answered for so long is ended
+
+
+@dataclasses.dataclass
+class Member:
+    """What is known of one actor."""
+
+    kind: str  # "parameter server" or "worker"
+    index: int
+    state: str = "starting"  # ready, or hung: it does not answer
+    restarts: int = 0
+    life: int = 0  # one more each time that it becomes ready
+    about: dict[str, Any] = dataclasses.field(default_factory=dict)
+    node: str | None = None
+    actor: Any = None
+
+
+class View(NamedTuple):
+    """All that front ends have to know, as it was at one moment."""
+
+    number: int
+    models: dict[str, Model]
+    servers: list[Member]
+    workers: list[Member]
+    failure: Error | None = None  # that cannot be mended
+
+
+class Supervisor:
+    """Owns the parameter servers and the workers. ``publish`` is called with each new View.
+
+    A worker that is lost is started anew by itself. Parameter servers are lost together: variables are spread over them, and
+    all of these come back as they were kept last. Then the workers, which live on, connect anew.
+    """
+
+    def __init__(self, options: Options, publish: Callable[[View], None], home: str, folder: str, again: bool = False):
+        self.options, self.publish = options, publish
+        self.home, self.folder = home, options.checkpoint_dir or folder  # the node on whose disk variables are kept, and where
+        self.again = again  # has there been a parameter server before?
+        self.servers = [Member("parameter server", index) for index in range(options.parameter_servers)]
+        self.workers = [Member("worker", index) for index in range(options.workers)]
+        self.view = View(0, {}, [], [])
+        self.addresses: list[str] = []
+        self._setting_weights = asyncio.Lock()
+        self._starting = asyncio.Semaphore(len(os.sched_getaffinity(0)))
+        self._reports: dict[int, asyncio.Future] = {}  # by worker: somebody could not reach it
+
+    async def run(self) -> None:
+        """Until cancelled, or until something has failed that cannot be mended, which the last View tells."""
+        running = self.options.parameter_servers * (self.options.placement == "shared")  # those that run models
+        self._gpus = gpu_share(int(ray.cluster_resources().get("GPU", 0)), running + self.options.workers)
+        self._server_gpus = self._gpus if running else 0
+        try:
+            while True:
+                try:
+                    models = await self._start_servers()
+                except Exception as error:
+                    if isinstance(error, Error) or not self.again:
+                        raise
+                    log.warning("parameter server could not start: %s", first_sentence(str(error)))
+                    await asyncio.sleep(1)  # or it would be tried without a pause
+                    continue
+                self.again = True
+                self._show(models=models)
+                await self._serve()
+        except Error as error:
+            log.error("%s", error)
+            self._show(failure=error)
+        finally:
+            await self._end()
+
+    def report(self, worker: WorkerId) -> None:
+        """A front end could not reach this worker."""
+        report = self._reports.get(worker.index)
+        if self.workers[worker.index].life == worker.life and report and not report.done():
+            report.set_result(None)
+
+    async def set_weights(self, model: str, weights: list) -> None:
+        """``weights``: in a list, where the object store has them. Returns when no worker answers with the old ones any more."""
+        async with self._setting_weights:
+            await call(self.servers[0].actor.set_weights.remote(model, weights[0]))
+            if self.options.placement == "mirrored":
+                for worker in self.workers:
+                    if worker.state != "starting":
+                        with contextlib.suppress(ray.exceptions.RayActorError):  # its successor starts with the new ones
+                            await call(worker.actor.refresh.remote())
+
+    # -- parameter servers ---------------------------------------------------------------------------------------------
+
+    async def _start_servers(self) -> dict[str, Model]:
+        """All of them, and meanwhile the first worker, which imports tensorflow in the same time."""
+        started = time.monotonic()
+        for server in self.servers:
+            self._spawn(server, ParameterServer, self._server_gpus, self.folder, self.again)
+        others = await asyncio.gather(*(call(server.actor.serve.remote()) for server in self.servers[1:]))
+        self._others = list(others)
+        if self.workers[0].actor is None:
+            self._spawn(self.workers[0], Worker, self._gpus)
+        _, models = await call(self.servers[0].actor.start.remote(self._others))
+        for server in self.servers:
+            server.about = await call(server.actor.about.remote())
+            server.state, server.life = "ready", server.life + 1
+            log.info("parameter server ready  pid %d  %.1f s", server.about["pid"], time.monotonic() - started)
+        return {model.name: model for model in models}
+
+    async def _serve(self) -> None:
+        """Until a parameter server is lost."""
+        first = asyncio.Event()  # the others start after the first worker is ready: serving comes first
+        tasks = [asyncio.create_task(self._keep(worker, first)) for worker in self.workers]
+        watches = [asyncio.create_task(self._watch(server)) for server in self.servers]
+        try:
+            done, _ = await asyncio.wait([*tasks, *watches], return_when=asyncio.FIRST_COMPLETED)
+            reasons = [task.result() for task in done]  # or raises what made a worker impossible
+        finally:
+            for task in [*tasks, *watches]:
+                task.cancel()
+            await asyncio.gather(*tasks, *watches, return_exceptions=True)
+        for server in self.servers:
+            log.warning("parameter server lost  pid %d  %s", server.about["pid"], reasons[0])
+            server.restarts += 1
+            await self._end_actor(server)
+        for worker in self.workers:
+            worker.state = "starting"
+        self._show()
+
+    # -- workers -------------------------------------------------------------------------------------------------------
+
+    async def _keep(self, worker: Member, first: asyncio.Event) -> None:
+        """Start a worker, watch it and start it anew, until cancelled."""
+        if worker.index > 0:
+            await first.wait()
+        while True:
+            try:
+                async with self._starting:
+                    await self._start(worker)
+                first.set()
+                reason = await self._watch(worker)
+                log.warning("worker %d lost  pid %d  %s", worker.index, worker.about["pid"], reason)
+                worker.restarts += 1
+            except Exception as error:
+                log.warning("worker %d could not start: %s", worker.index, first_sentence(str(error)))
+                if isinstance(error, Error) and not any(worker.life for worker in self.workers):
+                    raise  # it never will
+                await asyncio.sleep(1)  # or it would be tried without a pause
+            worker.state = "starting"
+            self._show()
+            await self._end_actor(worker)
+
+    async def _start(self, worker: Member) -> None:
+        started = time.monotonic()
+        if worker.actor is None:
+            self._spawn(worker, Worker, self._gpus)
+        worker.about = await call(worker.actor.start.remote(self.servers[0].actor, self._others))
+        async with self._setting_weights:  # none are set between its last look and its first request
+            await call(worker.actor.refresh.remote())
+            worker.state, worker.life = "ready", worker.life + 1
+            self._show()
+        log.info("worker %d ready  pid %d  %.1f s", worker.index, worker.about["pid"], time.monotonic() - started)
+
+    # -- either --------------------------------------------------------------------------------------------------------
+
+    def _spawn(self, member: Member, kind: type, gpus: float, *arguments) -> None:
+        member.node, strategy = self._place(member, gpus)
+        resources = {
+            "num_cpus": 0, "num_gpus": gpus, "max_restarts": 0, "max_concurrency": 1000,
+            "enable_task_events": False}  # of which Ray's gcs would keep 100,000: half a gigabyte
+        actor = ray.remote(kind).options(scheduling_strategy=strategy, **resources)
+        member.actor = actor.remote(member.index, self.options, *arguments)
+
+    def _place(self, member: Member, gpus: float):
+        """The node for a new actor: the one with the fewest of its kind, ours before others. Ray itself spreads actors that
+        need something (a GPU), but puts those that need nothing anywhere, a soft affinity notwithstanding."""
+        alive = [node["NodeID"] for node in ray.nodes() if node["Alive"]]
+        if member is self.servers[0] and self.options.checkpoint_dir is None and self.home not in alive:
+            raise Unavailable("The node of the parameter server was lost, and the variables with it: start the program anew"
+                              " (--checkpoint-dir, a folder that all nodes share, would have kept them).")
+        if gpus:
+            return None, "SPREAD"
+        fellows = self.servers if member.kind == "parameter server" else self.workers
+        used = collections.Counter(fellow.node for fellow in fellows if fellow is not member and fellow.actor is not None)
+        node = min(alive, key=lambda node: (used[node], node != self.home, node))
+        return node, NodeAffinitySchedulingStrategy(node, soft=False)
+
+    async def _watch(self, member: Member) -> str:
+        """Returns why an actor was lost, as soon as it is."""
+        stays = asyncio.ensure_future(call(member.actor.stay.remote()))
+        report = asyncio.get_running_loop().create_future()
+        if member.kind == "worker":
+            self._reports[member.index] = report
+        patience = HUNG_S[member.kind]
+        while not stays.done() and not report.done():
+            answer = asyncio.ensure_future(call(member.actor.about.remote()))
+            for seconds, state in ((SUSPECT_S, "ready"), (patience - SUSPECT_S, "hung")):
+                self._set_state(member, state)
+                await asyncio.wait([stays, report, answer], timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
+                if stays.done() or report.done() or answer.done():
+                    break
+            else:
+                await self._kill(member)
+                return f"it did not answer for {patience:g} s"
+            if answer.done() and not answer.exception():
+                self._set_state(member, "ready", answer.result())
+            await asyncio.wait([stays, report], timeout=PING_S, return_when=asyncio.FIRST_COMPLETED)
+        stays.cancel()
+        return "a front end could not reach it" if report.done() else first_sentence(str(stays.exception()))
+
+    def _set_state(self, member: Member, state: str, about: dict[str, Any] | None = None) -> None:
+        if (state, about or member.about) != (member.state, member.about):
+            if state != member.state:
+                log.warning("%s %d is %s  pid %d", member.kind, member.index, state, member.about["pid"])
+            member.state, member.about = state, about or member.about
+            self._show()
+
+    async def _kill(self, member: Member) -> None:
+        """End the process of an actor that hears nothing; Ray by itself would leave it as it is."""
+        if member.about["node"] == ray.get_runtime_context().get_node_id():
+            kill_process(member.about["pid"])
+        else:
+            there = NodeAffinitySchedulingStrategy(member.about["node"], soft=False)
+            task = ray.remote(num_cpus=0, scheduling_strategy=there)(kill_process)
+            with contextlib.suppress(Exception):  # the node is gone as well
+                await call(task.remote(member.about["pid"]))
+
+    async def _end_actor(self, member: Member) -> None:
+        if member.actor is not None:
+            ray.kill(member.actor)
+            member.actor = None
+
+    async def _end(self) -> None:
+        """Keep what is to be kept, and end all actors."""
+        if self.servers[0].state == "ready":
+            with contextlib.suppress(Exception):
+                await asyncio.wait_for(call(self.servers[0].actor.keep.remote()), 10)
+        for member in [*self.workers, *self.servers]:
+            member.state = "stopped"
+            await self._end_actor(member)
+        if self.options.checkpoint_dir is None:
+            shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _show(self, **changes) -> None:
+        servers, workers = ([dataclasses.replace(member) for member in members] for members in (self.servers, self.workers))
+        self.view = self.view._replace(number=self.view.number + 1, servers=servers, workers=workers, **changes)
+        self.publish(self.view)
+
+
+POLL_S = 1.0
+GONE_S = 8.0  # a front end that has not called for so long has ended without a word
+
+
+def kill_process(pid: int) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, signal.SIGKILL)
+
+
+class SharedSupervisor:
+    """A Ray actor with the one Supervisor of all front ends of a Ray cluster. The first front end makes it, the others find it by
+    its name, and it ends, with all of its actors, soon after the last of them has gone.
+    """
+
+    def __init__(self, options: Options, home: str, folder: str):
+        self.options = options
+        again = ray.get_runtime_context().was_current_actor_reconstructed
+        self.supervisor = Supervisor(options, self._publish, home, folder, again)
+        self.newer = asyncio.Event()
+        self.front_ends: dict[str, float] = {}  # when they were last heard of
+        self.running: asyncio.Task | None = None
+
+    def _publish(self, view: View) -> None:
+        self.newer.set()
+        self.newer = asyncio.Event()
+
+    async def changes(self, front_end: str, options: Options, seen: int) -> View:
+        """The View, as soon as it is not number ``seen``, or after a second at the latest. Who does not call again is gone.
+
+        Raises OptionError when the front end wants another graph than there is.
+        """
+        for name, there in self.options.shared.items():
+            if options.shared[name] != there:
+                shown = [",".join(map(str, v)) if isinstance(v, tuple) else v for v in (options.shared[name], there)]
+                raise OptionError(f"--{name.replace('_', '-')} {shown[0]}: the shared cluster runs with {shown[1]}")
+        self.front_ends[front_end] = time.monotonic()
+        if self.running is None:
+            self.running = asyncio.create_task(self._run())
+        if self.supervisor.view.number == seen:
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self.newer.wait(), POLL_S)
+        return self.supervisor.view
+
+    async def leave(self, front_end: str) -> None:
+        self.front_ends.pop(front_end, None)
+
+    async def report(self, worker: WorkerId) -> None:
+        self.supervisor.report(worker)
+
+    async def set_weights(self, model: str, weights: list) -> None:
+        await self.supervisor.set_weights(model, weights)
+
+    async def _run(self) -> None:
+        """Supervise for as long as there are front ends; then end this very actor."""
+        supervising = asyncio.create_task(self.supervisor.run())
+        while self.front_ends:
+            await asyncio.sleep(POLL_S)
+            now = time.monotonic()
+            self.front_ends = {name: heard for name, heard in self.front_ends.items() if now - heard < GONE_S}
+        supervising.cancel()
+        await asyncio.gather(supervising, return_exceptions=True)
+        ray.kill(ray.get_runtime_context().current_actor)
 
 
 # ======================================================================================================================
@@ -1346,17 +1910,17 @@ class Cluster:
     def __init__(self, options: Options | None = None, **changes):
         self.options = dataclasses.replace(options or Options(), **changes)
         self.models: dict[str, Model] = {}
-        self._workers = [WorkerState(index) for index in range(self.options.workers)]
-        self._servers: list[Any] = []  # parameter server actors
-        self._about_servers: list[dict[str, Any]] = [{} for _ in range(self.options.parameter_servers)]
-        self._batcher = Batcher(self.options, self._run, self._worker_lost)
+        self._view = View(0, {}, [], [])
+        self._actors: dict[WorkerId, Any] = {}  # of the workers that can be called
+        self._batcher = Batcher(self.options, self._run, self._report)
         self._ahead = min(2 * IN_FLIGHT_PER_WORKER * self.options.workers, self.options.max_queue)  # batches of one map
         self._changed = threading.Condition()
-        self._setting_weights = threading.Lock()
         self._status = "new"
         self._failure: Error | None = None
-        self._to_start: queue.SimpleQueue[int | None] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None  # of that thread
+        self._work: asyncio.Task | None = None  # what runs in it
+        self._ask: Callable[..., concurrent.futures.Future] | None = None  # calls a method of the supervisor
 
     # -- life ----------------------------------------------------------------------------------------------------------
 
@@ -1389,11 +1953,11 @@ class Cluster:
         with self._changed:
             self._status = "stopping" if self._thread and self._thread.is_alive() else "stopped"
             self._changed.notify_all()
+            if self._work and not self._loop.is_closed():
+                self._loop.call_soon_threadsafe(self._work.cancel)
         self._batcher.close("The server is shutting down.")
-        self._to_start.put(None)
-        while self._thread and self._thread.is_alive():
-            self._end_actors()  # again and again, since it may be just about to start them
-            self._thread.join(0.1)
+        if self._thread:
+            self._thread.join()
 
     def __enter__(self) -> Cluster:
         return self.start()
@@ -1444,7 +2008,7 @@ class Cluster:
     def get_weights(self, model: str) -> dict[str, np.ndarray]:
         """The variables of a served model by name. Arrays may be read-only: copy what you want to write to."""
         self.find_model(model)
-        return get(self._servers[0].get_weights.remote(model), self.options.timeout_s)
+        return get(self._server().get_weights.remote(model), self.options.timeout_s)
 
     async def get_weights_async(self, model: str) -> dict[str, np.ndarray]:
         """As ``get_weights``, awaitable."""
@@ -1456,16 +2020,16 @@ class Cluster:
         Once it returns, no later request is answered with the old ones, mirrors included.
         """
         self.find_model(model)
-        with self._setting_weights:
-            get(self._servers[0].set_weights.remote(model, weights), self.options.timeout_s)
-            if self.options.placement == "mirrored":
-                for worker in self._workers:
-                    if worker.state == "ready":
-                        try:
-                            get(worker.actor.refresh.remote(), self.options.timeout_s)
-                        except ray.exceptions.RayActorError as error:  # its successor starts with the new ones
-                            self._batcher.remove_worker(worker.index)
-                            self._worker_lost(worker.index, error)
+        self._server()
+        setting = self._ask("set_weights", model, [ray.put(weights)])
+        try:
+            setting.result(self.options.timeout_s)
+        except TimeoutError:
+            raise DeadlineExceeded(f"No answer within the deadline of {self.options.timeout_s:g} s.") from None
+        except ray.exceptions.RayTaskError as error:
+            raise root_cause(error) from None
+        except ray.exceptions.RayActorError:
+            raise ServerLost("The parameter server was lost; the weights may or may not have been set.", 502) from None
 
     async def set_weights_async(self, model: str, weights: dict[str, np.ndarray]) -> None:
         """As ``set_weights``, awaitable."""
@@ -1481,7 +2045,7 @@ class Cluster:
         is about, counted from 0. Leaving the loop early stops the work.
         """
         spec = self.find(model, version, signature)
-        pending: dict[concurrent.futures.Future, int] = {}
+        pending: dict[concurrent.futures.Future, int] = {}  # batch numbers
 
         def results(most: int):
             while len(pending) > most:
@@ -1534,19 +2098,20 @@ class Cluster:
     def run(self, call: Call, gone: Callable[[], bool] | None = None) -> list[np.ndarray]:
         """Do checked work: the outputs in the order of their sorted names.
 
-        ``gone`` is asked once a second whether the caller has gone away: the work is then given up, its place in the queue free.
+        ``gone`` is asked each second whether the caller went away; then the work is given up and Unavailable raised.
         """
-        request = self._submit(call)
-        while True:
-            try:
-                return request.future.result(gone and 1)  # the batcher keeps the deadline
-            except TimeoutError:
-                if gone():
-                    self._batcher.forget(request)
-                    raise Unavailable("The client went away.", 499) from None
+        request = self._submit(call)  # the batcher keeps the deadline
+        while gone:
+            done, _ = concurrent.futures.wait([request.future], 1)
+            if done:
+                break
+            if gone():
+                self._batcher.forget(request)
+                raise Unavailable("The client went away.", 499)
+        return request.future.result()
 
     async def run_async(self, call: Call) -> list[np.ndarray]:
-        """As ``run``, awaitable; when the awaiting task is cancelled, the place in the queue is free at once."""
+        """As ``run``, awaitable; who cancels it gives the work up."""
         request = self._submit_async(call)
         try:
             return await request.future
@@ -1561,16 +2126,23 @@ class Cluster:
 
     def health(self) -> dict[str, Any]:
         """What ``GET /health`` answers: status, parameter servers, workers with their state; asks nobody, waits for nothing."""
-        if self._failure:
+        view, options = self._view, self.options
+        servers = view.servers or [Member("parameter server", index) for index in range(options.parameter_servers)]
+        workers = view.workers or [Member("worker", index) for index in range(options.workers)]
+        if self._status != "serving":
+            status = "failed" if self._failure else "starting" if self._status == "new" else self._status
+        elif self._failure:
             status = "failed"
-        elif self._status == "serving" and self._count("ready"):
-            status = "ready"
         else:
-            status = "starting" if self._status in ("new", "serving") else self._status
-        servers = [{"index": i, "state": "ready" if about else "starting", **about} for i, about in enumerate(self._about_servers)]
-        workers = [{"index": w.index, "state": w.state, "restarts": w.restarts, **w.about} for w in self._workers]
+            status = "ready" if self._count("ready") else "recovering" if any(worker.life for worker in workers) else "starting"
+
+        def shown(member: Member) -> dict[str, Any]:
+            return {"index": member.index, "state": member.state, "restarts": member.restarts, **member.about}
+
+        in_flight = [{"in_flight": self._batcher.in_flight(WorkerId(worker.index, worker.life))} for worker in workers]
         health = {
-            "status": status, "parameter_servers": servers, "workers": workers, "models": sorted(self.models),
+            "status": status, "parameter_servers": [shown(server) for server in servers],
+            "workers": [shown(worker) | its for worker, its in zip(workers, in_flight)], "models": sorted(self.models),
             "waiting": self._batcher.waiting()}
         return health | ({"error": str(self._failure)} if self._failure else {})
 
@@ -1602,7 +2174,7 @@ class Cluster:
             raise InvalidRequest(f"value must be one finite number, not {value!r:.100}")
         return Call(ADDER, self.find(ADDER), [array], worker)
 
-    # -- inside: actors, all in the cluster's own thread and its helpers -----------------------------------------------
+    # -- inside --------------------------------------------------------------------------------------------------------
 
     def _submit(self, call: Call) -> Request:
         request = make_request(call, concurrent.futures.Future(), None)
@@ -1617,17 +2189,25 @@ class Cluster:
         loop.call_soon(self._batcher.dispatch)  # after all that is ready in this turn of the loop has come along
         return request
 
-    def _run(self, worker: int, model: str, signature: str, feeds: list[list[np.ndarray]]) -> concurrent.futures.Future:
-        return self._workers[worker].actor.run.remote(model, signature, feeds).future()
+    def _run(self, worker: WorkerId, model: str, signature: str, feeds: list[list[np.ndarray]]) -> concurrent.futures.Future:
+        return self._actors[worker].run.remote(model, signature, feeds).future()
+
+    def _report(self, worker: WorkerId, error: BaseException) -> None:
+        if self._status == "serving" and self._ask:
+            log.warning("worker %d does not answer: %s", worker.index, first_sentence(str(error)))
+            self._ask("report", worker)
+
+    def _server(self):
+        """The actor of the parameter server that has the models."""
+        if not self._view.servers or self._view.servers[0].state != "ready":
+            raise Unavailable("The parameter server is being started; try again later.")
+        return self._view.servers[0].actor
 
     def _live(self) -> None:
-        """Own Ray from its start to its end."""
+        """Own Ray from its start to its end, and run what tells of the actors meanwhile."""
         try:
             with ray_runtime(self.options):
-                try:
-                    self._start_actors()
-                finally:
-                    self._end_actors()
+                asyncio.run(self._follow())
         except Exception as error:
             if self._status == "stopping":  # it was ended on purpose while it started
                 pass
@@ -1641,107 +2221,91 @@ class Cluster:
                 self._status = "stopped"
                 self._changed.notify_all()
 
-    def _start_actors(self) -> None:
-        running = self.options.parameter_servers * (self.options.placement == "shared")  # those that run models
-        share = gpu_share(int(ray.cluster_resources().get("GPU", 0)), running + self.options.workers)
-        self._resources = {"num_cpus": 0, "num_gpus": share, "max_restarts": 0, "enable_task_events": False}  # which pile up
-        started = time.monotonic()
-        resources = self._resources | {"num_gpus": share if running else 0}
-        actor = ray.remote(ParameterServer)
-        self._servers = [
-            actor.options(scheduling_strategy=on_node(index, resources["num_gpus"]), **resources).remote(index, self.options)
-            for index in range(self.options.parameter_servers)]
-        others = [server.serve.remote() for server in self._servers[1:]]
-        self._others = [get(address) for address in others]
-        self._spawn(self._workers[0])  # imports tensorflow while the parameter server does
-        _, models = get(self._servers[0].start.remote(self._others))
-        self._about_servers = [get(server.about.remote()) for server in self._servers]
-        for server in self._servers:
-            server.stay.remote().future().add_done_callback(self._server_lost)
-        pids = ", ".join(str(about["pid"]) for about in self._about_servers)
-        log.info("parameter server ready  pid %s  %.1f s", pids, time.monotonic() - started)
+    async def _follow(self) -> None:
         with self._changed:
-            self.models = {model.name: model for model in models}
-            if self._status == "starting":
+            if self._status == "stopping":
+                return
+            self._loop, self._work = asyncio.get_running_loop(), asyncio.current_task()
+        home = ray.get_runtime_context().get_node_id()
+        folder = os.path.join(tempfile.gettempdir(), f"ray_tensorflow_{secrets.token_hex(8)}")
+        with contextlib.suppress(asyncio.CancelledError):
+            await (self._follow_shared(home, folder) if self.options.address else self._supervise(home, folder))
+
+    async def _supervise(self, home: str, folder: str) -> None:
+        """A supervisor of our own."""
+        supervisor = Supervisor(self.options, self._show, home, folder)
+
+        async def do(method: str, *arguments):
+            result = getattr(supervisor, method)(*arguments)
+            return await result if asyncio.iscoroutine(result) else result
+
+        self._ask = lambda *what: asyncio.run_coroutine_threadsafe(do(*what), self._loop)
+        await supervisor.run()
+
+    async def _follow_shared(self, home: str, folder: str) -> None:
+        """The supervisor that all front ends of this Ray cluster share, whichever of them made it."""
+        here = NodeAffinitySchedulingStrategy(home, soft=True)
+        make = ray.remote(SharedSupervisor).options(
+            name="supervisor", get_if_exists=True, lifetime="detached", num_cpus=0, max_restarts=-1, max_concurrency=10_000,
+            scheduling_strategy=here, enable_task_events=False)
+        ourselves, seen = secrets.token_hex(8), -1
+        while True:
+            supervisor = make.remote(self.options, home, folder)
+            self._ask = lambda method, *arguments: getattr(supervisor, method).remote(*arguments).future()
+            try:
+                while not self._failure:
+                    view = await call(supervisor.changes.remote(ourselves, self.options, seen))
+                    if view.number != seen:
+                        seen = view.number
+                        self._show(view)
+                return
+            except ray.exceptions.RayActorError as error:
+                log.warning("the supervisor was lost: %s", first_sentence(str(error)))
+                self._show(self._view._replace(servers=[], workers=[]))
+                seen = -1
+                await asyncio.sleep(PING_S)
+            except asyncio.CancelledError:
+                with contextlib.suppress(Exception):
+                    await asyncio.wait_for(call(supervisor.leave.remote(ourselves)), 5)
+                raise
+
+    def _show(self, view: View) -> None:
+        """Go on with the actors as they are now."""
+        callable_, able = ({WorkerId(worker.index, worker.life): worker.actor for worker in view.workers if worker.state in states}
+                           for states in (("ready", "hung"), ("ready",)))
+        with self._changed:
+            before, self._actors = self._actors, callable_
+            able_before = {WorkerId(worker.index, worker.life) for worker in self._view.workers if worker.state == "ready"}
+            self._view, self.models, self._failure = view, view.models, view.failure
+            if self._status == "starting" and view.models:
                 self._status = "serving"
-        # the others start after the first is ready, as many at once as there are CPUs: serving comes first
-        with concurrent.futures.ThreadPoolExecutor(len(os.sched_getaffinity(0)), "start worker") as pool:
-            self._start_worker(self._workers[0])
-            for worker in self._workers[1:]:
-                self._to_start.put(worker.index)
-            for index in iter(self._to_start.get, None):
-                pool.submit(self._start_worker, self._workers[index])
-            pool.shutdown(cancel_futures=True)
-
-    def _spawn(self, worker: WorkerState) -> None:
-        strategy = on_node(worker.index, self._resources["num_gpus"])
-        options = self._resources | {"max_concurrency": 100, "scheduling_strategy": strategy}
-        worker.actor = ray.remote(Worker).options(**options).remote(worker.index, self._servers[0], self._others, self.options)
-        worker.ready = worker.actor.start.remote()
-
-    def _start_worker(self, worker: WorkerState) -> None:
-        started = time.monotonic()
-        try:
-            if worker.actor is None:
-                self._spawn(worker)
-            worker.about = get(worker.ready)
-            with self._setting_weights:  # none are set between its last look and its first request
-                get(worker.actor.refresh.remote())
-                worker.state = "ready"
-                self._batcher.add_worker(worker.index)
-        except Exception as error:
-            if self._status == "serving":
-                worker.actor = None
-                log.warning("worker %d could not start: %s", worker.index, first_sentence(str(error)))
-                if isinstance(error, Error) and not self._count("ready"):
-                    self._failure = error
-                else:
-                    time.sleep(1)  # or it would be tried without a pause
-                    self._to_start.put(worker.index)
-        else:
-            log.info("worker %d ready  pid %d  %.1f s", worker.index, worker.about["pid"], time.monotonic() - started)
-        with self._changed:
+            for worker in before.keys() - callable_.keys():
+                self._batcher.remove_worker(worker)
+            for worker in callable_.keys() - able.keys():
+                self._batcher.suspend_worker(worker)
+            for worker in sorted(able.keys() - able_before):
+                self._batcher.add_worker(worker)
             self._changed.notify_all()
-
-    def _server_lost(self, _) -> None:
-        """Variables are gone that nobody else has: say so, rather than go on with their first values (tensorflow#2461)."""
-        with self._changed:
-            if self._status != "serving" or self._failure:
-                return
-            self._failure = Unavailable("The parameter server was lost, and the variables with it: start the server anew.")
-        log.error("%s", self._failure)
-        self._batcher.close(str(self._failure))
-
-    def _worker_lost(self, index: int, error: BaseException) -> None:
-        worker = self._workers[index]
-        with self._changed:
-            if self._status != "serving" or worker.state != "ready":
-                return
-            worker.state, worker.actor, worker.restarts = "starting", None, worker.restarts + 1
-        log.warning("worker %d lost  pid %d  %s", index, worker.about["pid"], first_sentence(str(error)))
-        self._to_start.put(index)
-
-    def _end_actors(self) -> None:
-        for actor in [*(worker.actor for worker in self._workers), *self._servers]:
-            if actor is not None and ray.is_initialized():
-                ray.kill(actor)
-        for worker in self._workers:
-            worker.state = "stopped"
+        if view.failure:
+            self._batcher.close(str(view.failure))
 
     def _count(self, state: str) -> int:
-        return sum(worker.state == state for worker in self._workers)
+        return sum(worker.state == state for worker in self._view.workers)
 
 
-@dataclasses.dataclass
-class WorkerState:
-    """What the cluster knows of one worker."""
+def root_cause(error: BaseException) -> BaseException:
+    """What was raised in an actor."""
+    while isinstance(error, ray.exceptions.RayTaskError) and error.cause is not None:
+        error = error.cause
+    return error
 
-    index: int
-    state: str = "starting"  # ready, lost, stopped
-    restarts: int = 0
-    about: dict[str, Any] = dataclasses.field(default_factory=dict)
-    actor: Any = None
-    ready: Any = None
+
+async def call(reference):
+    """The value of a Ray call; an error of ours arrives as it was raised."""
+    try:
+        return await reference
+    except ray.exceptions.RayTaskError as error:
+        raise root_cause(error) from None
 
 
 def get(reference, timeout_s: float | None = None):
@@ -1751,20 +2315,7 @@ def get(reference, timeout_s: float | None = None):
     except ray.exceptions.GetTimeoutError:
         raise DeadlineExceeded(f"No answer within the deadline of {timeout_s:g} s.") from None
     except ray.exceptions.RayTaskError as error:
-        cause = error
-        while isinstance(cause, ray.exceptions.RayTaskError) and cause.cause is not None:
-            cause = cause.cause
-        raise cause from None
-
-
-def on_node(index: int, gpus: float):
-    """Spreads actors over the nodes that are alive, ours first. Ray itself does so with actors that need something (a GPU),
-    but puts those that need nothing anywhere, a soft affinity notwithstanding."""
-    if gpus:
-        return "SPREAD"
-    ours = ray.get_runtime_context().get_node_id()
-    nodes = sorted((node["NodeID"] for node in ray.nodes() if node["Alive"]), key=lambda node: (node != ours, node))
-    return NodeAffinitySchedulingStrategy(nodes[index % len(nodes)], soft=False)
+        raise root_cause(error) from None
 
 
 def gpu_share(gpus: int, actors: int) -> float:

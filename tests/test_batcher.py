@@ -12,7 +12,7 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 import numpy as np
 import pytest
 from conftest import wait_until
-from ray_tensorflow import Batcher, DeadlineExceeded, Key, ModelError, Options, Request, Unavailable, WorkerLost
+from ray_tensorflow import Batcher, DeadlineExceeded, Key, ModelError, Options, Request, Unavailable, WorkerId, WorkerLost
 
 SOON_S = 10  # for what has to happen by itself
 SHAPES = ((),)  # of one row of the one input
@@ -21,8 +21,8 @@ SHAPES = ((),)  # of one row of the one input
 class Batch:
     """What was sent to a worker, and how it is answered."""
 
-    def __init__(self, worker: int, model: str, signature: str, feeds: list):
-        self.worker, self.model, self.signature, self.feeds, self.future = worker, model, signature, feeds, Future()
+    def __init__(self, worker: WorkerId, model: str, signature: str, feeds: list):
+        self.worker, self.model, self.signature, self.feeds, self.future = worker.index, model, signature, feeds, Future()
 
     @property
     def values(self) -> list[list]:
@@ -58,7 +58,7 @@ def start():
         batcher = Batcher(Options(**options), run or record, lost)
         batchers.append(batcher)
         for worker in range(workers):
-            batcher.add_worker(worker)
+            batcher.add_worker(WorkerId(worker))
         return batcher, batches
 
     yield make
@@ -79,9 +79,9 @@ def at_the_same_time(batcher):
     """What is queued in this block is there before any of it is sent: the batcher's own thread is held up meanwhile."""
     entered, leave = threading.Event(), threading.Event()
     batcher.submit(Request(Key("hold", "", None, 99), [entered, leave], 1, False, Future(), None))
-    batcher.add_worker(99)
+    batcher.add_worker(WorkerId(99))
     assert entered.wait(SOON_S)
-    batcher.remove_worker(99)
+    batcher.suspend_worker(WorkerId(99))
     yield
     batcher.dispatch()
     leave.set()
@@ -337,7 +337,7 @@ def test_requests_past_their_deadline_are_not_run(start):
     batcher, batches = start(workers=0, timeout_s=0.2)
     late = [ask(batcher, value, writes=True) for value in range(3)]
     wait(late, SOON_S)
-    batcher.add_worker(0)
+    batcher.add_worker(WorkerId(0))
     ask(batcher, 99)
     assert sent(batches, 1).values == [[99]]
 
@@ -544,7 +544,7 @@ def test_a_pinned_request_waits_for_its_worker_and_others_do_not_wait_for_it(sta
     pinned = ask(batcher, 1, worker=1)
     ask(batcher, 2)
     assert [(b.worker, b.values) for b in batches] == [(0, [[2]])]
-    batcher.add_worker(1)
+    batcher.add_worker(WorkerId(1))
     assert sent(batches, 2).worker == 1
     batches[1].answer()
     assert rows(pinned) == [2]
@@ -554,7 +554,7 @@ def test_requests_wait_for_the_first_worker(start):
     batcher, batches = start(workers=0)
     futures = [ask(batcher, value) for value in range(3)]
     assert not batches
-    batcher.add_worker(0)
+    batcher.add_worker(WorkerId(0))
     assert sent(batches, 1).values == [[0, 1, 2]]
     batches[0].answer()
     assert [rows(future) for future in futures] == [[0], [2], [4]]
@@ -562,7 +562,7 @@ def test_requests_wait_for_the_first_worker(start):
 
 def test_what_only_reads_runs_again_elsewhere_when_its_worker_was_lost(start):
     lost = []
-    batcher, batches = start(workers=2, lost=lambda worker, error: lost.append((worker, str(error))))
+    batcher, batches = start(workers=2, lost=lambda worker, error: lost.append((worker.index, str(error))))
     with at_the_same_time(batcher):
         futures = [queue(batcher, value) for value in (1, 2, 3)]
     first = batches[0].worker
@@ -589,9 +589,9 @@ def test_what_waited_behind_a_lost_worker_runs_elsewhere_after_what_runs_again(s
     batcher, batches = start(workers=1)
     busy(batcher, batches)
     futures = [ask(batcher, value, writes=True) for value in (1, 2)]
-    batcher.add_worker(1)
+    batcher.add_worker(WorkerId(1))
     batches[0].lose_worker()
-    assert sent(batches, 3).values == [[0, 1, 2]]
+    assert sent(batches, 3).values == [[0, 0, 1, 2]]
     batches[2].answer()
     assert [rows(future) for future in futures] == [[2], [4]]
 
@@ -605,7 +605,7 @@ def test_a_lost_worker_gets_nothing_until_it_is_added_again(start):
         ask(batcher, value)
         batches[-1].answer()
     assert {b.worker for b in batches[1:]} == {1 - gone}
-    batcher.add_worker(gone)
+    batcher.add_worker(WorkerId(gone))
     for value in range(4):
         ask(batcher, value)
         batches[-1].answer()
@@ -616,14 +616,14 @@ def test_a_worker_that_cannot_even_be_called_counts_as_lost(start):
     lost, calls = [], []
 
     def run(worker, model, signature, feeds):
-        calls.append(worker)
+        calls.append(worker.index)
         if len(calls) == 1:
             raise ConnectionError("no such actor")
         future = Future()
         future.set_result(feeds)
         return future
 
-    batcher, _ = start(workers=2, run=run, lost=lambda worker, error: lost.append(worker))
+    batcher, _ = start(workers=2, run=run, lost=lambda worker, error: lost.append(worker.index))
     assert rows(ask(batcher, 5)) == [5] and lost == calls[:1] and calls[1] != calls[0]
 
 
@@ -664,7 +664,7 @@ def test_after_close_requests_are_refused_with_its_reason(start):
     batcher.close("The server is shutting down.")
     with pytest.raises(Unavailable, match="^The server is shutting down.$"):
         ask(batcher, 1)
-    batcher.add_worker(5)
+    batcher.add_worker(WorkerId(5))
     batcher.dispatch()
     assert not batches
 

@@ -88,9 +88,13 @@ def client_gone(environ: dict) -> Callable[[], bool] | None:
     connection = environ.get("werkzeug.socket") or environ.get("gunicorn.socket")
     if connection is None:
         return None
-    poll = select.poll()
-    poll.register(connection, select.POLLRDHUP)
-    return lambda: bool(poll.poll(0))
+
+    def gone() -> bool:
+        poll = select.poll()
+        poll.register(connection, select.POLLRDHUP)
+        return bool(poll.poll(0))
+
+    return gone
 
 
 def response(reply: Reply) -> Response:

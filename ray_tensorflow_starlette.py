@@ -118,13 +118,13 @@ def create_app(options: Options | None = None) -> Starlette:
 
 async def give_up_on_the_gone(waiting: dict[Request, asyncio.Task]) -> None:
     """Each second, cancel the requests that have waited for one and whose client has gone away."""
-    before = {}
+    before: set[Request] = set()
     while True:
         await asyncio.sleep(1)
-        for request, task in before.items():
-            if request in waiting and await request.is_disconnected():
-                task.cancel()
-        before = dict(waiting)
+        for request in before & waiting.keys():
+            if await request.is_disconnected() and request in waiting:
+                waiting[request].cancel()
+        before = set(waiting)
 
 
 async def read_body(request: Request, timeout_s: float) -> bytes:

@@ -22,6 +22,7 @@ import asyncio
 import atexit
 import base64
 import binascii
+import bisect
 import collections
 import concurrent.futures
 import contextlib
@@ -37,6 +38,7 @@ import logging
 import math
 import os
 import re
+import resource
 import secrets
 import shutil
 import signal
@@ -1305,6 +1307,7 @@ class Batcher:
         self._wake = threading.Condition(self._lock)
         self._queues: collections.OrderedDict[Key, collections.deque[Request]] = collections.OrderedDict()
         self._waiting = 0
+        self.batch_sizes: collections.Counter[int] = collections.Counter()  # how many of each have gone to workers
         self._in_flight: dict[WorkerId, list[Batch]] = {}
         self._free: dict[WorkerId, int] = {}  # how many batches each ready worker could take; whose turn it is comes first
         self._unresolved: collections.OrderedDict[Request, None] = collections.OrderedDict()  # by arrival, and so by deadline
@@ -1417,6 +1420,7 @@ class Batcher:
             batch = Batch(worker, key, [request for request in taken if not request.over] or taken[:1], merge)
             for request in batch.requests:
                 request.sent = True
+            self.batch_sizes[len(batch.requests)] += 1
             self._queues.move_to_end(key)
             self._in_flight.setdefault(worker, []).append(batch)
             return batch
@@ -1733,7 +1737,9 @@ class Supervisor:
 
     def _spawn(self, member: Member, kind: type, gpus: float, *arguments) -> None:
         member.node, strategy = self._place(member, gpus)
-        resources = {"num_cpus": 0, "num_gpus": gpus, "max_restarts": 0, "max_concurrency": 1000}
+        resources = {
+            "num_cpus": 0, "num_gpus": gpus, "max_restarts": 0, "max_concurrency": 1000,
+            "enable_task_events": False}  # of which Ray's gcs would keep 100,000: half a gigabyte
         actor = ray.remote(kind).options(scheduling_strategy=strategy, **resources)
         member.actor = actor.remote(member.index, self.options, *arguments)
 
@@ -2122,6 +2128,11 @@ class Cluster:
             self._batcher.forget(request)
             raise
 
+    @property
+    def batch_sizes(self) -> collections.Counter[int]:
+        """How many batches of each size have gone to workers."""
+        return self._batcher.batch_sizes
+
     def health(self) -> dict[str, Any]:
         """What ``GET /health`` answers: status, parameter servers, workers with their state; asks nobody, waits for nothing."""
         view, options = self._view, self.options
@@ -2245,7 +2256,7 @@ class Cluster:
         here = NodeAffinitySchedulingStrategy(home, soft=True)
         make = ray.remote(SharedSupervisor).options(
             name="supervisor", get_if_exists=True, lifetime="detached", num_cpus=0, max_restarts=-1, max_concurrency=10_000,
-            scheduling_strategy=here)
+            scheduling_strategy=here, enable_task_events=False)
         ourselves, seen = secrets.token_hex(8), -1
         while True:
             supervisor = make.remote(self.options, home, folder)
@@ -2494,10 +2505,11 @@ class Reply(NamedTuple):
 
     status: int
     body: bytes
+    content_type: str = "application/json"
 
     @property
     def headers(self) -> dict[str, str]:
-        return {"Content-Type": "application/json"} | ({"Retry-After": "1"} if self.status in (429, 503) else {})
+        return {"Content-Type": self.content_type} | ({"Retry-After": "1"} if self.status in (429, 503) else {})
 
 
 class Pending(NamedTuple):
@@ -2515,7 +2527,9 @@ def reply_error(error: Error) -> Reply:
     return reply_json({"error": error.message}, error.status)
 
 
-def answer(cluster: Cluster, method: str, path: str, query: str, content_encoding: str, body: bytes) -> Reply | Pending:
+def answer(
+    cluster: Cluster, metrics: Metrics, method: str, path: str, query: str, content_encoding: str, body: bytes
+) -> Reply | Pending:
     """The one entry of both front ends: a Reply, or what is still to be done for it. ``path`` is as sent, still percent-encoded.
 
     Raises Error, for ``reply_error``.
@@ -2523,13 +2537,15 @@ def answer(cluster: Cluster, method: str, path: str, query: str, content_encodin
     if path == "/health" and method in ("GET", "HEAD"):
         health = cluster.health()
         return reply_json(health, 200 if health["status"] == "ready" else 503)
+    if path == "/metrics" and method in ("GET", "HEAD"):
+        return Reply(200, metrics.text(cluster).encode(), "text/plain; version=0.0.4; charset=utf-8")
     if path == "/" and method in ("GET", "HEAD"):
         return add_value(cluster, parse_value(query))
     if path[:4].lower() == "/v1/":
         return answer_rest(cluster, method, path, unzip(content_encoding, body))
-    if path in ("/", "/health"):
+    if path in ("/", "/health", "/metrics"):
         raise InvalidRequest(f"{path} answers GET, not {method}", 405)
-    raise InvalidRequest(f"There is nothing at {path[:100]}: try /, /health or /v1/models/<name>", 404)
+    raise InvalidRequest(f"There is nothing at {path[:100]}: try /, /health, /metrics or /v1/models/<name>", 404)
 
 
 def answer_message(cluster: Cluster, message: str | bytes) -> tuple[str, Reply | Pending]:
@@ -2648,6 +2664,101 @@ def reply_status(cluster: Cluster, name: str, version: int | None) -> Reply:
         raise InvalidRequest(f"{error} (Could not find {reason})", 404) from None
     ok = {"error_code": "OK", "error_message": ""}
     return reply_json({"model_version_status": [{"version": str(model.version), "state": "AVAILABLE", "status": ok}]})
+
+
+# -- metrics -----------------------------------------------------------------------------------------------------------
+
+LATENCIES_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
+KINDS_BY_PATH = {"/": ("add", ADDER), "/health": ("health", ""), "/metrics": ("metrics", "")}
+
+
+class Metrics:
+    """What ``GET /metrics`` tells about the requests of one front end, in the text format of Prometheus, version 0.0.4.
+
+    Every label has one of a few known values, whatever is asked for.
+    """
+
+    def __init__(self):
+        self._lock = threading.Lock()
+        self._requests: collections.Counter[tuple[str, str, int]] = collections.Counter()  # by kind, model and code
+        self._latencies: dict[str, list[int]] = {}  # by kind: how many in each bucket, the last of which has no end
+        self._seconds: collections.Counter[str] = collections.Counter()
+
+    def observe(self, cluster: Cluster, path: str, status: int, seconds: float) -> None:
+        """One request to ``path`` was answered with ``status`` after so many seconds."""
+        kind, model = kind_and_model(path[:500])
+        if model not in cluster.models:
+            model = ""
+        with self._lock:
+            self._requests[kind, model, status] += 1
+            self._latencies.setdefault(kind, [0] * (len(LATENCIES_S) + 1))[bisect.bisect_left(LATENCIES_S, seconds)] += 1
+            self._seconds[kind] += seconds
+
+    def text(self, cluster: Cluster) -> str:
+        health, batch_sizes = cluster.health(), dict(cluster.batch_sizes)
+        with self._lock:
+            requests, seconds = sorted(self._requests.items()), dict(self._seconds)
+            latencies = {kind: list(counts) for kind, counts in sorted(self._latencies.items())}
+        errors = collections.Counter()
+        for (_, _, code), count in requests:
+            if code >= 400:
+                errors[code] += count
+        powers = [2**i for i in range(cluster.options.max_batch.bit_length())]
+        by_size = [0] * (len(powers) + 1)
+        for size, count in batch_sizes.items():
+            by_size[bisect.bisect_left(powers, size)] += count
+
+        lines = []
+
+        def family(name: str, kind: str, help: str) -> None:
+            lines.extend((f"# HELP ray_tensorflow_{name} {help}", f"# TYPE ray_tensorflow_{name} {kind}"))
+
+        def sample(name: str, value: float, **labels) -> None:
+            inside = ",".join(f'{key}="{escaped(str(text))}"' for key, text in labels.items())
+            lines.append(f"ray_tensorflow_{name}{{{inside}}} {value}" if inside else f"ray_tensorflow_{name} {value}")
+
+        def histogram(name: str, ends: Iterable[float], counts: list[int], total: float, **labels) -> None:
+            for end, count in zip([*ends, "+Inf"], itertools.accumulate(counts)):
+                sample(f"{name}_bucket", count, **labels, le=end)
+            sample(f"{name}_sum", total, **labels)
+            sample(f"{name}_count", sum(counts), **labels)
+
+        family("requests_total", "counter", "Requests answered.")
+        for (kind, model, code), count in requests:
+            sample("requests_total", count, kind=kind, model=model, code=code)
+        family("errors_total", "counter", "Requests answered with an error.")
+        for code, count in sorted(errors.items()):
+            sample("errors_total", count, code=code)
+        family("request_seconds", "histogram", "Seconds from a request to its answer.")
+        for kind, counts in latencies.items():
+            histogram("request_seconds", LATENCIES_S, counts, seconds[kind], kind=kind)
+        family("batch_size", "histogram", "Requests that went to a worker together.")
+        histogram("batch_size", powers, by_size, sum(size * count for size, count in batch_sizes.items()))
+        family("waiting_requests", "gauge", "Requests that wait for a worker.")
+        sample("waiting_requests", health["waiting"])
+        for actors in ("worker", "parameter_server"):
+            family(f"{actors}_restarts_total", "counter", f"How often a {actors.replace('_', ' ')} was started anew.")
+            for actor in health[f"{actors}s"]:
+                sample(f"{actors}_restarts_total", actor.get("restarts", 0), index=actor["index"])
+        return "\n".join(lines) + "\n"
+
+
+@functools.lru_cache(1024)
+def kind_and_model(path: str) -> tuple[str, str]:
+    """What a path asks for, and the model that it names, which there may not be."""
+    if path in KINDS_BY_PATH:
+        return KINDS_BY_PATH[path]
+    if path == "/ws":
+        return "message", ""
+    if match := POST_PATH.fullmatch(path):
+        return match[4].lower(), urllib.parse.unquote(match[1])
+    if match := GET_PATH.fullmatch(path):
+        return match[4].lower() if match[4] else "status", urllib.parse.unquote(match[1] or "")
+    return "other", ""
+
+
+def escaped(label: str) -> str:
+    return label.replace("\\", r"\\").replace('"', r'\"').replace("\n", r"\n")
 
 
 # -- REST: from JSON to arrays -----------------------------------------------------------------------------------------
@@ -3255,6 +3366,12 @@ def start_logging() -> None:
     """One line an event, on standard error."""
     logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr)
     log.setLevel(logging.INFO)
+
+
+def allow_connections() -> None:
+    """As many open files as the system allows: each client needs one, and many systems give 1,024 unless asked."""
+    now, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(now, min(most, 2**16)), most))
 
 
 async def run_command(options: Options) -> int:

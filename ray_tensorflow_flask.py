@@ -7,25 +7,31 @@
 Or any WSGI server on ``ray_tensorflow_flask:app``: the cluster starts with the first request.
 """
 
+import contextlib
 import logging
 import re
+import select
 import signal
+import socket
 import threading
+import time
 import urllib.parse
+from collections.abc import Callable
 
-from flask import Flask, Response, request
+from flask import Flask, Response, g, request
 from werkzeug.exceptions import HTTPException, RequestEntityTooLarge
-from werkzeug.serving import WSGIRequestHandler, make_server
+from werkzeug.serving import ThreadedWSGIServer, WSGIRequestHandler
 
 from ray_tensorflow import (
-    FRONT_END, MAX_BODY_BYTES, Cluster, Error, Options, Pending, Reply, answer, reply_error, start_logging, too_large)
+    FRONT_END, MAX_BODY_BYTES, Cluster, Error, Metrics, Options, Pending, Reply, allow_connections, answer, reply_error,
+    start_logging, too_large)
 
 
 def create_app(options: Options | None = None) -> Flask:
     """The WSGI application. Without ``options`` they are read from the environment when the cluster starts."""
     app = Flask(__name__, static_folder=None)
     app.config["MAX_CONTENT_LENGTH"] = MAX_BODY_BYTES + 1  # a chunked body is cut there without a word
-    starting = threading.Lock()
+    starting, metrics = threading.Lock(), Metrics()
     clusters: list[Cluster] = []
 
     def start() -> Cluster:
@@ -38,23 +44,33 @@ def create_app(options: Options | None = None) -> Flask:
 
     @app.before_request  # not a route: TensorFlow Serving's rules match the path before it is decoded, and any method
     def handle() -> Response:
-        try:
-            cluster, body = start(), request.get_data(cache=False)
-            if len(body) > MAX_BODY_BYTES:
-                raise too_large()
-            reply = answer(cluster, request.method, raw_path(), request.query_string.decode("latin-1"),
-                           request.headers.get("Content-Encoding", ""), body)
-            if isinstance(reply, Pending):
-                reply = reply.encode(cluster.run(reply.call))
-        except Error as error:
-            reply = reply_error(error)
-        except RequestEntityTooLarge:
-            reply = reply_error(too_large())
+        g.started = time.monotonic()
+        cluster, body = start(), request.get_data(cache=False)
+        if len(body) > MAX_BODY_BYTES:
+            raise too_large()
+        reply = answer(cluster, metrics, request.environ["REQUEST_METHOD"], raw_path(), request.query_string.decode("latin-1"),
+                       request.headers.get("Content-Encoding", ""), body)
+        if isinstance(reply, Pending):
+            reply = reply.encode(cluster.run(reply.call, client_gone(request.environ)))
         return response(reply)
+
+    @app.errorhandler(Error)
+    def error(error: Error) -> Response:
+        return response(reply_error(error))
+
+    @app.errorhandler(RequestEntityTooLarge)
+    def body_too_large(_) -> Response:
+        return response(reply_error(too_large()))
 
     @app.errorhandler(HTTPException)
     def http_error(error: HTTPException) -> Response:
         return response(reply_error(Error(f"{error.name}: {request.method} {request.path[:100]}", error.code or 500)))
+
+    @app.after_request
+    def count(answered: Response) -> Response:
+        for cluster in clusters:
+            metrics.observe(cluster, raw_path(), answered.status_code, time.monotonic() - g.started)
+        return answered
 
     app.start = start
     return app
@@ -67,6 +83,20 @@ def raw_path() -> str:
     return re.sub("^https?://[^/?]*", "", target, flags=re.I).partition("?")[0]
 
 
+def client_gone(environ: dict) -> Callable[[], bool] | None:
+    """Asks whether the client has closed its connection, where the server tells which one that is."""
+    connection = environ.get("werkzeug.socket") or environ.get("gunicorn.socket")
+    if connection is None:
+        return None
+
+    def gone() -> bool:
+        poll = select.poll()
+        poll.register(connection, select.POLLRDHUP)
+        return bool(poll.poll(0))
+
+    return gone
+
+
 def response(reply: Reply) -> Response:
     return Response(reply.body, reply.status, reply.headers)
 
@@ -74,20 +104,74 @@ def response(reply: Reply) -> Response:
 app = create_app()
 
 
+class Server(ThreadedWSGIServer):
+    """Werkzeug's threaded server, which in the end answers the requests that are under way."""
+
+    request_queue_size = 2048  # clients that wait to be let in
+
+    def __init__(self, host: str, port: int, app: Flask):
+        self.threads: dict[threading.Thread, socket.socket | None] = {}  # with its connection, as long as no request came
+        super().__init__(host, port, app, RequestHandler)
+
+    def process_request(self, connection: socket.socket, client_address) -> None:
+        thread = threading.Thread(target=self.process_request_thread, args=(connection, client_address), daemon=True)
+        self.threads[thread] = connection
+        thread.start()
+
+    def process_request_thread(self, connection: socket.socket, client_address) -> None:
+        super().process_request_thread(connection, client_address)
+        del self.threads[threading.current_thread()]
+
+    def drain(self, seconds: float) -> None:
+        """Wait until all requests are answered, so long at most; who has not asked for anything is not waited for."""
+        end, threads = time.monotonic() + seconds, list(self.threads.items())
+        for _, idle in threads:
+            if idle is not None:
+                with contextlib.suppress(OSError):
+                    idle.shutdown(socket.SHUT_RD)  # what has arrived is still read
+        for thread, _ in threads:
+            thread.join(max(0, end - time.monotonic()))
+
+
+class RequestHandler(WSGIRequestHandler):
+    """Werkzeug's, but what is not even HTTP is refused in JSON as well."""
+
+    error_content_type = "application/json"
+    error_message_format = '{"error": "This is not a request that HTTP allows here (%(code)d)"}'
+    default_request_version = "HTTP/1.0"  # in which it is refused: 0.9 has no status
+
+    def parse_request(self) -> bool:
+        line = self.raw_requestline.decode("latin-1")
+        try:
+            _, target, _ = line.split()  # two may be HTTP 0.9, or cut short: "GET /" would be an add
+            urllib.parse.urlsplit(target)  # as Werkzeug will
+        except ValueError:
+            self.raw_requestline = b"-"  # which is refused
+        return super().parse_request()
+
+    def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
+        super().send_error(code if code < 500 else 400, message, explain)  # 505: a wrong version is the client's error, too
+
+    def run_wsgi(self) -> None:
+        self.server.threads[threading.current_thread()] = None
+        super().run_wsgi()
+
+
 def main() -> None:
     options = Options.from_command_line(__doc__.partition("\n")[0], FRONT_END)
     start_logging()
+    allow_connections()
     logging.getLogger("werkzeug").setLevel(logging.ERROR)  # no line for each request
-    WSGIRequestHandler.error_content_type = "application/json"  # of what is not even HTTP; by default HTML
-    WSGIRequestHandler.error_message_format = '{"error": "This is not a request that HTTP allows here (%(code)d)"}'
     host, port = options.listen
     app = create_app(options)
-    server = make_server(host, port, app, threaded=True, request_handler=WSGIRequestHandler)
-    cluster = app.start()
+    RequestHandler.timeout = options.timeout_s  # of a client that stops in the middle
+    server = Server(host, port, app)
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: threading.Thread(target=server.shutdown).start())
+    cluster = app.start()
     logging.getLogger("ray_tensorflow").info("listening on http://%s:%d", host, server.port)
-    server.serve_forever()
+    server.serve_forever(poll_interval=0.1)
+    server.drain(options.timeout_s + 1)
     cluster.close()
 
 

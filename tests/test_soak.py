@@ -1,0 +1,95 @@
+"""100,000 requests: nothing that a server holds grows with them."""
+
+import asyncio
+import glob
+import json
+import os
+import re
+from typing import NamedTuple
+
+import pytest
+import uvloop
+from conftest import Server, owned_by_session, wait_until
+
+CLIENTS = 64
+FIRST, REST = 20_000, 80_000
+
+
+@pytest.fixture(scope="module")
+def server():
+    with owned_by_session():
+        server = Server("starlette", "--workers", "2", "--model", "example_models:linear")
+    with server:
+        yield server.wait_ready(workers=2)
+
+
+def request(i: int) -> bytes:
+    """Adds of 1 and predictions in turn."""
+    if i % 2:
+        return b"GET /?value=1 HTTP/1.1\r\nHost: a\r\n\r\n"
+    body = json.dumps({"instances": [[i, 0, 0]]}).encode()
+    return b"POST /v1/models/linear:predict HTTP/1.1\r\nHost: a\r\nContent-Length: %d\r\n\r\n%b" % (len(body), body)
+
+
+async def ask(port: int, count: int) -> None:
+    """So many requests from clients that keep their connections."""
+    todo = iter(range(count))
+
+    async def client() -> None:
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        for i in todo:
+            writer.write(request(i))
+            head = await reader.readuntil(b"\r\n\r\n")
+            body = await reader.readexactly(int(re.search(rb"content-length: (\d+)", head)[1]))
+            assert head.startswith(b"HTTP/1.1 200"), head + body
+            if i % 2 == 0:
+                assert json.loads(body) == {"predictions": [[i + 0.5, 2 * i - 0.5]]}
+        writer.close()
+        await writer.wait_closed()
+
+    async with asyncio.timeout(300):
+        await asyncio.gather(*[client() for _ in range(CLIENTS)])
+
+
+class Held(NamedTuple):
+    """What a process holds."""
+
+    name: str
+    resident_kb: int
+    threads: int
+    files: int
+
+    @classmethod
+    def by(cls, pid: int) -> "Held":
+        with open(f"/proc/{pid}/status") as file:
+            status = dict(line.split(":\t", 1) for line in file.read().splitlines())
+        files = len(os.listdir(f"/proc/{pid}/fd"))
+        return cls(status["Name"], int(status["VmRSS"].split()[0]), int(status["Threads"]), files)
+
+    def has_grown(self, before: "Held") -> bool:
+        return (self.resident_kb > 1.05 * before.resident_kb
+                or self.threads > before.threads + 4  # gRPC's pools come and go
+                or self.files > before.files)
+
+
+def family(pid: int) -> list[int]:
+    """A process and all that descend from it."""
+    children = [int(child) for path in glob.glob(f"/proc/{pid}/task/*/children") for child in open(path).read().split()]
+    return [pid, *(each for child in children for each in family(child))]
+
+
+def test_after_20000_requests_80000_more_take_no_more_memory_threads_or_files(server):
+    total = server.get("/?value=0").json["result"]
+    uvloop.run(ask(server.port, FIRST))
+    before = {pid: Held.by(pid) for pid in family(server.process.pid)}
+    assert len(before) >= 6  # the front end, gcs, raylet, the parameter server, two workers
+    uvloop.run(ask(server.port, REST))
+    assert server.get("/?value=0").json["result"] == total + (FIRST + REST) / 2
+    grown = {}
+
+    def settled() -> bool:
+        grown.clear()
+        grown.update({pid: (was, now) for pid, was in before.items() if (now := Held.by(pid)).has_grown(was)})
+        return not grown
+
+    wait_until(settled, 30, grown)

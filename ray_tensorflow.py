@@ -1933,12 +1933,16 @@ class Cluster:
 
     # -- life ----------------------------------------------------------------------------------------------------------
 
-    def begin(self) -> None:
-        """Start everything in the background; ``health()`` tells how far it is."""
+    def begin(self, one_of_many: bool = False) -> None:
+        """Start everything in the background; ``health()`` tells how far it is.
+
+        ``one_of_many``: this may be one of several processes of a server, of which only one can have a cluster of its own.
+        """
         with self._changed:
             if self._status == "new":
                 self._status = "starting"
-                self._thread = threading.Thread(target=self._live, name="ray_tensorflow cluster", daemon=True)
+                self._thread = threading.Thread(
+                    target=self._live, args=[one_of_many and not self.options.address], name="ray_tensorflow cluster", daemon=True)
                 self._thread.start()
                 atexit.register(self.close)
 
@@ -2212,10 +2216,10 @@ class Cluster:
             raise Unavailable("The parameter server is being started; try again later.")
         return self._view.servers[0].actor
 
-    def _live(self) -> None:
+    def _live(self, one_of_many: bool) -> None:
         """Own Ray from its start to its end, and run what tells of the actors meanwhile."""
         try:
-            with ray_runtime(self.options):
+            with only_process_of_its_server() if one_of_many else contextlib.nullcontext(), ray_runtime(self.options):
                 asyncio.run(self._follow())
         except Exception as error:
             if self._status == "stopping":  # it was ended on purpose while it started
@@ -2398,6 +2402,23 @@ def to_array(what: str, value: Any, spec: TensorSpec) -> np.ndarray:
     if dtype.kind in "iu" and not np.array_equal(result, array):
         raise InvalidRequest(f"{what} has a value outside the range of {spec.dtype}")
     return result
+
+
+@contextlib.contextmanager
+def only_process_of_its_server():
+    """Raises Unavailable in all processes but one that have the same bound TCP socket, as those of a pre-forking server do."""
+    with contextlib.ExitStack() as claims:
+        for fd in map(int, os.listdir("/proc/self/fd")):
+            with contextlib.suppress(OSError), socket.socket(fileno=os.dup(fd)) as bound:
+                if bound.family in (socket.AF_INET, socket.AF_INET6) and bound.getsockname()[1]:
+                    claim = claims.enter_context(socket.socket(socket.AF_UNIX))
+                    try:
+                        claim.bind(f"\0ray_tensorflow/{os.fstat(fd).st_ino}")  # freed when this process ends, however it does
+                    except OSError:
+                        raise Unavailable(
+                            "Another process of this server has a graph of its own already: to share one, start Ray with"
+                            " `ray start --head` and the server with RAY_TENSORFLOW_ADDRESS=auto.") from None
+        yield
 
 
 # -- Ray itself --------------------------------------------------------------------------------------------------------

@@ -39,7 +39,7 @@ def create_app(options: Options | None = None) -> Flask:
         with starting:
             if not clusters:
                 clusters.append(Cluster(options or Options.from_environment()))
-                clusters[0].begin()
+                clusters[0].begin(one_of_many=options is None)
             return clusters[0]
 
     @app.before_request  # not a route: TensorFlow Serving's rules match the path before it is decoded, and any method

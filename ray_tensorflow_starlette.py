@@ -40,7 +40,7 @@ def create_app(options: Options | None = None) -> Starlette:
     @contextlib.asynccontextmanager
     async def lifespan(app: Starlette):
         app.state.cluster = cluster = Cluster(options or Options.from_environment())
-        cluster.begin()
+        cluster.begin(one_of_many=options is None)
         gc.freeze()  # what has been imported stays: no need to look through it for garbage every few hundred requests
         gc.set_threshold(20_000, 20, 20)
         sweeper = asyncio.create_task(give_up_on_the_gone(waiting))

@@ -57,6 +57,7 @@ import numpy as np
 import ray
 import ray.exceptions
 from ray._private import ray_constants
+from ray._private import services as ray_services
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 log = logging.getLogger("ray_tensorflow")
@@ -2430,6 +2431,7 @@ RAY_SETTINGS = {
     "RAY_prestart_worker_first_driver": "0", "RAY_enable_worker_prestart": "0",  # no process that waits for ordinary tasks
     "RAY_raylet_client_connect_timeout_milliseconds": "20",  # else a first attempt that comes too early costs a second
     "RAY_raylet_client_num_connect_attempts": "500",
+    "RAY_gcs_rpc_server_connect_timeout_s": "3",  # a worker that starts looks four times for a Ray that has been killed
     "RAY_task_events_report_interval_ms": "0", "RAY_enable_timeline": "0",  # nobody asks for these, and they cost at each call
     "RAY_enable_metrics_collection": "0", "RAY_event_stats": "0",
 }
@@ -2467,11 +2469,10 @@ def ray_runtime(options: Options):
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
     ray_constants.ENABLE_RAY_CLUSTER = False  # of several nodes: so everything of Ray's listens on 127.0.0.1
     try:
-        with environment(variables):
+        with environment(variables), agents_that_end_with_raylet():
             ray.init(
-                "local", num_cpus=options.threads, include_dashboard=False, object_store_memory=80 * 2**20, _temp_dir=folder,
-                namespace="ray_tensorflow", **quiet)
-        end_agents_with_raylet(folder)
+                "local", num_cpus=options.threads, include_dashboard=False, object_store_memory=80 * 2**20,
+                _temp_dir=os.path.join(folder, "r"), namespace="ray_tensorflow", **quiet)
         yield
     finally:
         ray.shutdown()
@@ -2480,15 +2481,16 @@ def ray_runtime(options: Options):
 
 
 def make_folder() -> str:
-    """A temporary folder for Ray, with a short path, since it holds sockets."""
+    """A temporary folder for this user alone, in which Ray can have its own, that it opens to everybody; the path is short,
+    since there are sockets in it."""
     try:
         parent = tempfile.gettempdir()
-        parent = parent if len(parent) < 20 else "/tmp"
+        parent = parent if len(parent) < 18 else "/tmp"
         if shutil.disk_usage(parent).free < 2**20:
             raise OSError(f"less than 1 MiB is free in {parent}")
         return tempfile.mkdtemp(prefix="ray_tensorflow_", dir=parent)
     except OSError as error:
-        advice = "set TMPDIR to a folder with a path of less than 20 characters that has some"
+        advice = "set TMPDIR to a folder with a path of less than 18 characters that has some"
         raise Unavailable(f"There is no room for Ray's temporary files, {error.strerror or error}: {advice}.") from None
 
 
@@ -2504,13 +2506,22 @@ def environment(variables: dict[str, str]):
             os.environ.pop(name, None) if value is None else os.environ.update({name: value})
 
 
-def end_agents_with_raylet(folder: str) -> None:
-    """When this process is killed, the kernel ends Ray's others with it, but the raylet's two agents then try for a minute to tell
-    the GCS, which is gone as well, unless the raylet's log says that it was ended on purpose (ray/_private/process_watcher.py)."""
-    path = os.path.join(folder, "session_latest", "logs", "raylet.out")
-    os.rename(path, path + ".started")  # where it goes on writing
-    with open(path, "w") as file:
-        file.write("Raylet received SIGTERM, or the process that started it was killed\n")
+@contextlib.contextmanager
+def agents_that_end_with_raylet():
+    """When this process is killed, the kernel ends Ray's others with it (PR_SET_PDEATHSIG), but not the raylet's two agents: they
+    try for a minute to tell the GCS, which is gone as well (ray/_private/process_watcher.py). Those that start here end too."""
+    build = ray_services._build_python_executable_command_memory_profileable
+    code = "import sys;del sys.path[0],sys.argv[0];import ctypes,runpy;"
+    code += "ctypes.CDLL(None).prctl(1,9);runpy.run_path(sys.argv[0],None,__name__)"  # PR_SET_PDEATHSIG, SIGKILL; no quotes
+
+    def command(component: str, *arguments, **options) -> list[str]:
+        return build(component, *arguments, **options) + (["-c", code] if component.endswith("agent") else [])
+
+    ray_services._build_python_executable_command_memory_profileable = command
+    try:
+        yield
+    finally:
+        ray_services._build_python_executable_command_memory_profileable = build
 
 
 # ======================================================================================================================

@@ -1,4 +1,4 @@
-"""Who can reach a front end's processes and where; and that what comes over HTTP is data: never unpickled, evaluated, or a path."""
+"""Who can reach a front end's processes, and where; what comes over HTTP is never unpickled, evaluated, or used as a path."""
 
 import base64
 import contextlib
@@ -14,8 +14,8 @@ import sys
 
 import numpy as np
 import pytest
-from conftest import processes
 from test_command import listeners
+from test_places import descendants
 from websockets.sync.client import connect
 
 SECRET = "what no answer may hold"
@@ -25,14 +25,7 @@ SECRET = "what no answer may hold"
 
 def all_processes(front_end) -> dict[int, str]:
     """The front end's process and all that it started: pid to command line."""
-    living, found = processes("session"), {front_end.process.pid}
-    parents = {}
-    for pid in living:
-        with contextlib.suppress(OSError), open(f"/proc/{pid}/stat") as file:
-            parents[pid] = int(file.read().rpartition(")")[2].split()[1])
-    while more := {pid for pid, parent in parents.items() if parent in found} - found:
-        found |= more
-    return {pid: command for pid, command in living.items() if pid in found}
+    return {pid: command for pid, (_, _, command) in descendants(front_end.process.pid).items()}
 
 
 @pytest.fixture
@@ -52,7 +45,8 @@ def is_tensorflows(command: str) -> bool:
 
 def test_everything_but_tensorflows_server_listens_on_this_machine_alone(front_end, listening):
     commands = " ".join(all_processes(front_end).values())
-    assert all(name in commands for name in ("gcs_server", "raylet", "ray::ParameterServer", "ray::Worker"))
+    for name in ("gcs_server", "raylet", "ray::DashboardAgent", "ray::RuntimeEnvAgent", "ray::ParameterServer", "ray::Worker"):
+        assert name in commands
     assert {port for (_, port), command in listening.items() if not is_tensorflows(command)} >= {front_end.port}
     assert [place for place, command in listening.items() if not is_loopback(place[0]) and not is_tensorflows(command)] == []
 
@@ -111,6 +105,13 @@ def test_the_token_is_on_no_command_line(front_end):
     with open(f"/proc/{next(pid for pid, command in living.items() if '/raylet ' in command)}/environ", "rb") as file:
         token = re.search(rb"\0RAY_AUTH_TOKEN=(\w{64})\0", file.read())[1].decode()
     assert not any(token in command for command in living.values())
+
+
+def test_no_other_user_of_the_machine_gets_at_its_files(front_end):
+    """Ray's own folder is open to everybody, sockets included; the one around it is not."""
+    command = next(command for command in all_processes(front_end).values() if "/raylet " in command)
+    folder = re.search(r"/\S*?/ray_tensorflow_\w+(?=/)", command[command.index("--raylet_socket_name"):])[0]
+    assert os.stat(folder).st_mode & 0o777 == 0o700
 
 
 # -- what comes over HTTP ----------------------------------------------------------------------------------------------
@@ -188,7 +189,8 @@ def test_base64_in_json_is_never_unpickled(front_end, canary, make):
 
 def expressions(canary: str) -> list[str]:
     call = f"__import__('os').mkdir({canary!r})"
-    return [call, f"eval({call!r})", f"{{{{{call}}}}}", f"${{{call}}}", f"$(mkdir {canary})", f"`mkdir {canary}`", f"1;{call}", f"!!python/object/apply:os.mkdir [{canary}]"]
+    return [call, f"eval({call!r})", f"{{{{{call}}}}}", f"${{{call}}}", f"$(mkdir {canary})",
+            f"`mkdir {canary}`", f"1;{call}", f"!!python/object/apply:os.mkdir [{canary}]"]
 
 
 def test_a_value_is_never_evaluated(front_end, canary):
@@ -202,8 +204,10 @@ def test_a_value_is_never_evaluated(front_end, canary):
 def places(secret: str) -> list[str]:
     """What would be a path or a function, if a name could be one."""
     relative = "../" * 12 + secret.lstrip("/")
-    names = ["../../etc/passwd", "/etc/passwd", secret, relative, f"file://{secret}", "os:system", "example_models:linear", "ray_tensorflow:main"]
-    return names + ["..%2f" * 12 + "etc%2fpasswd", "%2e%2e%2f" * 12 + "etc/passwd", "..\\..\\etc\\passwd", "~/.ssh/id_rsa", f"{secret}\0.pb", "linear/../../secret"]
+    names = ["../../etc/passwd", "/etc/passwd", secret, relative, f"file://{secret}", "os:system",
+             "example_models:linear", "ray_tensorflow:main"]
+    return names + ["..%2f" * 12 + "etc%2fpasswd", "%2e%2e%2f" * 12 + "etc/passwd",
+                    "..\\..\\etc\\passwd", "~/.ssh/id_rsa", f"{secret}\0.pb", "linear/../../secret"]
 
 
 def test_a_models_name_is_never_a_path_nor_a_function(front_end, secret):
@@ -235,7 +239,8 @@ def test_a_message_of_the_websocket_is_never_unpickled_evaluated_or_a_path(front
     messages = [*bombs, *texts, *(json.dumps({"id": 1, "value": value}) for value in values)]
     messages += [json.dumps({"id": 1, "model": "adder", "instances": [value]}) for value in values]
     messages += [json.dumps({"id": 1, "model": name, "instances": [1]}) for name in places(secret)]
-    messages += [json.dumps({"id": 1, "model": "linear", "signature_name": name, "instances": [[1, 2, 3]]}) for name in places(secret)]
+    message = {"id": 1, "model": "linear", "instances": [[1, 2, 3]]}
+    messages += [json.dumps(message | {"signature_name": name}) for name in places(secret)]
     with connect(f"ws://127.0.0.1:{front_end.port}/ws") as ws:
         for message in messages:
             ws.send(message)
@@ -244,7 +249,8 @@ def test_a_message_of_the_websocket_is_never_unpickled_evaluated_or_a_path(front
 
 
 def test_all_this_changed_nothing(front_end, canary):
-    before, pids = front_end.get("/?value=0").json["result"], [worker["pid"] for worker in front_end.get("/health").json["workers"]]
+    before = front_end.get("/?value=0").json["result"]
+    pids = [worker["pid"] for worker in front_end.get("/health").json["workers"]]
     for expression in expressions(canary):
         assert_is_refused(front_end.predict("adder", {"instances": [expression]}))
     assert front_end.get("/?value=0").json["result"] == before

@@ -1156,7 +1156,7 @@ Result = list[np.ndarray] | tuple[int, str]
 
 # tensorflow::error::Code to HTTP status, as TensorFlow Serving has it; any other is 500
 HTTP_STATUS = {1: 499, 3: 400, 4: 504, 5: 404, 6: 409, 7: 403, 8: 429, 9: 400, 10: 409, 11: 400, 12: 501, 14: 503, 16: 401}
-DISCONNECTED = (4, 14)  # what a run fails with when its parameter server is gone
+DISCONNECTED = (4, 10, 14)  # what a run fails with when its parameter server is gone, or another one is in its place
 
 
 class Worker:
@@ -1348,6 +1348,8 @@ class Batcher:
         with self._lock:
             if request in self._unresolved:
                 self._expire(request)
+                if not request.sent:
+                    self._queues[request.key].remove(request)
 
     def add_worker(self, worker: WorkerId) -> None:
         """It takes work from now on, be it new or suspended before."""
@@ -2116,9 +2118,8 @@ class Cluster:
         """
         request = self._submit(call)  # the batcher keeps the deadline
         while gone:
-            done, _ = concurrent.futures.wait([request.future], 1)
-            if done:
-                break
+            with contextlib.suppress(TimeoutError):
+                return request.future.result(1)
             if gone():
                 self._batcher.forget(request)
                 raise Unavailable("The client went away.", 499)
@@ -2227,6 +2228,7 @@ class Cluster:
                 pass
             elif isinstance(error, Error):
                 self._failure = error
+                log.error("%s", error)
             else:
                 log.exception("the cluster failed")
                 self._failure = Unavailable(f"Ray could not be started: {first_sentence(str(error))}")

@@ -8,7 +8,6 @@ import random
 import socket
 from concurrent.futures import ThreadPoolExecutor
 
-import pytest
 
 SEED = 20_260
 COUNT = 500

@@ -19,7 +19,7 @@ import uvicorn
 from starlette.applications import Starlette
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
-from starlette.routing import WebSocketRoute, request_response
+from starlette.routing import WebSocketRoute
 from starlette.types import Receive, Scope, Send
 from starlette.websockets import WebSocket, WebSocketDisconnect, WebSocketDisconnected
 from uvicorn.protocols.http.auto import AutoHTTPProtocol
@@ -54,8 +54,8 @@ def create_app(options: Options | None = None) -> Starlette:
         try:
             if request.scope["http_version"] == "0.9":  # a request cut short may look like it: "GET /" would be an add
                 raise InvalidRequest("HTTP 0.9 is not spoken here")
-            body = await read_body(request, cluster.options.timeout_s)
-            encoding = request.headers.get("Content-Encoding", "")
+            body = await read_body(request, cluster.options.timeout_s) if has_body(request) else b""
+            encoding = request.headers.get("Content-Encoding", "") if body else ""
             reply = await off_loop(len(body), answer, cluster, metrics, request.method, path, query, encoding, body)
             waiting[request] = asyncio.current_task()
             reply = await finish(cluster, reply)
@@ -101,11 +101,9 @@ def create_app(options: Options | None = None) -> Starlette:
         except* (WebSocketDisconnect, WebSocketDisconnected):
             pass
 
-    http = request_response(handle)
-
     async def default(scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http":
-            await http(scope, receive, send)
+            await (await handle(Request(scope, receive, send)))(scope, receive, send)
         else:
             nothing = InvalidRequest(f"There is no WebSocket at {scope['path'][:100]}: try /ws", 404)
             await WebSocket(scope, receive, send).send_denial_response(response(reply_error(nothing)))
@@ -125,6 +123,10 @@ async def give_up_on_the_gone(waiting: dict[Request, asyncio.Task]) -> None:
             if await request.is_disconnected() and request in waiting:
                 waiting[request].cancel()
         before = set(waiting)
+
+
+def has_body(request: Request) -> bool:
+    return any(name == b"transfer-encoding" or name == b"content-length" and value != b"0" for name, value in request.scope["headers"])
 
 
 async def read_body(request: Request, timeout_s: float) -> bytes:
@@ -194,7 +196,7 @@ def main() -> None:
     host, port = options.listen
     log.info("listening on http://%s:%d", host, port)
     server = Server(uvicorn.Config(
-        create_app(options), host=host, port=port, http=Protocol, lifespan="on", log_level="warning", access_log=False,
+        create_app(options), host=host, port=port, http=Protocol, lifespan="on", log_level="warning", access_log=False, proxy_headers=False,
         timeout_graceful_shutdown=math.ceil(options.timeout_s) + 1))
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, server.handle_exit)  # uvicorn does so itself, but only between its start and its end

@@ -901,11 +901,19 @@ class Checkpoints:
         try:
             os.makedirs(folder, exist_ok=True)
             self._lock = open(os.path.join(folder, ".lock"), "w")
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # until this process ends, however it does
-        except BlockingIOError:
-            raise Unavailable(f"The checkpoint folder {folder} is in use by another program.") from None
+            deadline = time.monotonic() + 5  # a parameter server that was just ended may still have it
+            while not self._is_ours():
+                if time.monotonic() > deadline:
+                    raise Unavailable(f"The checkpoint folder {folder} is in use by another program.")
+                time.sleep(0.1)
         except OSError as error:
             raise Unavailable(f"The checkpoint folder {folder} cannot be used: {error.strerror}.") from None
+
+    def _is_ours(self) -> bool:
+        with contextlib.suppress(BlockingIOError):
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # until this process ends, however it does
+            return True
+        return False
 
     def path(self, source: ModelSource) -> str:
         return os.path.join(self.folder, f"{source.name}.{source.version}.npz")
@@ -1634,7 +1642,6 @@ class Supervisor:
         self.servers = [Member("parameter server", index) for index in range(options.parameter_servers)]
         self.workers = [Member("worker", index) for index in range(options.workers)]
         self.view = View(0, {}, [], [])
-        self.addresses: list[str] = []
         self._setting_weights = asyncio.Lock()
         self._starting = asyncio.Semaphore(len(os.sched_getaffinity(0)))
         self._reports: dict[int, asyncio.Future] = {}  # by worker: somebody could not reach it
@@ -1652,14 +1659,17 @@ class Supervisor:
                     if isinstance(error, Error) or not self.again:
                         raise
                     log.warning("parameter server could not start: %s", first_sentence(str(error)))
+                    for server in self.servers:
+                        self._end_actor(server)
                     await asyncio.sleep(1)  # or it would be tried without a pause
                     continue
                 self.again = True
                 self._show(models=models)
                 await self._serve()
-        except Error as error:
-            log.error("%s", error)
-            self._show(failure=error)
+        except Exception as error:
+            why = f"The parameter server could not be started: {first_sentence(str(error))}"
+            self._show(failure=error if isinstance(error, Error) else Unavailable(why))
+            log.error("%s", self.view.failure)
         finally:
             await self._end()
 
@@ -1712,7 +1722,7 @@ class Supervisor:
         for server in self.servers:
             log.warning("parameter server lost  pid %d  %s", server.about["pid"], reasons[0])
             server.state, server.restarts = "starting", server.restarts + 1
-            await self._end_actor(server)
+            self._end_actor(server)
         for worker in self.workers:
             worker.state = "starting"
         self._show()
@@ -1738,7 +1748,7 @@ class Supervisor:
                 await asyncio.sleep(1)  # or it would be tried without a pause
             worker.state = "starting"
             self._show()
-            await self._end_actor(worker)
+            self._end_actor(worker)
 
     async def _start(self, worker: Member) -> None:
         started = time.monotonic()
@@ -1820,7 +1830,7 @@ class Supervisor:
             with contextlib.suppress(Exception):  # the node is gone as well
                 await call(task.remote(member.about["pid"]))
 
-    async def _end_actor(self, member: Member) -> None:
+    def _end_actor(self, member: Member) -> None:
         if member.actor is not None:
             ray.kill(member.actor)
             member.actor = None
@@ -1832,7 +1842,7 @@ class Supervisor:
                 await asyncio.wait_for(call(self.servers[0].actor.keep.remote()), 10)
         for member in [*self.workers, *self.servers]:
             member.state = "stopped"
-            await self._end_actor(member)
+            self._end_actor(member)
         if self.options.checkpoint_dir is None:
             shutil.rmtree(self.folder, ignore_errors=True)
 

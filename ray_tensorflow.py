@@ -1600,8 +1600,8 @@ def set_outcomes(outcomes: list[tuple[Request, Any]]) -> None:
 # ======================================================================================================================
 
 PING_S = 0.5  # between two looks at an actor
-SUSPECT_S = 1.0  # a worker that has not answered for so long gets no new work
-HUNG_S = {"worker": 5.0, "parameter server": 30.0}  # an actor that has not answered for so long is ended
+SUSPECT_S = 1.5  # a worker that has not answered for so long gets no new work
+HUNG_S = {"worker": 6.0, "parameter server": 30.0}  # an actor that has not answered for so long is ended
 
 
 @dataclasses.dataclass
@@ -1669,7 +1669,6 @@ class Supervisor:
         except Exception as error:
             why = f"The parameter server could not be started: {first_sentence(str(error))}"
             self._show(failure=error if isinstance(error, Error) else Unavailable(why))
-            log.error("%s", self.view.failure)
         finally:
             await self._end()
 
@@ -1794,14 +1793,17 @@ class Supervisor:
         patience = HUNG_S[member.kind]
         try:
             while True:
-                answer = asyncio.ensure_future(call(member.actor.about.remote()))
-                for seconds, state in ((SUSPECT_S, "ready"), (patience - SUSPECT_S, "hung")):
-                    self._set_state(member, state)
-                    if (await asyncio.wait([stays, report, answer], timeout=seconds, return_when=asyncio.FIRST_COMPLETED))[0]:
-                        break
-                else:
-                    await self._kill(member)
-                    return f"it did not answer for {patience:g} s"
+                answer, silent_s = asyncio.ensure_future(call(member.actor.about.remote())), 0.0
+                while not (stays.done() or report.done() or answer.done()):
+                    asked = time.monotonic()
+                    await asyncio.wait([stays, report, answer], timeout=PING_S, return_when=asyncio.FIRST_COMPLETED)
+                    if time.monotonic() - asked < 1.5 * PING_S:  # else it is this very thread that comes too late
+                        silent_s += PING_S
+                    if silent_s > patience:
+                        await self._kill(member)
+                        return f"it did not answer for {patience:g} s"
+                    if silent_s > SUSPECT_S:
+                        self._set_state(member, "hung")
                 if answer.done() and not answer.exception():
                     self._set_state(member, "ready", answer.result())
                 await asyncio.wait([stays, report], timeout=PING_S, return_when=asyncio.FIRST_COMPLETED)
@@ -1949,12 +1951,14 @@ class Cluster:
         self.models: dict[str, Model] = {}
         self._view = View(0, {}, [], [])
         self._actors: dict[WorkerId, Any] = {}  # of the workers that can be called
+        self._able: set[WorkerId] = set()  # those of them that get work
         self._dispatching: set[asyncio.AbstractEventLoop] = set()  # that will soon send what they have queued
         self._batcher = Batcher(self.options, self._run, self._report)
         self._ahead = min(2 * IN_FLIGHT_PER_WORKER * self.options.workers, self.options.max_queue)  # batches of one map
         self._changed = threading.Condition()
         self._status = "new"
         self._failure: Error | None = None
+        self._is_awaited = False
         self._thread: threading.Thread | None = None
         self._loop: asyncio.AbstractEventLoop | None = None  # of that thread
         self._work: asyncio.Task | None = None  # what runs in it
@@ -1980,10 +1984,12 @@ class Cluster:
 
         Raises OptionError, ModelError or Unavailable when that cannot be.
         """
+        self._is_awaited = True
         self.begin()
         with self._changed:
             self._changed.wait_for(
                 lambda: self._count("ready") >= workers or self._failure or self._status in ("stopping", "stopped"))
+        self._is_awaited = False
         if self._status != "serving" or self._failure:
             self.close()
             raise self._failure or Unavailable("The cluster was closed.")
@@ -2269,11 +2275,10 @@ class Cluster:
             if self._status == "stopping":  # it was ended on purpose while it started
                 pass
             elif isinstance(error, Error):
-                self._failure = error
-                log.error("%s", error)
+                self._fail(error)
             else:
                 log.exception("the cluster failed")
-                self._failure = Unavailable(f"Ray could not be started: {first_sentence(str(error))}")
+                self._fail(Unavailable(f"Ray could not be started: {first_sentence(str(error))}"))
         finally:
             with self._changed:
                 self._status = "stopped"
@@ -2329,23 +2334,31 @@ class Cluster:
 
     def _show(self, view: View) -> None:
         """Go on with the actors as they are now."""
-        callable_, able = ({WorkerId(worker.index, worker.life): worker.actor for worker in view.workers if worker.state in states}
-                           for states in (("ready", "hung"), ("ready",)))
+        ready, hung = ({WorkerId(worker.index, worker.life): worker.actor for worker in view.workers if worker.state == state}
+                       for state in ("ready", "hung"))
+        able = set(ready or hung)
         with self._changed:
-            before, self._actors = self._actors, callable_
-            able_before = {WorkerId(worker.index, worker.life) for worker in self._view.workers if worker.state == "ready"}
-            self._view, self.models, self._failure = view, view.models, view.failure
+            actors, self._actors = self._actors, ready | hung
+            able_before, self._able = self._able, able
+            self._view, self.models = view, view.models
             if self._status == "starting" and view.models:
                 self._status = "serving"
-            for worker in before.keys() - callable_.keys():
+            for worker in actors.keys() - self._actors.keys():
                 self._batcher.remove_worker(worker)
-            for worker in callable_.keys() - able.keys():
+            for worker in hung.keys() - able:
                 self._batcher.suspend_worker(worker)
-            for worker in sorted(able.keys() - able_before):
+            for worker in sorted(able - able_before):
                 self._batcher.add_worker(worker)
+            if view.failure:
+                self._fail(view.failure)
             self._changed.notify_all()
         if view.failure:
             self._batcher.close(str(view.failure))
+
+    def _fail(self, error: Error) -> None:
+        self._failure = error
+        if not self._is_awaited:  # else whoever called start() gets it
+            log.error("%s", error)
 
     def _count(self, state: str) -> int:
         return sum(worker.state == state for worker in self._view.workers)
@@ -2455,15 +2468,21 @@ def only_process_of_its_server():
     with contextlib.ExitStack() as claims:
         for fd in map(int, os.listdir("/proc/self/fd")):
             with contextlib.suppress(OSError), socket.socket(fileno=os.dup(fd)) as bound:
-                if bound.family in (socket.AF_INET, socket.AF_INET6) and bound.getsockname()[1]:
+                if bound.family in (socket.AF_INET, socket.AF_INET6) and bound.getsockname()[1] and not is_connected(bound):
                     claim = claims.enter_context(socket.socket(socket.AF_UNIX))
-                    try:
-                        claim.bind(f"\0ray_tensorflow/{os.fstat(fd).st_ino}")  # freed when this process ends, however it does
+                    try:  # freed when this process ends, however it does
+                        claim.bind(f"\0ray_tensorflow/{os.fstat(bound.fileno()).st_ino}")
                     except OSError:
                         raise Unavailable(
                             "Another process of this server has a graph of its own already: to share one, start Ray with"
                             " `ray start --head` and the server with RAY_TENSORFLOW_ADDRESS=auto.") from None
         yield
+
+
+def is_connected(stream: socket.socket) -> bool:
+    with contextlib.suppress(OSError):
+        return bool(stream.getpeername())
+    return False
 
 
 # -- Ray itself --------------------------------------------------------------------------------------------------------

@@ -24,7 +24,6 @@ import time
 HERE = os.path.dirname(os.path.abspath(__file__))
 REPOSITORY = os.path.dirname(HERE)
 sys.path[:0] = [REPOSITORY, HERE]
-PITCH = os.path.join(REPOSITORY, "..", "shared", "models", "basic_pitch")
 
 
 # -- the models --------------------------------------------------------------------------------------------------------
@@ -167,7 +166,7 @@ def serve(kind: str, port: int) -> None:
 
 @contextlib.contextmanager
 def running(*command: str, ready: str = "/"):
-    """A server process for as long as the block runs; its port. Ready when the path answers 2xx to 4xx."""
+    """A server process for as long as the block runs; its port. Ready when the path answers 2xx to 4xx and nothing is starting."""
     from conftest import free_port
 
     port = free_port()
@@ -335,8 +334,12 @@ def ratio(a: list[float], b: list[float]) -> str:
 # -- the parts ---------------------------------------------------------------------------------------------------------
 
 
+ADDERS = "--workers", "2"
+
+
 def adds(options):
-    with ours("starlette") as server, ours("starlette", "--max-batch", "1") as single, other("constant") as constant:
+    with ours("starlette", *ADDERS, "--max-batch", "256") as server, ours("starlette", *ADDERS, "--max-batch", "1") as single, \
+            other("constant") as constant:
         for clients, goal in ((256, 0.70), (16, 0.30)):
             a, b = in_turn(options, lambda s: load(server, clients, s), lambda s: load(constant, clients, s))
             yield "adds through Starlette / constant answer", f"{clients} clients", ratio(a, b), f"{goal:.2f}", a, b
@@ -345,7 +348,7 @@ def adds(options):
 
 
 def flask(options):
-    with ours("flask") as server, other("flask") as constant:
+    with ours("flask", *ADDERS) as server, other("flask") as constant:
         a, b = in_turn(options, lambda s: load(server, 64, s), lambda s: load(constant, 64, s))
         yield "adds through Flask / constant answer, same server", "64 clients", ratio(a, b), "0.70", a, b
 
@@ -366,7 +369,7 @@ def slow(options):
 
 
 def latency(options):
-    with ours("starlette") as server:
+    with ours("starlette", *ADDERS) as server:
         ratios = []
         for _ in range(options.rounds):
             top = load(server, 64, options.seconds)["rate"]
@@ -424,8 +427,7 @@ def start(options):
     a, b = [], []
     for _ in range(options.rounds):
         started = time.perf_counter()
-        with ours("starlette") as port:
-            load(port, 1, 0.01)
+        with running(os.path.join(REPOSITORY, "ray_tensorflow_starlette.py"), ready="/?value=1"):
             a.append(time.perf_counter() - started)
         started = time.perf_counter()
         subprocess.run([sys.executable, "-c", "import tensorflow"], check=True, stderr=subprocess.DEVNULL)

@@ -69,6 +69,16 @@ def wait_until(condition, seconds: float = START_S, what: str = ""):
     return value
 
 
+def pytest_addoption(parser):
+    parser.addoption("--long", action="store_true", help="load and breakage for as long as promised, not for a fifth of it")
+
+
+@pytest.fixture(scope="session")
+def share(request) -> float:
+    """How much of the promised load a test makes."""
+    return 1.0 if request.config.getoption("--long") else 0.2
+
+
 @contextlib.contextmanager
 def owned_by_session():
     """What starts in this block may outlive the test that needed it first."""
@@ -164,7 +174,10 @@ class Server:
             health = self.get("/health")
             return health.status == 200 and sum(w["state"] == "ready" for w in health.json["workers"]) >= workers
 
-        wait_until(ready, what="/health to be ready")
+        try:
+            wait_until(ready, what="/health to be ready")
+        except AssertionError:
+            raise AssertionError(f"{self.get('/health')}\n{self.output()}") from None
         return self
 
     def output(self) -> str:

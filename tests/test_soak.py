@@ -78,13 +78,14 @@ def family(pid: int) -> list[int]:
     return [pid, *(each for child in children for each in family(child))]
 
 
-def test_after_20000_requests_80000_more_take_no_more_memory_threads_or_files(server):
+def test_after_20000_requests_80000_more_take_no_more_memory_threads_or_files(server, share):
+    first, rest = FIRST, 2 * int(share * REST / 2)
     total = server.get("/?value=0").json["result"]
-    uvloop.run(ask(server.port, FIRST))
+    uvloop.run(ask(server.port, first))
     before = {pid: Held.by(pid) for pid in family(server.process.pid)}
     assert len(before) >= 6  # the front end, gcs, raylet, the parameter server, two workers
-    uvloop.run(ask(server.port, REST))
-    assert server.get("/?value=0").json["result"] == total + (FIRST + REST) / 2
+    uvloop.run(ask(server.port, rest))
+    assert server.get("/?value=0").json["result"] == total + (first + rest) / 2
     grown = {}
 
     def settled() -> bool:

@@ -82,11 +82,12 @@ def share(request) -> float:
 @contextlib.contextmanager
 def owned_by_session():
     """What starts in this block may outlive the test that needed it first."""
-    os.environ[OWNER] = "session"
+    os.environ[OWNER], before = "session", folders()
     try:
         yield
     finally:
         os.environ[OWNER] = "test"
+        SESSION_FOLDERS.update(folders() - before)
 
 
 @pytest.fixture(autouse=True)
@@ -222,10 +223,8 @@ def cluster(models):
     """One Cluster in this process, with two workers and all models."""
     from ray_tensorflow import Cluster
 
-    before = folders()
     with owned_by_session():
         cluster = Cluster(workers=2, model=[f"{name}={source}" for name, source in models.items()]).start(workers=2)
-    SESSION_FOLDERS.update(folders() - before)
     yield cluster
     cluster.close()
 

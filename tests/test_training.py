@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import ray
 
+from conftest import owned_by_session
 from example_models import PlainSession, line
 from ray_tensorflow import Cluster, InvalidRequest, ModelError, TensorFlowVariables, import_tensorflow
 
@@ -20,8 +21,9 @@ def plain(weights):
 @pytest.fixture(scope="module")
 def mirrored(cluster):
     """A cluster of its own with mirrors, in the Ray that runs already."""
-    with Cluster(workers=2, placement="mirrored", model=["example_models:linear", "example_models:same_names"]) as own:
-        own.start(workers=2)
+    with owned_by_session():
+        own = Cluster(workers=2, placement="mirrored", model=["example_models:linear", "example_models:same_names"]).start(workers=2)
+    with own:
         yield own
 
 

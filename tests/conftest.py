@@ -70,13 +70,17 @@ def wait_until(condition, seconds: float = START_S, what: str = ""):
 
 
 def pytest_addoption(parser):
-    parser.addoption("--long", action="store_true", help="load and breakage for as long as promised, not for a fifth of it")
+    parser.addoption("--long", action="store_true", help="also those tests that break and load things for minutes")
 
 
-@pytest.fixture(scope="session")
-def share(request) -> float:
-    """How much of the promised load a test makes."""
-    return 1.0 if request.config.getoption("--long") else 0.2
+def pytest_configure(config):
+    config.addinivalue_line("markers", "long: takes long, and runs with --long only")
+
+
+def pytest_collection_modifyitems(config, items):
+    for item in items:
+        if item.get_closest_marker("long") and not config.getoption("--long"):
+            item.add_marker(pytest.mark.skip(reason="takes long: runs with --long"))
 
 
 @contextlib.contextmanager

@@ -148,7 +148,7 @@ def test_clients_that_go_away_free_their_places_in_the_queue(small, tmp_path, le
 # -- the end -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.long)])
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_signal_lets_requests_under_way_finish_and_refuses_new_ones(kind, number, tmp_path):
     """Whoever has not asked yet is not waited for, nor for one that is in the middle of its request; more signals change nothing."""
@@ -180,6 +180,7 @@ def refused(port: int) -> bool:
     return False
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_client_that_never_finishes_its_body_holds_the_end_up_no_longer_than_the_deadline(kind):
     with Server(kind, "--workers", "1", "--timeout-s", "3").wait_ready() as server:

@@ -40,7 +40,7 @@ def environment(*changes: str) -> list[str]:
 # -- it starts and serves ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", ["flask", "starlette"])
+@pytest.mark.parametrize("kind", [pytest.param("flask", marks=pytest.mark.long), "starlette"])
 def test_a_front_end_serves_on_one_cpu_with_64_mb_of_shared_memory_behind_a_dead_proxy_with_no_home_to_write_to(kind):
     before = [*small_memory(), *environment("HOME=/proc/nothing"), *ONE_CPU]
     command = [*before, sys.executable, os.path.join(REPOSITORY, f"ray_tensorflow_{kind}.py"), "--port", "{port}"]
@@ -124,6 +124,7 @@ def test_a_front_end_that_is_killed_leaves_nothing_running():
         shutil.rmtree(folder)
 
 
+@pytest.mark.long
 def test_a_command_that_is_killed_while_workers_start_leaves_nothing_running():
     with running("--workers", "4") as run:
         wait_until(lambda: "worker 0 ready" in run.read("stderr"), what="worker 0")

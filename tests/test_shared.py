@@ -147,8 +147,9 @@ def ask_each_process(server, path: str, processes: int = 2):
         return list(pool.map(lambda _: server.get(path), range(20 * processes)))
 
 
-def test_many_front_ends_of_both_kinds_share_one_graph_and_do_not_notice_when_one_is_killed(nodes, many, share):
-    adds = int(20_000 * share)  # through each server, by two processes
+@pytest.mark.long
+def test_many_front_ends_of_both_kinds_share_one_graph_and_do_not_notice_when_one_is_killed(nodes, many):
+    adds = 20_000  # through each server, by two processes
     with many(address=nodes.address, workers="2", model="example_models:linear") as (starlette, flask):
         for server in (starlette, flask):
             server.wait_ready(workers=2)
@@ -187,6 +188,7 @@ def test_a_front_end_that_wants_another_graph_is_told_so(nodes):
         assert done.stderr.splitlines()[-1] == "ray_tensorflow.py: error: --workers 3: the shared cluster runs with 1"
 
 
+@pytest.mark.long
 def test_workers_on_a_node_that_is_lost_come_back_on_another_and_on_a_new_one(nodes):
     with Server("starlette", "--address", nodes.address, "--workers", "4", "--timeout-s", "20") as server:
         server.wait_ready(workers=4)
@@ -223,6 +225,7 @@ def test_without_an_address_a_second_process_of_a_server_says_in_one_sentence_wh
             assert {answer.json["error"] for answer in answers if answer.status == 503} == {refused.json["error"]}
 
 
+@pytest.mark.long
 def test_servers_on_ports_of_their_own_do_not_count_as_one():
     command = [sys.executable, "-m", "uvicorn", "ray_tensorflow_starlette:app", "--port", "{port}"]
     with pytest.MonkeyPatch.context() as patch:

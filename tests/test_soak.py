@@ -78,14 +78,14 @@ def family(pid: int) -> list[int]:
     return [pid, *(each for child in children for each in family(child))]
 
 
-def test_after_20000_requests_80000_more_take_no_more_memory_threads_or_files(server, share):
-    first, rest = FIRST, 2 * int(share * REST / 2)
+@pytest.mark.long
+def test_after_20000_requests_80000_more_take_no_more_memory_threads_or_files(server):
     total = server.get("/?value=0").json["result"]
-    uvloop.run(ask(server.port, first))
+    uvloop.run(ask(server.port, FIRST))
     before = {pid: Held.by(pid) for pid in family(server.process.pid)}
     assert len(before) >= 6  # the front end, gcs, raylet, the parameter server, two workers
-    uvloop.run(ask(server.port, rest))
-    assert server.get("/?value=0").json["result"] == total + (first + rest) / 2
+    uvloop.run(ask(server.port, REST))
+    assert server.get("/?value=0").json["result"] == total + (FIRST + REST) / 2
     grown = {}
 
     def settled() -> bool:

@@ -87,8 +87,9 @@ def killing(server, seconds: float, every: float, *ways) -> None:
         time.sleep(every)
 
 
-def test_no_acknowledged_add_is_lost_or_counted_twice_and_no_answer_is_late_whatever_is_killed(share):
-    """32 clients that add and 8 that predict, for 60 s in each phase (with --long): a worker is killed every 5 s, then the parameter
+@pytest.mark.long
+def test_no_acknowledged_add_is_lost_or_counted_twice_and_no_answer_is_late_whatever_is_killed():
+    """32 clients that add and 8 that predict, for 60 s in each phase: a worker is killed every 5 s, then the parameter
     server every 15 s, then either. No prediction fails because a worker dies."""
 
     def adding(client, asked):
@@ -102,10 +103,10 @@ def test_no_acknowledged_add_is_lost_or_counted_twice_and_no_answer_is_late_what
     with Server("starlette", "--workers", "3", "--timeout-s", str(DEADLINE_S), "--model", "example_models:linear") as server:
         server.wait_ready(workers=3)
         adds, predictions = Clients(server, adding, 32), Clients(server, predicting, 8)
-        killing(server, 60 * share, 5, kill_one_worker)
+        killing(server, 60, 5, kill_one_worker)
         predicted = len(predictions.answers)
-        killing(server, 60 * share, 15, kill_parameter_server)
-        killing(server, 60 * share, 5, kill_one_worker, kill_parameter_server)
+        killing(server, 60, 15, kill_parameter_server)
+        killing(server, 60, 5, kill_one_worker, kill_parameter_server)
         added, predicted_all = adds.stop(), predictions.stop()
         server.wait_ready(workers=3)
         total = server.get("/?value=0").json["result"]
@@ -156,6 +157,7 @@ def test_a_worker_that_was_only_slow_to_answer_takes_its_turn_again():
         assert cluster.health()["workers"][1] == worker
 
 
+@pytest.mark.long
 def test_a_parameter_server_that_stops_answering_is_replaced(monkeypatch):
     monkeypatch.setattr(ray_tensorflow, "HUNG_S", {"worker": 5.0, "parameter server": 3.0})
     with Cluster(workers=1).start() as cluster:

@@ -44,6 +44,7 @@ import secrets
 import shutil
 import signal
 import socket
+import stat
 import sys
 import tempfile
 import threading
@@ -2467,6 +2468,8 @@ def only_process_of_its_server():
     """Raises Unavailable in all processes but one that have the same bound TCP socket, as those of a pre-forking server do."""
     with contextlib.ExitStack() as claims:
         for fd in map(int, os.listdir("/proc/self/fd")):
+            if not is_socket(fd):
+                continue
             with contextlib.suppress(OSError), socket.socket(fileno=os.dup(fd)) as bound:
                 if bound.family in (socket.AF_INET, socket.AF_INET6) and bound.getsockname()[1] and not is_connected(bound):
                     claim = claims.enter_context(socket.socket(socket.AF_UNIX))
@@ -2477,6 +2480,12 @@ def only_process_of_its_server():
                             "Another process of this server has a graph of its own already: to share one, start Ray with"
                             " `ray start --head` and the server with RAY_TENSORFLOW_ADDRESS=auto.") from None
         yield
+
+
+def is_socket(fd: int) -> bool:
+    with contextlib.suppress(OSError):
+        return stat.S_ISSOCK(os.fstat(fd).st_mode)
+    return False
 
 
 def is_connected(stream: socket.socket) -> bool:

@@ -36,7 +36,7 @@ OWNER = "RAY_TENSORFLOW_TEST_OWNER"
 os.environ[RUN] = uuid.uuid4().hex
 os.environ[OWNER] = "test"
 
-START_S = 120  # how long a start may take on a machine that is busy
+START_S = 240  # how long a start may take on a machine that is busy
 
 
 def processes(owner: str) -> dict[int, str]:

@@ -28,8 +28,10 @@ import concurrent.futures
 import contextlib
 import copy
 import dataclasses
+import errno
 import fcntl
 import functools
+import hmac
 import http.client
 import importlib
 import itertools
@@ -38,6 +40,7 @@ import logging
 import math
 import os
 import pickle
+import queue
 import re
 import resource
 import secrets
@@ -45,6 +48,7 @@ import shutil
 import signal
 import socket
 import stat
+import struct
 import sys
 import tempfile
 import threading
@@ -53,6 +57,7 @@ import urllib.parse
 import zipfile
 import zlib
 from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterable, Iterator
+from multiprocessing.connection import Connection
 from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
@@ -749,6 +754,11 @@ def same_bits(a: np.ndarray, b: np.ndarray) -> bool:
     return a.shape == b.shape and (a.tolist() == b.tolist() if a.dtype == object else a.tobytes() == b.tobytes())
 
 
+def failure_of(error: Exception) -> tuple[int | None, str]:
+    """The ``tensorflow::error::Code`` and the message of what made a run fail."""
+    return PythonFailure.find(error) or (getattr(error, "error_code", None), first_sentence(str(error)))
+
+
 def first_sentence(message: str) -> str:
     """TensorFlow's message without its first line's "From /job:..." and without the nodes and traces after it."""
     lines = [line.strip() for line in message.splitlines()]
@@ -890,8 +900,11 @@ def shut_down(connected: socket.socket) -> None:
 KEEP_EVERY_S = 10.0  # how old the kept variables of a model may be that changes them when it runs
 
 
+SUM_RECORD = struct.Struct("<dI")  # the adder's sum and the CRC-32 of its eight bytes
+
+
 class Checkpoints:
-    """Variables in files, one for each model: ``<model>.<version>.npz`` in a folder, written aside and renamed.
+    """Variables in files, one for each model: ``<model>.<version>.npz`` in a folder, written aside and renamed; and ``adder.sum``.
 
     What is written has survived a killed process; if ``durable``, a power cut as well. Only one program at a time may use a
     folder. Methods raise Error, a sentence that names the file.
@@ -899,6 +912,7 @@ class Checkpoints:
 
     def __init__(self, folder: str, durable: bool):
         self.folder, self.durable = folder, durable
+        self._sum_file: int | None = None
         try:
             os.makedirs(folder, exist_ok=True)
             self._lock = open(os.path.join(folder, ".lock"), "w")
@@ -917,23 +931,27 @@ class Checkpoints:
         return False
 
     def path(self, source: ModelSource) -> str:
-        return os.path.join(self.folder, f"{source.name}.{source.version}.npz")
+        return os.path.join(self.folder, "adder.sum" if source == ADDER_SOURCE else f"{source.name}.{source.version}.npz")
 
     def keep(self, source: ModelSource, weights: dict[str, np.ndarray]) -> None:
-        path = self.path(source)
-        try:
-            with open(path + ".new", "wb") as file:
-                np.savez(file, **{f"variables/{name}": as_plain(value) for name, value in weights.items()})
-                if self.durable:
-                    file.flush()
-                    os.fsync(file.fileno())
-            os.replace(path + ".new", path)
+        plain = {f"variables/{name}": as_plain(value) for name, value in weights.items()}
+        with self._keeping(source):
+            self._write_aside(source, lambda file: np.savez(file, **plain))
+
+    def keep_sum(self, total: float) -> None:
+        """The adder's, for each batch, and so in place once there is a file: that takes a hundredth of the time, and so few bytes
+        are in one sector of the disk, which is written as a whole or not at all."""
+        record = sum_record(total)
+        with self._keeping(ADDER_SOURCE):
+            if self._sum_file is None:
+                self._write_aside(ADDER_SOURCE, lambda file: file.write(record))
+                self._sum_file = os.open(self.path(ADDER_SOURCE), os.O_WRONLY)
+                return
+            if not os.fstatvfs(self._sum_file).f_bavail:  # there are file systems that need room even so
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            os.pwrite(self._sum_file, record, 0)
             if self.durable:
-                folder = os.open(self.folder, os.O_RDONLY)
-                os.fsync(folder)
-                os.close(folder)
-        except OSError as error:
-            raise Unavailable(f"The variables cannot be kept in {path}: {error.strerror}.") from None
+                os.fdatasync(self._sum_file)
 
     def load(self, source: ModelSource) -> dict[str, np.ndarray] | None:
         """What was kept last, or None if nothing ever was."""
@@ -941,11 +959,46 @@ class Checkpoints:
         if not os.path.exists(path):
             return None
         try:
+            if source == ADDER_SOURCE:
+                with open(path, "rb") as file:
+                    return {"sum": np.float64(read_sum_record(file.read()))}
             with np.load(path, allow_pickle=False) as file:
                 return {name.removeprefix("variables/"): from_plain(file[name]) for name in file.files}
         except Exception as error:  # there is no end to what numpy and zipfile raise
             raise ModelError(f"The checkpoint {path} is damaged ({first_sentence(str(error))}): put a good one in its place, or"
                              " remove it to start without.") from None
+
+    def _write_aside(self, source: ModelSource, write: Callable[[BinaryIO], Any]) -> None:
+        path = self.path(source)
+        with open(path + ".new", "wb") as file:
+            write(file)
+            if self.durable:
+                file.flush()
+                os.fsync(file.fileno())
+        os.replace(path + ".new", path)
+        if self.durable:
+            folder = os.open(self.folder, os.O_RDONLY)
+            os.fsync(folder)
+            os.close(folder)
+
+    @contextlib.contextmanager
+    def _keeping(self, source: ModelSource):
+        try:
+            yield
+        except OSError as error:
+            raise Unavailable(f"The variables cannot be kept in {self.path(source)}: {error.strerror}.") from None
+
+
+def sum_record(total: float) -> bytes:
+    return SUM_RECORD.pack(total, zlib.crc32(struct.pack("<d", total)))
+
+
+def read_sum_record(record: bytes) -> float:
+    """Raises ValueError when it is not one."""
+    total = SUM_RECORD.unpack(record)[0] if len(record) == SUM_RECORD.size else math.nan
+    if record != sum_record(total):
+        raise ValueError("it is not a sum and its CRC-32")
+    return total
 
 
 def as_plain(array: np.ndarray) -> np.ndarray:
@@ -966,7 +1019,7 @@ def keep_sum(total: np.ndarray) -> np.ndarray:
     """Called by the adder's graph with the new sum before it is assigned: a sum that cannot be kept fails the run."""
     try:
         if checkpoints:
-            checkpoints.keep(ADDER_SOURCE, {"sum": total})
+            checkpoints.keep_sum(total.item())
     except Error as error:
         raise PythonFailure(ERROR_CODES[error.status], error.message) from None
     return total
@@ -1078,7 +1131,10 @@ class ParameterServer:
                 raise ModelError(f"The checkpoint {path} is not of this model: {error}") from None
         elif self.again and self._changes(graph):
             raise ModelError(f"The checkpoint {path} is gone, and the model's changed variables with it: start the program anew.")
-        self._keep_graph(graph)
+        if graph.source == ADDER_SOURCE:
+            checkpoints.keep_sum(graph.variables.get_weights()["sum"].item())
+        else:
+            self._keep_if_changed(graph)
 
     def _changes(self, graph: Graph) -> bool:
         return any(signature.writes for signature in graph.signatures.values())
@@ -1087,10 +1143,16 @@ class ParameterServer:
         return self.graphs[model].variables.get_weights()
 
     def _set_weights(self, model: str, weights: dict[str, np.ndarray]) -> None:
-        variables = self.graphs[model].variables
-        variables.set_weights(weights)
+        graph = self.graphs[model]
+        graph.variables.set_weights(weights)
         self.versions.pop(model, None)
-        checkpoints.keep(self.graphs[model].source, variables.get_weights())
+        if graph.source != ADDER_SOURCE:
+            checkpoints.keep(graph.source, graph.variables.get_weights())
+            return
+        try:
+            graph.run("serving_default", [np.zeros(1)])  # keeps the sum, and no other add can come between
+        except Exception as error:
+            raise Unavailable(failure_of(error)[1]) from None
 
     def _latest(self, model: str) -> tuple[int, list]:
         if model not in self.versions:
@@ -1101,9 +1163,9 @@ class ParameterServer:
     def _keep(self) -> None:
         for graph in self.graphs.values():
             if not graph.atomic:  # the others keep each change themselves, before it is answered
-                self._keep_graph(graph)
+                self._keep_if_changed(graph)
 
-    def _keep_graph(self, graph: Graph) -> None:
+    def _keep_if_changed(self, graph: Graph) -> None:
         if self._changes(graph):
             weights = graph.variables.get_weights()
             fingerprint = hash(tuple((name, zlib.crc32(as_plain(value).tobytes())) for name, value in weights.items()))
@@ -1164,45 +1226,34 @@ async def stay(actor) -> None:
 # A result as it crosses processes: arrays in the order of the sorted output names, or (status, message).
 Result = list[np.ndarray] | tuple[int, str]
 
-PACKED_BYTES = 2**16
-
-
-def pack(value, arrays: Iterable[np.ndarray]):
-    """Python's own pickle is several times faster than Ray's with small arrays; large ones Ray does not even copy."""
-    return pickle.dumps(value, 5) if sum(array.nbytes for array in arrays) < PACKED_BYTES else value
-
-
-def unpack(packed):
-    return pickle.loads(packed) if isinstance(packed, bytes) else packed
-
-
 # tensorflow::error::Code to HTTP status, as TensorFlow Serving has it; any other is 500
 HTTP_STATUS = {1: 499, 3: 400, 4: 504, 5: 404, 6: 409, 7: 403, 8: 429, 9: 400, 10: 409, 11: 400, 12: 501, 14: 503, 16: 401}
 DISCONNECTED = (4, 10, 14)  # what a run fails with when its parameter server is gone, or another one is in its place
 
 
 class Worker:
-    """A Ray actor that runs sessions on the parameter server."""
+    """A Ray actor that runs sessions on the parameter server, for whoever comes to its ``door``."""
 
     def __init__(self, index: int, options: Options):
         self.index, self.options = index, options
         self.graphs: dict[str, Graph] = {}
         self.versions: dict[str, int] = {}  # of the weights in each mirror
         self.staying = asyncio.Event()
+        self.door = listen(self.run)
 
-    async def start(self, parameter_server, others: list[str]) -> dict[str, Any]:
-        """Build the graphs and warm them up; returns ``about_this_actor()`` when ready to run.
+    async def start(self, parameter_server, others: list[str]) -> tuple[dict[str, Any], Door]:
+        """Build the graphs and warm them up; returns ``about_this_actor()`` and the door when ready to run.
 
         Called again, with a parameter server that was started anew, it leaves threads behind that still wait for the old one.
         """
-        self.parameter_server, loop = parameter_server, asyncio.get_running_loop()
-        self.executor = executor = concurrent.futures.ThreadPoolExecutor(IN_FLIGHT_PER_WORKER, "session.run")
-        tf = await loop.run_in_executor(executor, import_tensorflow)  # while the parameter server does the same
+        self.parameter_server = parameter_server
+        self.turns = threading.Semaphore(IN_FLIGHT_PER_WORKER)
+        tf = await asyncio.to_thread(import_tensorflow)  # while the parameter server does the same
         addresses, _ = await parameter_server.start.remote(others)
-        await loop.run_in_executor(executor, self._connect, tf, addresses)
+        await asyncio.to_thread(self._connect, tf, addresses)
         await self.refresh()
-        await loop.run_in_executor(executor, self._warm_up)
-        return about_this_actor()
+        await asyncio.to_thread(self._warm_up)
+        return about_this_actor(), self.door
 
     def _connect(self, tf, addresses: list[str]) -> None:
         if not self.graphs:
@@ -1225,30 +1276,25 @@ class Worker:
             if is_mirrored(self.options, graph.source):
                 version, (weights,) = await self.parameter_server.latest.remote(model)
                 if self.versions.get(model) != version:
-                    loop = asyncio.get_running_loop()
-                    await loop.run_in_executor(self.executor, graph.variables.set_weights, await weights)
+                    await asyncio.to_thread(graph.variables.set_weights, await weights)
                     self.versions[model] = version
 
-    async def run(self, work) -> Any:
-        """Run one signature on each of some feeds in turn: (model, signature, feeds) to a list of Results, packed both.
+    def run(self, model: str, signature: str, feeds: list[list[np.ndarray]]) -> list[Result]:
+        """Run one signature on each of some feeds in turn. One that fails does not touch the others. Raises ServerLost."""
+        with self.turns:
+            return self._run(model, signature, feeds)
 
-        One that fails does not touch the others. Raises ServerLost.
-        """
-        return await asyncio.get_running_loop().run_in_executor(self.executor, self._run, *unpack(work))
-
-    def _run(self, model: str, signature: str, feeds: list[list[np.ndarray]]):
+    def _run(self, model: str, signature: str, feeds: list[list[np.ndarray]]) -> list[Result]:
         graph, results = self.graphs[model], []
         for feed in feeds:
             try:
                 results.append(graph.run(signature, feed))
             except Exception as error:  # answered to whoever asked
-                code, message = getattr(error, "error_code", None), first_sentence(str(error))
-                if failure := PythonFailure.find(error):
-                    code, message = failure
-                elif code in DISCONNECTED:
+                code, message = failure_of(error)
+                if code in DISCONNECTED and not PythonFailure.find(error):
                     raise ServerLost(f"The parameter server does not answer: {message}") from None
                 results.append((HTTP_STATUS.get(code, 500), message))
-        return pack(results, [array for result in results if isinstance(result, list) for array in result])
+        return results
 
     async def stay(self) -> None:
         """Returns only when it is called again: a call whose failure tells at once that this process is gone."""
@@ -1257,6 +1303,114 @@ class Worker:
     async def about(self) -> dict[str, Any]:
         """Process id, node, and the devices that this actor may use."""
         return about_this_actor()
+
+
+# ======================================================================================================================
+# Lines: how batches travel. Ray starts and places the actors, watches them and moves weights; but one of its calls takes
+# milliseconds of processor time over all processes, several times what a small run does
+# ======================================================================================================================
+
+
+class Door(NamedTuple):
+    """Where a worker takes batches, from whoever knows the key."""
+
+    address: tuple[str, int]
+    key: bytes
+
+
+def listen(run: Callable[..., Any]) -> Door:
+    """Make a door, at this node's own address: what comes there calls ``run``, in a thread for each line, and gets what it returns
+    or the Error that it raises. Until a line has shown the key nothing of it is looked at."""
+    host, key = ray.util.get_node_ip_address(), secrets.token_bytes(32)
+    listener = socket.create_server((host, 0), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
+
+    def accept() -> None:
+        while True:
+            stream, _ = listener.accept()
+            threading.Thread(target=serve, args=[stream], name="line", daemon=True).start()
+
+    def serve(stream: socket.socket) -> None:
+        with contextlib.suppress(OSError, EOFError), stream:
+            stream.settimeout(10)
+            if not hmac.compare_digest(stream.recv(len(key), socket.MSG_WAITALL), key):
+                return
+            with as_connection(stream) as connection:
+                while True:
+                    arguments = receive(connection)
+                    try:
+                        answer = run(*arguments)
+                    except Error as error:
+                        answer = error
+                    send(connection, answer)
+
+    threading.Thread(target=accept, name="door", daemon=True).start()
+    return Door(listener.getsockname()[:2], key)
+
+
+class Lines:
+    """The connections of this process to one worker. On each travels one batch at a time, in a thread that waits for its results."""
+
+    def __init__(self, door: Door):
+        self._door, self._jobs = door, queue.SimpleQueue()
+        self._streams: list[socket.socket] = []
+        for _ in range(IN_FLIGHT_PER_WORKER):
+            threading.Thread(target=self._live, name="ray_tensorflow line", daemon=True).start()
+
+    def call(self, *arguments) -> concurrent.futures.Future:
+        """Returns at once. The future raises the worker's Error, or OSError when the worker is gone."""
+        future = concurrent.futures.Future()
+        self._jobs.put((arguments, future))
+        return future
+
+    def close(self) -> None:
+        for _ in range(IN_FLIGHT_PER_WORKER):
+            self._jobs.put(None)
+        for stream in self._streams:
+            shut_down(stream)
+
+    def _live(self) -> None:
+        with contextlib.ExitStack() as stack:
+            connection = None
+            while job := self._jobs.get():
+                arguments, future = job
+                try:
+                    connection = connection or self._connect(stack)
+                    send(connection, arguments)
+                    answer = receive(connection)
+                except EOFError:
+                    answer = ConnectionError("it closed the connection")
+                except OSError as error:
+                    answer = error
+                if isinstance(answer, Exception):
+                    future.set_exception(answer)
+                else:
+                    future.set_result(answer)
+
+    def _connect(self, stack: contextlib.ExitStack) -> Connection:
+        stream = stack.enter_context(socket.create_connection(self._door.address, 10))
+        self._streams.append(stream)
+        stream.sendall(self._door.key)
+        return stack.enter_context(as_connection(stream))
+
+
+def as_connection(stream: socket.socket) -> Connection:
+    stream.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    stream.settimeout(None)
+    return Connection(os.dup(stream.fileno()))
+
+
+LARGE_ARRAY_BYTES = 2**16  # it goes beside the pickle, uncopied
+
+
+def send(connection: Connection, value: Any) -> None:
+    beside: list[pickle.PickleBuffer] = []
+    connection.send_bytes(pickle.dumps(value, 5, buffer_callback=lambda b: b.raw().nbytes < LARGE_ARRAY_BYTES or beside.append(b)))
+    for buffer in beside:
+        connection.send_bytes(buffer.raw())
+
+
+def receive(connection: Connection) -> Any:
+    return pickle.loads(connection.recv_bytes(), buffers=iter(connection.recv_bytes, None))
 
 
 # ======================================================================================================================
@@ -1617,6 +1771,7 @@ class Member:
     about: dict[str, Any] = dataclasses.field(default_factory=dict)
     node: str | None = None
     actor: Any = None
+    door: Door | None = None  # of a worker
 
 
 class View(NamedTuple):
@@ -1754,7 +1909,7 @@ class Supervisor:
         started = time.monotonic()
         if worker.actor is None:
             self._spawn(worker, Worker, self._gpus)
-        worker.about = await call(worker.actor.start.remote(self.servers[0].actor, self._others))
+        worker.about, worker.door = await call(worker.actor.start.remote(self.servers[0].actor, self._others))
         async with self._setting_weights:  # none are set between its last look and its first request
             await call(worker.actor.refresh.remote())
             worker.state, worker.life = "ready", worker.life + 1
@@ -1951,7 +2106,7 @@ class Cluster:
         self.options = dataclasses.replace(options or Options(), **changes)
         self.models: dict[str, Model] = {}
         self._view = View(0, {}, [], [])
-        self._actors: dict[WorkerId, Any] = {}  # of the workers that can be called
+        self._lines: dict[WorkerId, Lines] = {}  # to the workers that can be called
         self._able: set[WorkerId] = set()  # those of them that get work
         self._dispatching: set[asyncio.AbstractEventLoop] = set()  # that will soon send what they have queued
         self._batcher = Batcher(self.options, self._run, self._report)
@@ -2007,6 +2162,8 @@ class Cluster:
         self._batcher.close("The server is shutting down.")
         if self._thread:
             self._thread.join()
+        for lines in self._lines.values():
+            lines.close()
 
     def __enter__(self) -> Cluster:
         return self.start()
@@ -2244,17 +2401,7 @@ class Cluster:
         self._batcher.dispatch()
 
     def _run(self, worker: WorkerId, model: str, signature: str, feeds: list[list[np.ndarray]]) -> concurrent.futures.Future:
-        work = pack((model, signature, feeds), itertools.chain.from_iterable(feeds))
-        answer, results = self._actors[worker].run.remote(work).future(), concurrent.futures.Future()
-
-        def arrived(answer: concurrent.futures.Future) -> None:
-            if error := answer.exception():
-                results.set_exception(error)
-            else:
-                results.set_result(unpack(answer.result()))
-
-        answer.add_done_callback(arrived)
-        return results
+        return self._lines[worker].call(model, signature, feeds)
 
     def _report(self, worker: WorkerId, error: BaseException) -> None:
         if self._status == "serving" and self._ask:
@@ -2335,17 +2482,18 @@ class Cluster:
 
     def _show(self, view: View) -> None:
         """Go on with the actors as they are now."""
-        ready, hung = ({WorkerId(worker.index, worker.life): worker.actor for worker in view.workers if worker.state == state}
+        ready, hung = ({WorkerId(worker.index, worker.life): worker.door for worker in view.workers if worker.state == state}
                        for state in ("ready", "hung"))
         able = set(ready or hung)
         with self._changed:
-            actors, self._actors = self._actors, ready | hung
-            able_before, self._able = self._able, able
+            before, able_before, self._able = self._lines, self._able, able
+            self._lines = {worker: before.get(worker) or Lines(door) for worker, door in (ready | hung).items()}
             self._view, self.models = view, view.models
             if self._status == "starting" and view.models:
                 self._status = "serving"
-            for worker in actors.keys() - self._actors.keys():
+            for worker in before.keys() - self._lines.keys():
                 self._batcher.remove_worker(worker)
+                before[worker].close()
             for worker in hung.keys() - able:
                 self._batcher.suspend_worker(worker)
             for worker in sorted(able - able_before):

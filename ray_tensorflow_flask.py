@@ -1,4 +1,4 @@
-"""The Flask front end: one thread for each request, which waits for its answer.
+"""The Flask front end: a thread for each request, which waits for its answer.
 
     python ray_tensorflow_flask.py --workers 2 --model half_plus_two=DIR
     curl '127.0.0.1:8080/?value=3'
@@ -9,10 +9,12 @@ Or any WSGI server on ``ray_tensorflow_flask:app``: the cluster starts with the 
 
 import contextlib
 import logging
+import queue
 import re
 import select
 import signal
 import socket
+import sys
 import threading
 import time
 import urllib.parse
@@ -104,33 +106,67 @@ def response(reply: Reply) -> Response:
 app = create_app()
 
 
+WAKES_PER_S = 10_000  # of all threads that wait for Python's lock: each looks once an interval, and thousands do little else
+
+
 class Server(ThreadedWSGIServer):
-    """Werkzeug's threaded server, which in the end answers the requests that are under way."""
+    """Werkzeug's threaded server, but threads that are done wait for more work, since starting one takes as long as a request;
+    and in the end the requests that are under way are answered."""
 
     request_queue_size = 2048  # clients that wait to be let in
 
     def __init__(self, host: str, port: int, app: Flask):
-        self.threads: dict[threading.Thread, socket.socket | None] = {}  # with its connection, as long as no request came
+        self.busy: set[RequestThread] = set()
+        self.idle: list[RequestThread] = []  # the last one is the next to work
+        self.draining = False
         super().__init__(host, port, app, RequestHandler)
 
     def process_request(self, connection: socket.socket, client_address) -> None:
-        thread = threading.Thread(target=self.process_request_thread, args=(connection, client_address), daemon=True)
-        self.threads[thread] = connection
-        thread.start()
-
-    def process_request_thread(self, connection: socket.socket, client_address) -> None:
-        super().process_request_thread(connection, client_address)
-        del self.threads[threading.current_thread()]
+        try:
+            thread = self.idle.pop()
+        except IndexError:
+            thread = RequestThread(self)
+            thread.start()
+        thread.connection = connection
+        self.busy.add(thread)
+        sys.setswitchinterval(max(0.005, len(self.busy) / WAKES_PER_S))
+        thread.inbox.put((connection, client_address))
 
     def drain(self, seconds: float) -> None:
         """Wait until all requests are answered, so long at most; who has not asked for anything is not waited for."""
-        end, threads = time.monotonic() + seconds, list(self.threads.items())
-        for _, idle in threads:
-            if idle is not None:
+        self.draining = True
+        end, busy = time.monotonic() + seconds, list(self.busy)
+        for thread in busy:
+            if connection := thread.connection:
                 with contextlib.suppress(OSError):
-                    idle.shutdown(socket.SHUT_RD)  # what has arrived is still read
-        for thread, _ in threads:
+                    connection.shutdown(socket.SHUT_RD)  # what has arrived is still read
+        for thread in busy:
             thread.join(max(0, end - time.monotonic()))
+
+
+class RequestThread(threading.Thread):
+    """Handles one connection after another, until there is none for a while."""
+
+    IDLE_S = 5.0
+
+    def __init__(self, server: Server):
+        super().__init__(daemon=True)
+        self.server, self.inbox = server, queue.SimpleQueue()
+        self.connection: socket.socket | None = None  # on which no request has come yet
+
+    def run(self) -> None:
+        while not (self.server.draining and self not in self.server.busy):
+            try:
+                connection, client_address = self.inbox.get(timeout=self.IDLE_S)
+            except queue.Empty:
+                try:
+                    self.server.idle.remove(self)
+                    return
+                except ValueError:  # a connection is on its way to this very thread
+                    continue
+            self.server.process_request_thread(connection, client_address)
+            self.server.busy.discard(self)
+            self.server.idle.append(self)
 
 
 class RequestHandler(WSGIRequestHandler):
@@ -153,7 +189,7 @@ class RequestHandler(WSGIRequestHandler):
         super().send_error(code if code < 500 else 400, message, explain)  # 505: a wrong version is the client's error, too
 
     def run_wsgi(self) -> None:
-        self.server.threads[threading.current_thread()] = None
+        threading.current_thread().connection = None
         super().run_wsgi()
 
 

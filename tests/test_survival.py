@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 import ray_tensorflow
 from conftest import REPOSITORY, Server, folders, processes, wait_until
-from ray_tensorflow import ADDER_SOURCE, Checkpoints, Cluster, ModelError, Unavailable
+from ray_tensorflow import ADDER_SOURCE, Checkpoints, Cluster, ModelError, ModelSource, Unavailable
 
 DEADLINE_S = 20
 
@@ -187,37 +187,48 @@ def test_the_sum_goes_on_after_a_stop_and_a_start_with_a_checkpoint_folder(tmp_p
         assert cluster.add(1) == 5
 
 
+MODEL = ModelSource("m", 1, function="a:b")
 WEIGHTS = {"sum": np.float64(0.1) * 3, "a/b": np.arange(6, dtype=np.float32).reshape(2, 3), "text": np.array([b"x\0", b""], object),
            "flag": np.array(True), "none": np.zeros((0, 3), np.int8)}
 
 
 def test_what_was_kept_comes_back_to_the_last_bit(tmp_path):
     checkpoints = Checkpoints(str(tmp_path), durable=True)
-    assert checkpoints.load(ADDER_SOURCE) is None
-    checkpoints.keep(ADDER_SOURCE, WEIGHTS)
-    back = checkpoints.load(ADDER_SOURCE)
+    assert checkpoints.load(MODEL) is None
+    checkpoints.keep(MODEL, WEIGHTS)
+    back = checkpoints.load(MODEL)
     assert back.keys() == WEIGHTS.keys()
     for name, value in WEIGHTS.items():
         value = np.asarray(value)
         assert (back[name].dtype, back[name].shape, back[name].tolist()) == (value.dtype, value.shape, value.tolist())
 
 
-def test_a_checkpoint_cut_short_at_any_length_or_with_any_byte_changed_is_refused_by_name(tmp_path):
+def test_a_sum_that_was_kept_comes_back_to_the_last_bit(tmp_path):
+    checkpoints = Checkpoints(str(tmp_path), durable=True)
+    assert checkpoints.load(ADDER_SOURCE) is None
+    for total in (0.0, 0.1 * 3, -0.0, 2.0**1000):
+        checkpoints.keep_sum(total)
+        assert checkpoints.load(ADDER_SOURCE)["sum"].tobytes() == np.float64(total).tobytes()
+
+
+@pytest.mark.parametrize("source", [ADDER_SOURCE, MODEL], ids=str)
+def test_a_checkpoint_cut_short_at_any_length_or_with_any_byte_changed_is_refused_by_name(tmp_path, source):
     checkpoints = Checkpoints(str(tmp_path), durable=False)
-    checkpoints.keep(ADDER_SOURCE, {"sum": np.float64(42)})
-    path = checkpoints.path(ADDER_SOURCE)
+    checkpoints.keep_sum(42.0)
+    checkpoints.keep(MODEL, {"sum": np.float64(42)})
+    path = checkpoints.path(source)
     with open(path, "rb") as file:
         whole = file.read()
     for length in range(len(whole)):
         with open(path, "wb") as file:
             file.write(whole[:length])
         with pytest.raises(ModelError, match=path):
-            checkpoints.load(ADDER_SOURCE)
+            checkpoints.load(source)
     for at in range(len(whole)):
         with open(path, "wb") as file:
             file.write(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1:])
         try:
-            back = checkpoints.load(ADDER_SOURCE)
+            back = checkpoints.load(source)
         except ModelError as error:
             assert path in str(error)
         else:  # a byte that says nothing, such as the date
@@ -226,13 +237,15 @@ def test_a_checkpoint_cut_short_at_any_length_or_with_any_byte_changed_is_refuse
 
 @pytest.mark.parametrize("damage", ["cut short", "of another model"])
 def test_a_damaged_checkpoint_stops_the_start_with_a_sentence_that_names_the_file(tmp_path, damage):
-    path = Checkpoints(str(tmp_path), durable=False).path(ADDER_SOURCE)
     if damage == "cut short":
+        path = str(tmp_path / "adder.sum")
         with open(path, "wb") as file:
-            file.write(b"PK")
+            file.write(bytes(3))
     else:
-        np.savez(path, **{"variables/sum": np.zeros(3)})
+        path = str(tmp_path / "counter.1.npz")
+        np.savez(path, **{"variables/w": np.zeros(3)})
     command = [sys.executable, os.path.join(REPOSITORY, "ray_tensorflow.py"), "--workers", "1", "--checkpoint-dir", str(tmp_path)]
+    command += ["--model", "example_models:counter"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     last = done.stderr.splitlines()[-1]
     assert done.returncode == 1 and path in last and "Traceback" not in done.stderr and "sum" not in done.stdout

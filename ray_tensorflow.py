@@ -1240,6 +1240,7 @@ class Worker:
         self.versions: dict[str, int] = {}  # of the weights in each mirror
         self.staying = asyncio.Event()
         self.door = listen(self.run)
+        threading.Thread(target=import_tensorflow, daemon=True).start()  # while the parameter server does the same
 
     async def start(self, parameter_server, others: list[str]) -> tuple[dict[str, Any], Door]:
         """Build the graphs and warm them up; returns ``about_this_actor()`` and the door when ready to run.
@@ -1248,7 +1249,7 @@ class Worker:
         """
         self.parameter_server = parameter_server
         self.turns = threading.Semaphore(IN_FLIGHT_PER_WORKER)
-        tf = await asyncio.to_thread(import_tensorflow)  # while the parameter server does the same
+        tf = await asyncio.to_thread(import_tensorflow)
         addresses, _ = await parameter_server.start.remote(others)
         await asyncio.to_thread(self._connect, tf, addresses)
         await self.refresh()

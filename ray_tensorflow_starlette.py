@@ -20,7 +20,7 @@ from starlette.applications import Starlette
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.routing import WebSocketRoute
-from starlette.types import Receive, Scope, Send
+from starlette.types import ASGIApp, Receive, Scope, Send
 from starlette.websockets import WebSocket, WebSocketDisconnect, WebSocketDisconnected
 from uvicorn.protocols.http.auto import AutoHTTPProtocol
 
@@ -108,10 +108,20 @@ def create_app(options: Options | None = None) -> Starlette:
             nothing = InvalidRequest(f"There is no WebSocket at {scope['path'][:100]}: try /ws", 404)
             await WebSocket(scope, receive, send).send_denial_response(response(reply_error(nothing)))
 
-    app = Starlette(routes=[WebSocketRoute("/ws", push)], lifespan=lifespan)
+    app = Application(routes=[WebSocketRoute("/ws", push)], lifespan=lifespan)
     # not a route: TensorFlow Serving's rules match the path before it is decoded, and any method
     app.router.default = default
     return app
+
+
+class Application(Starlette):
+    """Starlette's, but without the two layers around each request and answer that turn exceptions into responses: here none is left."""
+
+    def build_middleware_stack(self) -> ASGIApp:
+        stack = self.router
+        for kind, arguments, named in reversed(self.user_middleware):
+            stack = kind(stack, *arguments, **named)
+        return stack
 
 
 async def give_up_on_the_gone(waiting: dict[Request, asyncio.Task]) -> None:

@@ -124,7 +124,7 @@ def test_no_acknowledged_add_is_lost_or_counted_twice_and_no_answer_is_late_what
 
 
 def test_a_worker_that_stops_answering_is_replaced_while_requests_go_on_and_nothing_is_counted_twice_after_it_wakes():
-    with Server("starlette", "--workers", "2", "--model", "example_models:linear") as server:
+    with Server("starlette", "--workers", "2", "--max-batch", "2") as server:
         server.wait_ready(workers=2)
         stopped = workers(server)[0]
         clients = Clients(server, lambda client, asked: ("GET", "/?value=1", None, 1), 8)

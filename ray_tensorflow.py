@@ -1240,7 +1240,8 @@ class Worker:
         self.versions: dict[str, int] = {}  # of the weights in each mirror
         self.staying = asyncio.Event()
         self.door = listen(self.run)
-        threading.Thread(target=import_tensorflow, daemon=True).start()  # while the parameter server does the same
+        importer = concurrent.futures.ThreadPoolExecutor(1, "import")  # one alone: imports in two threads may block each other
+        self.tensorflow = importer.submit(import_tensorflow)  # now, while the parameter server does the same
 
     async def start(self, parameter_server, others: list[str]) -> tuple[dict[str, Any], Door]:
         """Build the graphs and warm them up; returns ``about_this_actor()`` and the door when ready to run.
@@ -1249,7 +1250,7 @@ class Worker:
         """
         self.parameter_server = parameter_server
         self.turns = threading.Semaphore(IN_FLIGHT_PER_WORKER)
-        tf = await asyncio.to_thread(import_tensorflow)
+        tf = await asyncio.wrap_future(self.tensorflow)
         addresses, _ = await parameter_server.start.remote(others)
         await asyncio.to_thread(self._connect, tf, addresses)
         await self.refresh()
@@ -1290,11 +1291,13 @@ class Worker:
         for feed in feeds:
             try:
                 results.append(graph.run(signature, feed))
+                continue
             except Exception as error:  # answered to whoever asked
-                code, message = failure_of(error)
-                if code in DISCONNECTED and not PythonFailure.find(error):
-                    raise ServerLost(f"The parameter server does not answer: {message}") from None
-                results.append((HTTP_STATUS.get(code, 500), message))
+                (code, message), by_python = failure_of(error), PythonFailure.find(error)
+            # not in the block above: an error that knew of TensorFlow's would keep the session, whose end waits for its server
+            if code in DISCONNECTED and not by_python:
+                raise ServerLost(f"The parameter server does not answer: {message}")
+            results.append((HTTP_STATUS.get(code, 500), message))
         return results
 
     async def stay(self) -> None:
@@ -1341,7 +1344,7 @@ def listen(run: Callable[..., Any]) -> Door:
                     try:
                         answer = run(*arguments)
                     except Error as error:
-                        answer = error
+                        answer = error.with_traceback(None)  # else it would keep this frame, and the frame it
                     send(connection, answer)
 
     threading.Thread(target=accept, name="door", daemon=True).start()
@@ -2402,6 +2405,8 @@ class Cluster:
         self._batcher.dispatch()
 
     def _run(self, worker: WorkerId, model: str, signature: str, feeds: list[list[np.ndarray]]) -> concurrent.futures.Future:
+        if worker not in self._lines:
+            raise ServerLost(f"Worker {worker.index} has just been lost.")
         return self._lines[worker].call(model, signature, feeds)
 
     def _report(self, worker: WorkerId, error: BaseException) -> None:

@@ -70,10 +70,17 @@ def kill(actor: dict) -> None:
     os.kill(actor["pid"], signal.SIGKILL)
 
 
+def ready_workers(server) -> list[dict]:
+    """As soon as there are two of them."""
+    try:
+        return wait_until(lambda: len(found := [w for w in workers(server) if w["state"] == "ready"]) > 1 and found, 60)
+    except AssertionError:
+        raise AssertionError(f"{workers(server)}\n{server.output()}") from None
+
+
 def kill_one_worker(server) -> None:
     """One that is ready, and not the last one."""
-    ready = wait_until(lambda: len(found := [w for w in workers(server) if w["state"] == "ready"]) > 1 and found, 60, "two workers")
-    kill(random.choice(ready))
+    kill(random.choice(ready_workers(server)))
 
 
 def kill_parameter_server(server) -> None:

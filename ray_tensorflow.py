@@ -1361,7 +1361,7 @@ class Lines:
             threading.Thread(target=self._live, name="ray_tensorflow line", daemon=True).start()
 
     def call(self, *arguments) -> concurrent.futures.Future:
-        """Returns at once. The future raises the worker's Error, or OSError when the worker is gone."""
+        """Returns at once. The future raises the worker's Error, or, when that is gone, mostly OSError."""
         future = concurrent.futures.Future()
         self._jobs.put((arguments, future))
         return future
@@ -1383,8 +1383,8 @@ class Lines:
                     answer = receive(connection)
                 except EOFError:
                     answer = ConnectionError("it closed the connection")
-                except OSError as error:
-                    answer = error
+                except Exception as error:  # whatever it is: nobody is to wait for this line for ever
+                    answer = error.with_traceback(None)
                 if isinstance(answer, Exception):
                     future.set_exception(answer)
                 else:
@@ -1418,7 +1418,7 @@ def receive(connection: Connection) -> Any:
 
 
 # ======================================================================================================================
-# The batcher: gathers concurrent requests, before the Ray call, and hands them to the workers round-robin
+# The batcher: gathers concurrent requests before they travel, and hands them to the workers round-robin
 # ======================================================================================================================
 
 IN_FLIGHT_PER_WORKER = 2  # one batch runs while the next one travels

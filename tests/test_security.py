@@ -9,6 +9,7 @@ import os
 import pickle
 import re
 import socket
+import struct
 import subprocess
 import sys
 
@@ -167,6 +168,16 @@ def archive(canary: str) -> bytes:
     file = io.BytesIO()
     np.savez(file, instances=np.array([Bomb(canary)], object))
     return file.getvalue()
+
+
+@pytest.mark.parametrize("key", [b"", bytes(32), bytes(31)], ids=["no key", "a wrong one", "one cut short"])
+def test_a_worker_takes_nothing_from_whoever_has_not_its_key(front_end, listening, canary, key):
+    message = pickled(canary)
+    framed = key + struct.pack("!i", len(message)) + message
+    for port in [port for (_, port), command in listening.items() if command.startswith("ray::Worker")]:
+        assert first_bytes(port, framed) == b""
+    assert front_end.get("/?value=0").status == 200
+    assert not os.path.exists(canary)
 
 
 @pytest.mark.parametrize("kind", ["application/octet-stream", "application/x-python-pickle", "application/json"])

@@ -479,9 +479,9 @@ PARTS = {"adds": adds, "flask": flask, "predictions": predictions, "slow": slow,
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--rounds", type=int, default=5, help="bursts of each (default: 5)")
-    parser.add_argument("--seconds", type=float, default=2.0, help="length of a burst (default: 2)")
-    parser.add_argument("--rows", type=int, default=400, help="rows for map (default: 400)")
+    parser.add_argument("--rounds", type=int, default=3, help="bursts of each (default: 3)")
+    parser.add_argument("--seconds", type=float, default=1.5, help="length of a burst (default: 1.5)")
+    parser.add_argument("--rows", type=int, default=96, help="rows for map (default: 96; 10,000 take ten minutes a side)")
     parser.add_argument("--only", default=",".join(PARTS), help=f"parts, separated by commas (default: {','.join(PARTS)})")
     parser.add_argument("--serve", help=argparse.SUPPRESS)
     parser.add_argument("--port", type=int, help=argparse.SUPPRESS)

@@ -1220,96 +1220,6 @@ async def stay(actor) -> None:
 
 
 # ======================================================================================================================
-# The workers: each builds the same graphs against the parameter server, and runs what it is given
-# ======================================================================================================================
-
-# A result as it crosses processes: arrays in the order of the sorted output names, or (status, message).
-Result = list[np.ndarray] | tuple[int, str]
-
-# tensorflow::error::Code to HTTP status, as TensorFlow Serving has it; any other is 500
-HTTP_STATUS = {1: 499, 3: 400, 4: 504, 5: 404, 6: 409, 7: 403, 8: 429, 9: 400, 10: 409, 11: 400, 12: 501, 14: 503, 16: 401}
-DISCONNECTED = (4, 10, 14)  # what a run fails with when its parameter server is gone, or another one is in its place
-
-
-class Worker:
-    """A Ray actor that runs sessions on the parameter server, for whoever comes to its ``door``."""
-
-    def __init__(self, index: int, options: Options):
-        self.index, self.options = index, options
-        self.graphs: dict[str, Graph] = {}
-        self.versions: dict[str, int] = {}  # of the weights in each mirror
-        self.staying = asyncio.Event()
-        self.door = listen(self.run)
-        importer = concurrent.futures.ThreadPoolExecutor(1, "import")  # one alone: imports in two threads may block each other
-        self.tensorflow = importer.submit(import_tensorflow)  # now, while the parameter server does the same
-
-    async def start(self, parameter_server, others: list[str]) -> tuple[dict[str, Any], Door]:
-        """Build the graphs and warm them up; returns ``about_this_actor()`` and the door when ready to run.
-
-        Called again, with a parameter server that was started anew, it leaves threads behind that still wait for the old one.
-        """
-        self.parameter_server = parameter_server
-        self.turns = threading.Semaphore(IN_FLIGHT_PER_WORKER)
-        tf = await asyncio.wrap_future(self.tensorflow)
-        addresses, _ = await parameter_server.start.remote(others)
-        await asyncio.to_thread(self._connect, tf, addresses)
-        await self.refresh()
-        await asyncio.to_thread(self._warm_up)
-        return about_this_actor(), self.door
-
-    def _connect(self, tf, addresses: list[str]) -> None:
-        if not self.graphs:
-            self.graphs = {graph.source.name: graph for graph in build_graphs(tf, self.options, mirrors=True)}
-        for graph in self.graphs.values():
-            if not is_mirrored(self.options, graph.source):
-                # a plain client session straight on the parameter server: a server of our own would be one more hop
-                graph.connect(tf, addresses, self.options, self.options.timeout_s + 1)  # when nobody waits for it any more
-            elif graph.session is None:
-                graph.connect(tf, [], self.options)
-                graph.restore(variables=False)
-
-    def _warm_up(self) -> None:
-        for graph in self.graphs.values():
-            graph.warm_up()
-
-    async def refresh(self) -> None:
-        """Bring the mirrors up to date, each version's weights through the object store once."""
-        for model, graph in self.graphs.items():
-            if is_mirrored(self.options, graph.source):
-                version, (weights,) = await self.parameter_server.latest.remote(model)
-                if self.versions.get(model) != version:
-                    await asyncio.to_thread(graph.variables.set_weights, await weights)
-                    self.versions[model] = version
-
-    def run(self, model: str, signature: str, feeds: list[list[np.ndarray]]) -> list[Result]:
-        """Run one signature on each of some feeds in turn. One that fails does not touch the others. Raises ServerLost."""
-        with self.turns:
-            return self._run(model, signature, feeds)
-
-    def _run(self, model: str, signature: str, feeds: list[list[np.ndarray]]) -> list[Result]:
-        graph, results = self.graphs[model], []
-        for feed in feeds:
-            try:
-                results.append(graph.run(signature, feed))
-                continue
-            except Exception as error:  # answered to whoever asked
-                (code, message), by_python = failure_of(error), PythonFailure.find(error)
-            # not in the block above: an error that knew of TensorFlow's would keep the session, whose end waits for its server
-            if code in DISCONNECTED and not by_python:
-                raise ServerLost(f"The parameter server does not answer: {message}")
-            results.append((HTTP_STATUS.get(code, 500), message))
-        return results
-
-    async def stay(self) -> None:
-        """Returns only when it is called again: a call whose failure tells at once that this process is gone."""
-        await stay(self)
-
-    async def about(self) -> dict[str, Any]:
-        """Process id, node, and the devices that this actor may use."""
-        return about_this_actor()
-
-
-# ======================================================================================================================
 # Lines: how batches travel. Ray starts and places the actors, watches them and moves weights; but one of its calls takes
 # milliseconds of processor time over all processes, several times what a small run does
 # ======================================================================================================================
@@ -1415,6 +1325,96 @@ def send(connection: Connection, value: Any) -> None:
 
 def receive(connection: Connection) -> Any:
     return pickle.loads(connection.recv_bytes(), buffers=iter(connection.recv_bytes, None))
+
+
+# ======================================================================================================================
+# The workers: each builds the same graphs against the parameter server, and runs what it is given
+# ======================================================================================================================
+
+# A result as it crosses processes: arrays in the order of the sorted output names, or (status, message).
+Result = list[np.ndarray] | tuple[int, str]
+
+# tensorflow::error::Code to HTTP status, as TensorFlow Serving has it; any other is 500
+HTTP_STATUS = {1: 499, 3: 400, 4: 504, 5: 404, 6: 409, 7: 403, 8: 429, 9: 400, 10: 409, 11: 400, 12: 501, 14: 503, 16: 401}
+DISCONNECTED = (4, 10, 14)  # what a run fails with when its parameter server is gone, or another one is in its place
+
+
+class Worker:
+    """A Ray actor that runs sessions on the parameter server, for whoever comes to its ``door``."""
+
+    def __init__(self, index: int, options: Options):
+        self.index, self.options = index, options
+        self.graphs: dict[str, Graph] = {}
+        self.versions: dict[str, int] = {}  # of the weights in each mirror
+        self.staying = asyncio.Event()
+        self.door = listen(self.run)
+        importer = concurrent.futures.ThreadPoolExecutor(1, "import")  # one alone: imports in two threads may block each other
+        self.tensorflow = importer.submit(import_tensorflow)  # now, while the parameter server does the same
+
+    async def start(self, parameter_server, others: list[str]) -> tuple[dict[str, Any], Door]:
+        """Build the graphs and warm them up; returns ``about_this_actor()`` and the door when ready to run.
+
+        Called again, with a parameter server that was started anew, it leaves threads behind that still wait for the old one.
+        """
+        self.parameter_server = parameter_server
+        self.turns = threading.Semaphore(IN_FLIGHT_PER_WORKER)
+        tf = await asyncio.wrap_future(self.tensorflow)
+        addresses, _ = await parameter_server.start.remote(others)
+        await asyncio.to_thread(self._connect, tf, addresses)
+        await self.refresh()
+        await asyncio.to_thread(self._warm_up)
+        return about_this_actor(), self.door
+
+    def _connect(self, tf, addresses: list[str]) -> None:
+        if not self.graphs:
+            self.graphs = {graph.source.name: graph for graph in build_graphs(tf, self.options, mirrors=True)}
+        for graph in self.graphs.values():
+            if not is_mirrored(self.options, graph.source):
+                # a plain client session straight on the parameter server: a server of our own would be one more hop
+                graph.connect(tf, addresses, self.options, self.options.timeout_s + 1)  # when nobody waits for it any more
+            elif graph.session is None:
+                graph.connect(tf, [], self.options)
+                graph.restore(variables=False)
+
+    def _warm_up(self) -> None:
+        for graph in self.graphs.values():
+            graph.warm_up()
+
+    async def refresh(self) -> None:
+        """Bring the mirrors up to date, each version's weights through the object store once."""
+        for model, graph in self.graphs.items():
+            if is_mirrored(self.options, graph.source):
+                version, (weights,) = await self.parameter_server.latest.remote(model)
+                if self.versions.get(model) != version:
+                    await asyncio.to_thread(graph.variables.set_weights, await weights)
+                    self.versions[model] = version
+
+    def run(self, model: str, signature: str, feeds: list[list[np.ndarray]]) -> list[Result]:
+        """Run one signature on each of some feeds in turn. One that fails does not touch the others. Raises ServerLost."""
+        with self.turns:
+            return self._run(model, signature, feeds)
+
+    def _run(self, model: str, signature: str, feeds: list[list[np.ndarray]]) -> list[Result]:
+        graph, results = self.graphs[model], []
+        for feed in feeds:
+            try:
+                results.append(graph.run(signature, feed))
+                continue
+            except Exception as error:  # answered to whoever asked
+                (code, message), by_python = failure_of(error), PythonFailure.find(error)
+            # not in the block above: an error that knew of TensorFlow's would keep the session, whose end waits for its server
+            if code in DISCONNECTED and not by_python:
+                raise ServerLost(f"The parameter server does not answer: {message}")
+            results.append((HTTP_STATUS.get(code, 500), message))
+        return results
+
+    async def stay(self) -> None:
+        """Returns only when it is called again: a call whose failure tells at once that this process is gone."""
+        await stay(self)
+
+    async def about(self) -> dict[str, Any]:
+        """Process id, node, and the devices that this actor may use."""
+        return about_this_actor()
 
 
 # ======================================================================================================================
@@ -1636,7 +1636,7 @@ class Batcher:
         future.add_done_callback(functools.partial(self._finish, batch))
 
     def _finish(self, batch: Batch, future: concurrent.futures.Future) -> None:
-        """Give each request of a batch its part of the results. Runs in Ray's one callback thread: it never waits."""
+        """Give each request of a batch its part of the results. Runs in the thread that waited for them."""
         if error := future.exception():
             if self._is_under_way(batch):
                 self.remove_worker(batch.worker)

@@ -1,12 +1,12 @@
 """TensorFlow graphs, shared by many processes through Ray, served to many requests at once.
 
-A Ray *parameter server* actor holds the only copy of a ``tf.compat.v1`` graph's variables. *Worker* actors each
-build the same graph against it (between-graph replication) and run it asynchronously. A *front end* (this command, or
-the Flask and Starlette apps beside it) gathers concurrent requests into batches and hands them round-robin to the workers.
+A Ray *parameter server* actor holds the only copy of a ``tf.compat.v1`` graph's variables. *Worker* actors each build the
+same graph against it (between-graph replication) and run it asynchronously. A *front end* (this command, or the Flask and
+Starlette apps beside it) gathers concurrent requests into batches and hands them round-robin to the workers.
 
-    front end ─> Cluster ─> Batcher ─┬─> Worker 0 ─┐
-                                     ├─> Worker 1 ─┼─ session.run ─> ParameterServer
-                                     └─> Worker 2 ─┘                 variables, tables, kernels
+    front end ──> Cluster ──> Batcher ──> round robin ──> Worker actor ──> session.run ──> ParameterServer actor(s)
+    HTTP in and out           gathers what        decodes, merges, runs,           variables, tables, kernels;
+                              queued up           splits, encodes                  the first one loads and keeps
 
     python ray_tensorflow.py                                 # worker i adds i to the shared sum
     python ray_tensorflow_starlette.py --model DIR           # serve SavedModels beside it: curl '127.0.0.1:8080/?value=3'
@@ -21,8 +21,6 @@ import argparse
 import asyncio
 import atexit
 import base64
-import binascii
-import bisect
 import collections
 import concurrent.futures
 import contextlib
@@ -31,6 +29,7 @@ import dataclasses
 import errno
 import fcntl
 import functools
+import hashlib
 import hmac
 import http.client
 import importlib
@@ -40,31 +39,30 @@ import logging
 import math
 import os
 import pickle
-import queue
 import re
 import resource
 import secrets
 import shutil
 import signal
 import socket
-import stat
 import struct
 import sys
 import tempfile
 import threading
 import time
 import urllib.parse
-import zipfile
 import zlib
 from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterable, Iterator
-from multiprocessing.connection import Connection
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
+
+# Ray reads these two when it is imported, and never again.
+os.environ.setdefault("RAY_DISABLE_FAILURE_SIGNAL_HANDLER", "1")  # else it takes SIGTERM from whoever handles it
+os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", "^A worker died or was killed")  # a paragraph; we have a line for it
+
 import ray
-import ray.exceptions
 from ray._private import ray_constants
-from ray._private import services as ray_services
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 log = logging.getLogger("ray_tensorflow")
@@ -78,12 +76,18 @@ log = logging.getLogger("ray_tensorflow")
 class Error(Exception):
     """Base of all errors that this project raises on purpose. ``status`` is its HTTP status code."""
 
-    def __init__(self, message: str, status: int = 500):
-        super().__init__(message, status)  # both are arguments, so that the error survives a pickle
-        self.message, self.status = message, status
+    status = 500
+
+    def __init__(self, message: str, status: int | None = None):
+        self.message, self.status = message, status or self.status
+        super().__init__(message, self.status)  # both are arguments, so that the error survives a pickle
 
     def __str__(self) -> str:
         return self.message
+
+    @property
+    def headers(self) -> dict[str, str]:
+        return {"Retry-After": "1"} if self.status in (429, 503) else {}
 
 
 class OptionError(Error):
@@ -93,44 +97,43 @@ class OptionError(Error):
 class InvalidRequest(Error):
     """The request can never succeed as it is: it is wrong in itself, or names what does not exist."""
 
-    def __init__(self, message: str, status: int = 400):
-        super().__init__(message, status)
+    status = 400
 
 
 class Unavailable(Error):
     """Not now, but perhaps soon: the cluster is starting, stopping, or has too much to do."""
 
-    def __init__(self, message: str, status: int = 503):
-        super().__init__(message, status)
+    status = 503
 
 
 class WorkerLost(Error):
-    """A worker went away while it ran a request that changes variables: the change may or may not have been applied."""
+    """A worker or its parameter server went away during the request; a change that it asked for may have been applied."""
 
-    def __init__(self, message: str, status: int = 502):
-        super().__init__(message, status)
-
-
-class ServerLost(Error):
-    """A worker's session has lost its parameter server: nobody knows what of the run has been applied."""
+    status = 502
 
 
 class DeadlineExceeded(Error):
     """The request's deadline passed before its answer came."""
 
-    def __init__(self, message: str, status: int = 504):
-        super().__init__(message, status)
+    status = 504
 
 
 class ModelError(Error):
-    """The model itself failed on this request."""
+    """The model itself failed: on this request, or when it was loaded."""
+
+
+def first_sentence(error: BaseException | str) -> str:
+    """A message without what TensorFlow and Ray put around it: "From /job:...", the nodes, the traces."""
+    lines = [line.strip() for line in str(error).splitlines()]
+    lines = [line for line in lines if line and not line.startswith(("From /job:", "[[", "Graph execution error:"))]
+    return re.sub(r"\s*\[\[.*?\]\]", "", lines[0]) if lines else type(error).__name__
 
 
 # ======================================================================================================================
 # Options: one dataclass is the source of every name, type, default, limit and help text
 # ======================================================================================================================
 
-
+ADDER = "adder"
 FRONT_END, COMMAND = "front end", "command"
 
 
@@ -150,8 +153,8 @@ def number(kind: type, least: float, most: float = math.inf, above: bool = False
             result, as_float = kind(value), float(value)
         except (TypeError, ValueError, OverflowError):
             raise ValueError(allowed) from None
-        large_enough = least < result if above else least <= result
-        if isinstance(value, bool) or result != as_float or not large_enough or not result <= most or math.isinf(result):
+        in_range = (least < result if above else least <= result) and result <= most and not math.isinf(result)
+        if isinstance(value, bool) or result != as_float or not in_range:
             raise ValueError(allowed)
         return result
 
@@ -171,6 +174,12 @@ def one_of(*values: str) -> Callable[[Any], str]:
         return value
 
     return parse
+
+
+def switch(value) -> bool:
+    if str(value).lower() not in ("1", "true", "0", "false"):
+        raise ValueError("1 or 0")
+    return str(value).lower() in ("1", "true")
 
 
 def array_file(value) -> str:
@@ -210,19 +219,20 @@ def model_source(value) -> ModelSource:
         if re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", where):
             return ModelSource(name or where.partition(":")[2], 1, function=where)
         raise ValueError("a folder that exists, or module:function, with an optional NAME= before it")
-    if os.path.basename(folder).isdecimal() and is_saved_model(folder):  # one version of several, named outright
-        return ModelSource(name or os.path.basename(os.path.dirname(folder)), int(os.path.basename(folder)), folder)
+    parent, base = os.path.split(folder)
+    if is_saved_model(folder) and base.isdecimal():  # one version of several, named outright
+        return ModelSource(name or os.path.basename(parent), int(base), folder)
     if is_saved_model(folder):
-        return ModelSource(name or os.path.basename(folder), 1, folder)
+        return ModelSource(name or base, 1, folder)
     versions = [v for v in os.listdir(folder) if v.isdecimal() and is_saved_model(os.path.join(folder, v))]
     if not versions:
         raise ValueError("a folder with a saved_model.pb in it, or in one of its folders that are named by a number")
     version = max(versions, key=int)
-    return ModelSource(name or os.path.basename(folder), int(version), os.path.join(folder, version))
+    return ModelSource(name or base, int(version), os.path.join(folder, version))
 
 
 def model_sources(values) -> tuple[ModelSource, ...]:
-    values = values.split(",") if isinstance(values, str) else list(values) if isinstance(values, (list, tuple)) else [values]
+    values = values.split(",") if isinstance(values, str) else values if isinstance(values, (list, tuple)) else [values]
     sources = tuple(model_source(value) for value in values)
     names = [ADDER] + [source.name for source in sources]
     for name in names:
@@ -245,20 +255,24 @@ class Options:
         " [NAME=]module:function (a graph of your own); repeatable, in the environment separated by commas", model_sources)
     parameter_servers: int = option(1, "TensorFlow ps tasks, over which variables are spread", number(int, 1))
     placement: str = option(
-        "shared", "shared: models live and run on the parameter server, one copy in all; mirrored: each worker keeps a copy of the"
-        " weights on its own device and runs there", one_of("shared", "mirrored"))
+        "shared", "shared: models live and run on the parameter server, one copy in all; mirrored: each worker keeps a"
+        " copy of the weights on its own device and runs there", one_of("shared", "mirrored"))
     max_batch: int = option(64, "most requests that one session.run takes together", number(int, 1))
     batch_wait_ms: float = option(0.0, "how long a batch may wait for company, in milliseconds", number(float, 0))
     max_queue: int = option(1024, "waiting requests past which new ones are refused", number(int, 1))
-    checkpoint_dir: str | None = option(
-        None, "folder in which the sum and changed variables are kept, through power cuts and for the next start; without it they"
-        " are kept as long as the program runs", text)
     timeout_s: float = option(30.0, "deadline of one request, in seconds", number(float, 0, above=True))
+    exact: bool = option(
+        False, "merge rows of several requests only where every answer stays the same to the last bit", switch)
+    checkpoint_dir: str | None = option(
+        None, "folder in which the sum and changed variables are kept, through power cuts and for the next start; without"
+        " it they are kept as long as the program runs", text)
     address: str | None = option(None, "Ray cluster to join ('auto': the one that runs here), else one is started", text)
-    host: str | None = option(None, "address to listen on: 0.0.0.0 where the platform sets PORT, else 127.0.0.1", text, FRONT_END)
-    port: int | None = option(None, "port to listen on: PORT where the platform sets it, else 8080", number(int, 0, 65535), FRONT_END)
-    input: str | None = option(None, "rows to predict with the one --model: .npy, or .npz by input name", array_file, COMMAND)
-    output: str | None = option(None, "where the predictions go: .npy, or .npz by output name", array_file, COMMAND)
+    host: str | None = option(
+        None, "address to listen on: 0.0.0.0 where the platform sets PORT, else 127.0.0.1", text, FRONT_END)
+    port: int | None = option(
+        None, "port to listen on: PORT where the platform sets it, else 8080", number(int, 0, 65535), FRONT_END)
+    input: str | None = option(None, "rows to predict with the one --model: .npy, or .npz by input", array_file, COMMAND)
+    output: str | None = option(None, "where predictions go: .npy, or .npz by output name", array_file, COMMAND)
 
     def __post_init__(self):
         for field in dataclasses.fields(self):
@@ -269,7 +283,8 @@ class Options:
                 object.__setattr__(self, field.name, field.metadata["parse"](value))
             except ValueError as error:
                 shown = ",".join(map(str, value)) if isinstance(value, (list, tuple)) else value
-                raise OptionError(f"--{field.name.replace('_', '-')} {shown!s:.200}: must be {error}") from None
+                message = f"--{field.name.replace('_', '-')} {shown!s:.200}: must be {error}"
+                raise OptionError(message) from None
         if (self.input is None) != (self.output is None):
             raise OptionError("--input and --output: one needs the other")
         if self.input is not None and len(self.model) != 1:
@@ -290,10 +305,12 @@ class Options:
         parser = argparse.ArgumentParser(description=description, allow_abbrev=False)
         for field in dataclasses.fields(cls):
             if field.metadata["only"] in (None, kind):
-                default = "" if field.default in (None, ()) else f" (default: {field.default})"
-                parser.add_argument(
-                    f"--{field.name.replace('_', '-')}", help=field.metadata["help"] + default, default=argparse.SUPPRESS,
-                    action="append" if field.name == "model" else "store", metavar=field.name.upper().split("_")[-1])
+                default = "" if field.default in (None, (), False) else f" (default: {field.default})"
+                how = {"action": "append" if field.name == "model" else "store", "metavar": field.name.upper()}
+                if field.default is False:
+                    how = {"action": "store_true"}
+                parser.add_argument(f"--{field.name.replace('_', '-')}", help=field.metadata["help"] + default,
+                                    default=argparse.SUPPRESS, **how)
         try:
             options = cls.from_environment(**vars(parser.parse_args(arguments)))
             if kind == FRONT_END:
@@ -305,7 +322,7 @@ class Options:
     @property
     def shared(self) -> dict[str, Any]:
         """Those that all front ends of one shared cluster must have in common."""
-        names = ("workers", "threads", "model", "parameter_servers", "placement", "max_batch", "checkpoint_dir")
+        names = ("workers", "threads", "model", "parameter_servers", "placement", "max_batch", "exact", "checkpoint_dir")
         return {name: getattr(self, name) for name in names}
 
     @property
@@ -320,7 +337,7 @@ class Options:
 
 
 # ======================================================================================================================
-# Models: a MetaGraphDef with signatures, whether it comes from a SavedModel or from a function
+# Graphs: a model in one process, whether it comes from a SavedModel or from a function
 # ======================================================================================================================
 
 
@@ -331,42 +348,40 @@ class TensorSpec(NamedTuple):
     shape: tuple[int | None, ...] | None
 
     @property
-    def free_first_axis(self) -> bool:
+    def has_rows(self) -> bool:
         return bool(self.shape) and self.shape[0] is None
 
 
 @dataclasses.dataclass
 class Signature:
-    """What can be run: named inputs to named outputs. Plain values only, since it crosses processes."""
+    """What can be run: named inputs to named outputs, in the order of their sorted names."""
 
     name: str
     inputs: dict[str, TensorSpec]
     outputs: dict[str, TensorSpec]
+    method: str  # tensorflow/serving/predict, /classify or /regress
     writes: bool  # running it changes variables: it is never run twice for one request
-    batched: bool = False  # rows of several requests may share one run: each answer is the same to the last bit
-    calls_out: bool = False  # it runs Python functions, such as remote_predict: it may wait for what only another slot can do
-    method: str = "tensorflow/serving/predict"
+    calls_out: bool  # it runs Python functions, such as remote_predict: it may wait for what only another place can do
+    merged: bool = False  # rows of several requests may share one run
 
 
-@dataclasses.dataclass
-class Model:
-    """A loaded model as the front ends know it."""
+class Model(NamedTuple):
+    """A served model as everybody but its graph knows it. One with an ``error`` could not be loaded."""
 
     name: str
     version: int
-    signatures: dict[str, Signature]
-    metadata: dict[str, Any]  # its SignatureDefs as proto3 JSON
-
-
-ADDER = "adder"
+    metadata: dict[str, Any] = {}  # its SignatureDefs as proto3 JSON
+    merged: tuple[str, ...] = ()  # the signatures of which several requests may share one run
+    calls_out: bool = False
+    error: str | None = None
 
 
 def build_adder(tf):
     """The built-in model: a shared float64 sum to which values are added; each gets the sum right after its own add.
 
     Read, cumulative sum and assignment are one critical section of one ``session.run``, so that no other worker's add
-    slips between (tensorflow#6360). The new sum is checked, and kept, before it is assigned: a run that fails changes nothing,
-    and no sum is ever answered that is not on disk. float64, because a float32 sum stops counting at 2**24.
+    slips between (tensorflow#6360). The new sum is checked, and kept, before it is assigned: a run that fails changes
+    nothing, and no sum is ever answered that is not on disk. float64, because a float32 sum stops counting at 2**24.
     """
     value = tf.placeholder(tf.float64, [None], name="value")
     total = tf.get_variable("sum", [], tf.float64, tf.zeros_initializer())
@@ -385,6 +400,7 @@ def build_adder(tf):
 
 # Rows are applied in order, and a run that fails has changed nothing: so requests may share a run although it writes.
 build_adder.atomic = True
+ADDER_SOURCE = ModelSource(ADDER, 1, function="ray_tensorflow:build_adder")
 
 
 def import_tensorflow():
@@ -399,11 +415,11 @@ def import_tensorflow():
     import tensorflow.compat.v1 as tf
 
     tf.disable_eager_execution()  # and not disable_v2_behavior(), which brings reference variables back
-    tf.get_logger().setLevel(os.environ.get("RAY_TENSORFLOW_LOG", "ERROR"))
+    tf.get_logger().setLevel("ERROR")
     return tf
 
 
-def session_config(tf, addresses: list[str], timeout_s: float = 0):
+def session_config(tf, addresses: list[str], timeout_s: float):
     """The one session config: variables live on the ``ps`` tasks and are shared by all sessions made with it.
 
     The TF servers know nothing of each other; each session brings the cluster along. Without ``share_session_state``
@@ -424,64 +440,60 @@ def server_config(tf, options: Options, calls_out: bool):
 
     Python functions that wait for another server get threads beside those that compute, else they would wait for themselves.
     """
-    waiting = IN_FLIGHT_PER_WORKER * options.workers if calls_out else 0
+    waiting = PLACES * options.workers if calls_out else 0
     return tf.ConfigProto(
         intra_op_parallelism_threads=options.threads, inter_op_parallelism_threads=options.threads + waiting,
         gpu_options=tf.GPUOptions(allow_growth=True), allow_soft_placement=True)
 
 
 class Graph:
-    """A model's graph in one process, ready for one session: ``signatures``, ``run`` and, where it is held, ``restore``.
+    """A model's graph in one process: ``connect`` it to where it runs, ``restore`` it where it is held, then ``run``.
 
-    All operations are made here, once; then the graph is finalized (tensorflow#4151). Stateful nodes get the model's name as
-    their container, since equal names in two models would otherwise be one variable on the parameter server.
+    All operations are made here, once; then the graph is finalized (tensorflow#4151). Stateful nodes get the model's name
+    as their container, since equal names in two models would otherwise be one variable on the parameter server.
 
-    The device rule, for task ``home`` of ``tasks`` parameter servers: a graph of one's own runs at home, and its variables are
-    spread over all of them; a SavedModel is at home as a whole. A mirror (``tasks`` 0) is all on this process's own device.
+    The device rule, for task ``home`` of ``tasks`` parameter servers: a graph of one's own runs at home, and its variables
+    are spread over all of them; a SavedModel is at home as a whole. A mirror (``tasks`` 0) is on this process's own device.
     """
 
     def __init__(self, tf, source: ModelSource, home: int = 0, tasks: int = 1):
         from tensorflow.python.saved_model import loader_impl
 
         self.source, self.home = source, home
-        self.graph = tf.Graph()
-        self._loader = self._builder = self.session = self._callables = None
-        if source.folder:
-            self._loader = loader_impl.SavedModelLoader(source.folder)
-            meta_graph = copy.deepcopy(self._loader.get_meta_graph_def_from_tags(["serve"]))
-            for node in itertools.chain(meta_graph.graph_def.node, *(f.node_def for f in meta_graph.graph_def.library.function)):
-                node.device = ""  # devices of the machine that saved it (tensorflow#4011)
-            self.atomic = False
+        self._loader = loader_impl.SavedModelLoader(source.folder) if source.folder else None
+        if self._loader:
+            meta_graph, self.atomic = copy.deepcopy(self._loader.get_meta_graph_def_from_tags(["serve"])), False
         else:
             meta_graph = self._build(tf)
-        set_containers(meta_graph.graph_def, source.name.encode().hex())  # no underscore is allowed in a container's name
-        self.signature_defs = meta_graph.signature_def
-
+        self._signature_defs = meta_graph.signature_def
         # Inputs lose their static shapes: like TensorFlow Serving, we leave the judgement to the kernels.
-        inputs = {info.name.partition(":")[0] for d in self.signature_defs.values() for info in d.inputs.values()}
-        for node in meta_graph.graph_def.node:
-            if node.name in inputs and node.op in ("Placeholder", "PlaceholderV2"):
-                node.attr["shape"].shape.Clear()
-                node.attr["shape"].shape.unknown_rank = True
+        inputs = {info.name.partition(":")[0] for d in self._signature_defs.values() for info in d.inputs.values()}
+        prepare_nodes(meta_graph.graph_def, f"{source.name}/{source.version}".encode().hex(), inputs)
+        self.fingerprint = hashlib.sha256(meta_graph.SerializeToString(deterministic=True)).hexdigest()
+
         device = f"/job:ps/task:{home}" if tasks else None
         if source.function and tasks > 1:
             device = tf.train.replica_device_setter(tasks, worker_device=device)
+        self.graph = tf.Graph()
         with self.graph.as_default(), tf.device(device):
             self._saver = tf.train.import_meta_graph(meta_graph)
-            names = {t.name for d in self.signature_defs.values() for t in d.outputs.values() if t.dtype and t.name}
+            names = {t.name for d in self._signature_defs.values() for t in d.outputs.values() if t.dtype and t.name}
             self.variables = TensorFlowVariables([self.graph.get_tensor_by_name(name) for name in sorted(names)])
         self.graph.finalize()
 
-        self.signatures = {}
-        for name, definition in self.signature_defs.items():
+        self.session, self._callables, self._places = None, {}, {}
+        self.signatures: dict[str, Signature] = {}
+        for name, definition in self._signature_defs.items():
             tensors = [*definition.inputs.values(), *definition.outputs.values()]
             if definition.outputs and all(t.WhichOneof("encoding") == "name" and t.dtype for t in tensors):
-                inputs, outputs = ({k: tensor_spec(self.graph, v[k]) for k in sorted(v)} for v in (definition.inputs, definition.outputs))
+                specs = [{k: tensor_spec(self.graph, side[k]) for k in sorted(side)}
+                         for side in (definition.inputs, definition.outputs)]
                 types = operation_types(meta_graph.graph_def, [t.name for t in definition.outputs.values()])
                 writes = any(map(STATE_CHANGING.fullmatch, types))
                 calls_out = not self.atomic and any(map(PYTHON_FUNCTION.fullmatch, types))
-                self.signatures[name] = Signature(
-                    name, inputs, outputs, writes, calls_out=calls_out, method=definition.method_name)
+                self.signatures[name] = Signature(name, *specs, definition.method_name, writes, calls_out)
+        self.writes = any(signature.writes for signature in self.signatures.values())
+        self.calls_out = any(signature.calls_out for signature in self.signatures.values())
 
     def _build(self, tf):
         """Call the user's function, in a graph of its own, and describe what it made as a SavedModel would."""
@@ -493,14 +505,13 @@ class Graph:
         self._builder = tf.Graph()  # kept: it owns the Python functions of its py_func operations
         with self._builder.as_default():
             signatures = {  # a variable may stand for its value
-                signature: [{name: tf.convert_to_tensor(value) for name, value in side.items()} for side in (inputs, outputs)]
-                for signature, (inputs, outputs) in function(tf).items()}
+                signature: [{k: tf.convert_to_tensor(v) for k, v in side.items()} for side in sides]
+                for signature, sides in function(tf).items()}
             initializers = tf.global_variables_initializer(), tf.local_variables_initializer(), tf.tables_initializer()
-            initializer = tf.group(*initializers, name="initialize_all")
+            self._initializer = tf.group(*initializers, name="initialize_all").name
         meta_graph = meta_graph_pb2.MetaGraphDef(graph_def=self._builder.as_graph_def())
-        self._initializer = initializer.name
         for signature, sides in signatures.items():
-            infos = [{name: tf.saved_model.build_tensor_info(tensor) for name, tensor in side.items()} for side in sides]
+            infos = [{k: tf.saved_model.build_tensor_info(tensor) for k, tensor in side.items()} for side in sides]
             meta_graph.signature_def[signature].CopyFrom(
                 tf.saved_model.build_signature_def(*infos, method_name=tf.saved_model.PREDICT_METHOD_NAME))
         return meta_graph
@@ -514,30 +525,36 @@ class Graph:
 
         target = f"grpc://{addresses[self.home]}" if addresses else ""
         config = session_config(tf, addresses, timeout_s) if addresses else server_config(tf, options, self.calls_out)
-        session, callables, places = tf.Session(target, self.graph, config), {}, {}
-        for name in self.signatures:
-            definition = self.signature_defs[name]
-            feed = [definition.inputs[alias].name for alias in sorted(definition.inputs)]
-            fetch = [definition.outputs[alias].name for alias in sorted(definition.outputs)]
-            once = list(dict.fromkeys(fetch))  # TensorFlow wants each tensor named once
-            places[name] = [once.index(tensor) for tensor in fetch]
-            # half the time of session.run, and no check against static shapes; make_callable is session.run in disguise
-            call = config_pb2.CallableOptions(feed=feed, fetch=once)
-            callables[name] = session._make_callable_from_options(call)
         left = [self.session, self._callables]
-        self.session, self._callables, self._places = session, callables, places
-        self.variables.set_session(session)
+        self.session, self._callables = tf.Session(target, self.graph, config), {}
+        for name, signature in self.signatures.items():
+            definition = self._signature_defs[name]
+            feed = [definition.inputs[alias].name for alias in signature.inputs]
+            fetch = [definition.outputs[alias].name for alias in signature.outputs]
+            once = list(dict.fromkeys(tensor for tensor in fetch if tensor not in feed))  # TensorFlow wants it so
+            # half the time of session.run, and no check against static shapes; make_callable is session.run in disguise
+            self._callables[name] = self.session._make_callable_from_options(
+                config_pb2.CallableOptions(feed=feed, fetch=once))
+            self._places[name] = [(feed + once).index(tensor) for tensor in fetch]  # an output may be an input itself
+        self.variables.set_session(self.session)
         threading.Thread(target=left.clear, daemon=True).start()  # the end of a session waits for its server as well
 
-    @property
-    def calls_out(self) -> bool:
-        return any(signature.calls_out for signature in self.signatures.values())
-
     def run(self, signature: str, feed: list[np.ndarray]) -> list[np.ndarray]:
-        """The one ``session.run``: arrays in the order of the sorted input names to arrays in that of the outputs."""
-        outputs = self._callables[signature](*feed)
-        outputs = [np.array(output, object) if isinstance(output, bytes) else np.asarray(output) for output in outputs]
-        return [outputs[place] for place in self._places[signature]]
+        """The one ``session.run``: arrays in the order of the sorted input names to arrays in that of the outputs.
+
+        Raises ModelError with the HTTP status that fits, or ConnectionError when the parameter server has gone.
+        """
+        try:
+            arrays, failure = [*feed, *self._callables[signature](*feed)], None
+        except Exception as error:
+            failure = failure_of(error)
+        if failure:  # raised out here, by a frame that does not know the session: its end would wait for its server
+            code, message, is_ours = failure
+            if code in DISCONNECTED and not is_ours:
+                raise ConnectionError(message)
+            raise ModelError(message, HTTP_STATUS.get(code, 500))
+        outputs = [arrays[place] for place in self._places[signature]]
+        return [np.array(output, object) if isinstance(output, bytes) else np.asarray(output) for output in outputs]
 
     def restore(self, variables: bool = True) -> None:
         """Put the variables' (unless they come from elsewhere) and tables' first values in place."""
@@ -548,41 +565,41 @@ class Graph:
         else:
             self.session.run(self.graph.get_operation_by_name(self._initializer))
 
-    def describe(self, max_batch: int) -> Model:
-        """What the front ends have to know of this model. Finds out by experiment which signatures can be batched."""
+    def metadata(self) -> dict[str, Any]:
         from google.protobuf import json_format
 
-        for signature in self.signatures.values():
-            specs = [*signature.inputs.values(), *signature.outputs.values()]
-            if signature.inputs and not signature.calls_out and all(spec.free_first_axis for spec in specs):
-                signature.batched = self.atomic if signature.writes else self._rows_are_independent(signature, max_batch)
-        definitions = {
-            name: json_format.MessageToDict(d, always_print_fields_with_no_presence=True, preserving_proto_field_name=True)
-            for name, d in sorted(self.signature_defs.items())}
-        return Model(self.source.name, self.source.version, self.signatures, {"signature_def": {"signature_def": definitions}})
+        convert = functools.partial(
+            json_format.MessageToDict, always_print_fields_with_no_presence=True, preserving_proto_field_name=True)
+        return {"signature_def": {"signature_def": {k: convert(d) for k, d in sorted(self._signature_defs.items())}}}
 
-    def _rows_are_independent(self, signature: Signature, max_batch: int, seconds: float = 5.0) -> bool:
-        """Is each row's answer the same to the last bit, whatever rows it shares a run with?
+    def find_merged(self, options: Options) -> list[str]:
+        """The signatures of which several requests may share a run, found by experiment."""
+        return [name for name, signature in self.signatures.items()
+                if all(spec.has_rows for spec in [*signature.inputs.values(), *signature.outputs.values()])
+                and signature.inputs and not signature.calls_out
+                and (self.atomic if signature.writes else self._rows_are_independent(signature, options))]
 
-        Not a matter of course: matrix products and convolutions of several rows add in another order than those of one,
-        and oneDNN picks its kernels by shape. Tried on random rows; a model too slow to be tried gains little anyway.
+    def _rows_are_independent(self, signature: Signature, options: Options, rows: int = 8, seconds: float = 10) -> bool:
+        """Is each row's answer the same, whatever rows it shares a run with? Tried on random rows.
+
+        Not a matter of course: a softmax over the batch, its mean or its length are other numbers in other company. Matrix
+        products and convolutions of several rows add in another order than those of one, and so differ in the last digits:
+        that is allowed, unless ``--exact``. oneDNN picks its kernels by shape, hence many sizes then.
         """
+        sizes = {2, 3, 5, 8, 13, 16, 32, options.max_batch} if options.exact else {2, 8, 16}
+        sample = sample_rows(signature, max(rows, options.max_batch))
         deadline = time.monotonic() + seconds
-        rows = sample_rows(signature, max_batch)
-        alone: list[list[np.ndarray]] = []
         try:
-            for together in sorted({2, 3, 5, 8, 13, 16, 32, max_batch}):
-                while len(alone) < together <= max_batch:
-                    alone.append(self.run(signature.name, [array[len(alone):len(alone) + 1] for array in rows]))
-                    if time.monotonic() > deadline:
+            alone = [self.run(signature.name, [array[i:i + 1] for array in sample]) for i in range(rows)]
+            for size in sorted(size for size in sizes if size <= options.max_batch):
+                if time.monotonic() > deadline:
+                    raise TimeoutError(f"{signature.name} takes too long to be tried")
+                together = self.run(signature.name, [array[:size] for array in sample])
+                for result, *singles in zip(together, *alone[:size]):
+                    if len(result) != size or not same(result[:rows], np.concatenate(singles), options.exact):
                         return False
-                if together <= max_batch:
-                    results = self.run(signature.name, [array[:together] for array in rows])
-                    for result, *singles in zip(results, *alone[:together]):
-                        if not same_bits(result, np.concatenate(singles)):
-                            return False
         except Exception as error:  # it does not like our random rows, and we cannot know what it likes
-            log.info("model %s: signature %r is not batched: %s", self.source.name, signature.name, first_sentence(str(error)))
+            log.info("model %s: signature %r is not merged: %s", self.source.name, signature.name, first_sentence(error))
             return False
         return True
 
@@ -590,122 +607,34 @@ class Graph:
         """The first run of a signature is slow (tensorflow/serving#385): do it before anybody waits, changing nothing."""
         for signature in self.signatures.values():
             if not signature.calls_out and (not signature.writes or self.atomic):
-                with contextlib.suppress(Exception):  # a sample that the model refuses has warmed it up as well
+                with contextlib.suppress(ModelError):  # a sample that the model refuses has warmed it up as well
                     self.run(signature.name, sample_rows(signature, 0 if self.atomic else 1))
 
 
-class TensorFlowVariables:
-    """Gets and sets the variables behind an output: by name, as Ray's users know it, or as one flat vector.
-
-    ``output`` is a tensor or an operation, or a list of them; found are the variables that it depends on in any way, control
-    dependencies included, and ``input_variables`` beside them. With ``prefix=True`` names lack the scope that all have in
-    common, so that two copies of a network under two scopes can exchange weights. All operations are made here, once.
-
-    ``variables``, ``placeholders`` and ``assignment_nodes`` are dicts by name. After ray.experimental.tf_utils.
-    """
-
-    def __init__(self, output, sess=None, input_variables=None, prefix: bool = False):
-        tf = import_tensorflow()
-        outputs = list(output) if isinstance(output, (list, tuple)) else [output]
-        self.sess = sess
-        operations = variable_operations([getattr(o, "op", o) for o in outputs])
-        operations |= {variable.op.name: variable.op for variable in input_variables or ()}
-        scope = os.path.commonprefix([name.rpartition("/")[0] + "/" for name in operations]).rpartition("/")[0] if prefix else ""
-        named = {name[len(scope) + 1:] if scope else name: operation for name, operation in sorted(operations.items())}
-        graph = next(iter(operations.values()), getattr(outputs[0], "graph", None)).graph if operations else None
-        objects = {v.op.name: v for v in graph.get_collection(tf.GraphKeys.GLOBAL_VARIABLES)} if operations else {}
-        self.variables, self.placeholders, self.assignment_nodes, self._values = {}, {}, {}, {}
-        with graph.as_default() if operations else contextlib.nullcontext():
-            for name, operation in named.items():
-                handle = operation.outputs[0]
-                dtype, shape = operation.get_attr("dtype"), operation.get_attr("shape")
-                with tf.colocate_with(operation):
-                    new = tf.placeholder(dtype, tf.TensorShape(shape), name="Placeholder_" + name)
-                    if operation.type == "VarHandleOp":
-                        value = tf.raw_ops.ReadVariableOp(resource=handle, dtype=dtype)
-                        assign = tf.raw_ops.AssignVariableOp(resource=handle, value=new)
-                    else:  # a reference variable of TensorFlow 1
-                        value, assign = tf.identity(handle), tf.raw_ops.Assign(ref=handle, value=new).op
-                self.variables[name] = objects.get(operation.name, handle)
-                self.placeholders[name], self.assignment_nodes[name], self._values[name] = new, assign, value
-
-    def set_session(self, sess) -> None:
-        self.sess = sess
-
-    def get_flat_size(self) -> int:
-        """How many numbers all variables have together."""
-        return sum(placeholder.shape.num_elements() for placeholder in self.placeholders.values())
-
-    def get_flat(self) -> np.ndarray:
-        """All variables as one vector, in the order of their sorted names."""
-        return np.concatenate([value.ravel() for value in self.get_weights().values()] or [np.zeros(0)])
-
-    def set_flat(self, new_weights: np.ndarray) -> None:
-        """Set all variables from one vector of ``get_flat_size()`` numbers."""
-        new_weights = np.asarray(new_weights)
-        if new_weights.shape != (self.get_flat_size(),):
-            raise InvalidRequest(f"flat weights must have the shape ({self.get_flat_size()},), not {new_weights.shape}")
-        sizes = [placeholder.shape.num_elements() for placeholder in self.placeholders.values()]
-        parts = np.split(new_weights, np.cumsum(sizes)[:-1])
-        shaped = {name: part.reshape(p.shape) for part, (name, p) in zip(parts, self.placeholders.items())}
-        if new_weights.dtype.kind in "biuf":  # the vector has one dtype, but the variables may differ
-            shaped = {name: part.astype(self.placeholders[name].dtype.as_numpy_dtype) for name, part in shaped.items()}
-        self.set_weights(shaped)
-
-    def get_weights(self) -> dict[str, np.ndarray]:
-        """The variables' values by name, one at a time: together they may be more than a protobuf can hold (tensorflow#2233)."""
-        return {name: np.asarray(self._session().run(value)) for name, value in self._values.items()}
-
-    def set_weights(self, new_weights: dict[str, np.ndarray]) -> None:
-        """Set some or all variables. A wrong name or shape is an InvalidRequest, and then none of them is set."""
-        feeds = {}
-        for name, value in new_weights.items():
-            if name not in self.placeholders:
-                raise InvalidRequest(f"there is no variable {name!r}; there are {sorted(self.placeholders)}")
-            placeholder, value = self.placeholders[name], np.asarray(value)
-            if value.shape != tuple(placeholder.shape.as_list()):
-                raise InvalidRequest(f"variable {name!r} has the shape {tuple(placeholder.shape.as_list())}, not {value.shape}")
-            feeds[name] = to_array(f"variable {name!r}", value, TensorSpec(np.dtype(placeholder.dtype.as_numpy_dtype).name, None))
-            if feeds[name].nbytes >= 2**31 - 2**20:
-                raise InvalidRequest(f"variable {name!r} is larger than the 2 GiB that TensorFlow can be fed")
-        together = [feeds] if sum(value.nbytes for value in feeds.values()) < 2**30 else [{name: feeds[name]} for name in feeds]
-        for part in together:
-            nodes = [self.assignment_nodes[name] for name in part]
-            self._session().run(nodes, {self.placeholders[name]: value for name, value in part.items()})
-
-    def _session(self):
-        if self.sess is None:
-            raise InvalidRequest("there is no session yet: give sess, or call set_session")
-        return self.sess
-
-
-def variable_operations(operations: list) -> dict[str, Any]:
-    """The operations that hold variables among these and all that they depend on, by name."""
-    seen, stack = set(), list(operations)
-    while stack:
-        operation = stack.pop()
-        if operation is not None and operation not in seen:
-            seen.add(operation)
-            stack.extend([*(tensor.op for tensor in operation.inputs), *operation.control_inputs])
-    return {operation.name: operation for operation in seen if operation.type in ("VarHandleOp", "VariableV2", "Variable")}
-
-
-def set_containers(graph_def, container: str) -> None:
-    """Put each resource of a graph, those of its functions included, into the named container."""
+def prepare_nodes(graph_def, container: str, inputs: set[str]) -> None:
+    """Make a graph's nodes, those of its functions included, ready to be imported beside other models'."""
     from tensorflow.python.framework import op_def_registry
 
+    for node in graph_def.node:
+        if node.name in inputs and node.op in ("Placeholder", "PlaceholderV2"):
+            node.attr["shape"].shape.Clear()
+            node.attr["shape"].shape.unknown_rank = True
     for node in itertools.chain(graph_def.node, *(function.node_def for function in graph_def.library.function)):
+        node.device = ""  # of the machine that saved it (tensorflow#4011)
         definition = op_def_registry.get(node.op)
-        if definition and any(attribute.name == "container" for attribute in definition.attr):
+        attributes = {attribute.name for attribute in definition.attr} if definition else ()
+        if "container" in attributes:
             own = node.attr["container"].s
             node.attr["container"].s = container.encode() + (b"/" + own if own else b"")
+        if "use_locking" in attributes:  # else two runs at once lose updates
+            node.attr["use_locking"].b = True
 
 
 # Operations that change what a later run sees
 STATE_CHANGING = re.compile(
     r"Assign\w*|(Resource)?(Sparse)?Apply\w+|ResourceScatter\w+|Scatter(Add|Sub|Mul|Div|Min|Max|Update|Nd\w+)"
-    r"|ResourceStridedSliceAssign|(Resource)?CountUpTo|LookupTable(Insert|Import|Remove)\w*|(Queue|Barrier|Stack)\w+|(Map)?(Uns|S)tage"
-    r"|Rng\w+|Stateful(Standard|Uniform|Truncated|Random)\w+|WriteFile")
+    r"|ResourceStridedSliceAssign|(Resource)?CountUpTo|LookupTable(Insert|Import|Remove)\w*|(Queue|Barrier|Stack)\w+"
+    r"|(Map)?(Uns|S)tage|Rng\w+|Stateful(Standard|Uniform|Truncated|Random)\w+|WriteFile")
 PYTHON_FUNCTION = re.compile(r"(Eager)?PyFunc(Stateless)?")
 
 
@@ -730,88 +659,50 @@ def operation_types(graph_def, outputs: list[str]) -> set[str]:
 
 def tensor_spec(graph, info) -> TensorSpec:
     """The declared shape, and the dtype that the tensor has: there are SavedModels that declare another one."""
-    shape = None if info.tensor_shape.unknown_rank else tuple(None if d.size < 0 else d.size for d in info.tensor_shape.dim)
+    shape = None if info.tensor_shape.unknown_rank else tuple(
+        None if d.size < 0 else d.size for d in info.tensor_shape.dim)
     return TensorSpec(np.dtype(graph.get_tensor_by_name(info.name).dtype.as_numpy_dtype).name, shape)
 
 
 def sample_rows(signature: Signature, rows: int) -> list[np.ndarray]:
-    """Random inputs with this many rows, by sorted name: normal numbers, zeros and ones, empty strings."""
+    """Random inputs with this many rows, by sorted name: numbers of several magnitudes, zeros and ones, words."""
     random = np.random.default_rng(0)
     arrays = []
     for spec in signature.inputs.values():
         shape = tuple(3 if n is None else n for n in spec.shape or ())
-        shape = (rows, *shape[1:]) if spec.free_first_axis else shape
-        dtype = np.dtype(spec.dtype)
-        if dtype == object:
-            arrays.append(np.full(shape, b"", object))
+        shape = (rows, *shape[1:]) if spec.has_rows else shape
+        if spec.dtype == "object":
+            words = b"the of and to in is good bad new film music price 7 2024 London ! ? :-)".split()
+            texts = [b" ".join(random.choice(words, random.integers(0, 12))) for _ in range(math.prod(shape))]
+            array = np.empty(len(texts), object)
+            array[:] = texts
+            arrays.append(array.reshape(shape))
+        elif np.dtype(spec.dtype).kind in "biu":
+            arrays.append(random.integers(0, 2, shape).astype(spec.dtype))  # an index must be within its table
         else:
-            numbers = random.integers(0, 2, shape) if dtype.kind in "biu" else random.standard_normal(shape)
-            arrays.append(numbers.astype(dtype))
+            magnitudes = 10 ** random.uniform(-2, 2, shape[:1] + (1,) * (len(shape) - 1))
+            arrays.append((random.standard_normal(shape) * magnitudes).astype(spec.dtype))
     return arrays
 
 
-def same_bits(a: np.ndarray, b: np.ndarray) -> bool:
-    return a.shape == b.shape and (a.tolist() == b.tolist() if a.dtype == object else a.tobytes() == b.tobytes())
+def same(a: np.ndarray, b: np.ndarray, exact: bool) -> bool:
+    """Are two answers equal: floats to rounding, relative to the largest number of the row, all else to the last bit?"""
+    if a.shape != b.shape or a.dtype == object or exact:
+        return a.shape == b.shape and (a.tolist() == b.tolist() if a.dtype == object else a.tobytes() == b.tobytes())
+    if a.dtype.kind in "biu" or not a.size:
+        return bool(np.array_equal(a, b))
+    digits = {2: 2**-7 if a.dtype.name == "bfloat16" else 2**-10, 4: 2**-23, 8: 2**-52}.get(a.dtype.itemsize, 2**-23)
+    a, b = (array.astype(np.complex128 if array.dtype.kind == "c" else np.float64).reshape(len(array), -1)
+            for array in (a, b))
+    largest = np.nanmax(np.where(np.isfinite(b), np.abs(b), 0), axis=1, keepdims=True)
+    with np.errstate(invalid="ignore"):
+        close = (a == b) | (np.abs(a - b) <= 128 * digits * largest) | np.isnan(a) & np.isnan(b)
+    return bool(close.all())
 
 
-def failure_of(error: Exception) -> tuple[int | None, str]:
-    """The ``tensorflow::error::Code`` and the message of what made a run fail."""
-    return PythonFailure.find(error) or (getattr(error, "error_code", None), first_sentence(str(error)))
-
-
-def first_sentence(message: str) -> str:
-    """TensorFlow's message without its first line's "From /job:..." and without the nodes and traces after it."""
-    lines = [line.strip() for line in message.splitlines()]
-    lines = [line for line in lines if line and not line.startswith(("From /job:", "[[", "Graph execution error:"))]
-    return re.sub(r"\s*\[\[.*?\]\]", "", lines[0]) if lines else "no reason was given"
-
-
-# ======================================================================================================================
-# Remote predict: another server's model as an operation of one's own graph
-# ======================================================================================================================
-
-# HTTP status to tensorflow::error::Code, where a server of TensorFlow Serving's REST contract answered with an error
-ERROR_CODES = {400: 3, 401: 16, 403: 7, 404: 5, 409: 10, 413: 3, 429: 8, 499: 1, 501: 12, 502: 14, 503: 14, 504: 4}
-
-
-def remote_predict(
-    input_tensor_aliases: list[str], input_tensors: list, output_tensor_aliases: list[str], target_address: str, model_name: str,
-    model_version: int = -1, max_rpc_deadline_millis: int = 3000, output_types: list | None = None, name: str | None = None,
-    signature_name: str = "serving_default", fail_op_on_rpc_error: bool = True
-):
-    """In a graph: the outputs of a model at ``target_address`` ("host:port"), a server of TensorFlow Serving's REST predict.
-
-    Returns the output tensors, of ``output_types`` (float32 if not given) and unknown shape; a run fails when the call does. With
-    ``fail_op_on_rpc_error=False`` returns (status_code, status_error_message, output tensors) and never fails because of the
-    call: the code is an int32 ``tensorflow::error::Code``, 0 for success, and the outputs are empty scalars after an error.
-    ``model_version`` -1 is the latest. The deadline is for the whole call, in milliseconds.
-
-    Source: tensorflow_serving/experimental/tensorflow/ops/remote_predict. Raises ValueError when the lengths do not agree.
-    """
-    tf = import_tensorflow()
-    dtypes = [tf.as_dtype(dtype) for dtype in output_types or [tf.float32] * len(output_tensor_aliases)]
-    if not model_name:
-        raise ValueError("model_name must be specified.")
-    if len(input_tensor_aliases) != len(input_tensors):
-        raise ValueError(f"{len(input_tensor_aliases)} input_tensor_aliases do not fit {len(input_tensors)} input_tensors")
-    if len(output_tensor_aliases) != len(dtypes):
-        raise ValueError(f"{len(output_tensor_aliases)} output_tensor_aliases do not fit {len(dtypes)} output_types")
-    specs = {alias: TensorSpec(np.dtype(t.as_numpy_dtype).name, None) for alias, t in zip(output_tensor_aliases, dtypes)}
-    version = f"/versions/{model_version}" if model_version >= 0 else ""
-    path = f"/v1/models/{urllib.parse.quote(model_name, safe='')}{version}"
-
-    def call(*inputs):
-        named = dict(zip(input_tensor_aliases, inputs))
-        code, message, outputs = call_remote(target_address, path, signature_name, named, specs, max_rpc_deadline_millis / 1000)
-        if code and fail_op_on_rpc_error:
-            raise PythonFailure(code, message)
-        return [np.int32(code), message.encode(), *outputs]
-
-    name = name or "remote_predict"
-    code, message, *outputs = tf.numpy_function(call, input_tensors, [tf.int32, tf.string, *dtypes], name=name)
-    for scalar in (code, message):
-        scalar.set_shape([])
-    return outputs if fail_op_on_rpc_error else (code, message, outputs)
+# tensorflow::error::Code to HTTP status, as TensorFlow Serving has it; any other is 500
+HTTP_STATUS = {1: 499, 3: 400, 4: 504, 5: 404, 6: 409, 7: 403, 8: 429, 9: 400, 10: 409, 11: 400, 12: 501, 14: 503, 16: 401}
+DISCONNECTED = (4, 10, 14)  # what a run fails with when its parameter server is gone, or another one is in its place
 
 
 class PythonFailure(Exception):
@@ -823,63 +714,232 @@ class PythonFailure(Exception):
     def __init__(self, code: int, message: str):
         super().__init__(f"<{code}:{base64.b64encode(message.encode()).decode()}>")
 
-    @staticmethod
-    def find(error: Exception) -> tuple[int, str] | None:
-        """Code and message, when this is what made a run fail."""
-        found = re.search(r"PythonFailure: <(\d+):([\w+/=]*)>", str(error))
-        return (int(found[1]), base64.b64decode(found[2]).decode()) if found else None
+
+def failure_of(error: Exception) -> tuple[int | None, str, bool]:
+    """What made a run fail: ``tensorflow::error::Code``, message, and whether a PythonFailure said so."""
+    if found := re.search(r"PythonFailure: <(\d+):([\w+/=]*)>", str(error)):
+        return int(found[1]), base64.b64decode(found[2]).decode(), True
+    return getattr(error, "error_code", None), first_sentence(error), False
+
+
+# ======================================================================================================================
+# TensorFlowVariables: the variables behind an output, to get and to set, in any process
+# ======================================================================================================================
+
+
+class TensorFlowVariables:
+    """Gets and sets the variables behind an output: by name, as Ray's users know it, or as one flat vector.
+
+    ``output`` is a tensor or an operation, or a list of them; found are the variables that it depends on in any way,
+    control dependencies included, and ``input_variables`` beside them. With ``prefix=True`` names lack the scope that all
+    have in common, so that two copies of a network under two scopes can exchange weights. All operations are made here.
+
+    ``variables``, ``placeholders`` and ``assignment_nodes`` are dicts by name. After ray.experimental.tf_utils.
+    """
+
+    def __init__(self, output, sess=None, input_variables=None, prefix: bool = False):
+        tf = import_tensorflow()
+        self.sess = sess
+        self.variables, self.placeholders, self.assignment_nodes, self._values = {}, {}, {}, {}
+        outputs = list(output) if isinstance(output, (list, tuple)) else [output]
+        found = variable_operations([getattr(o, "op", o) for o in outputs] + [v.op for v in input_variables or ()])
+        if not found:
+            return
+        scope = os.path.commonprefix([op.name.rpartition("/")[0] + "/" for op in found]).rpartition("/")[0] if prefix else ""
+        graph = found[0].graph
+        objects = {v.op.name: v for v in graph.get_collection(tf.GraphKeys.GLOBAL_VARIABLES)}
+        for operation in found:
+            name = operation.name[len(scope) + 1:] if scope else operation.name
+            handle, dtype = operation.outputs[0], operation.get_attr("dtype")
+            with graph.as_default(), tf.colocate_with(operation):
+                new = tf.placeholder(dtype, tf.TensorShape(operation.get_attr("shape")), name=f"Placeholder_{name}")
+                if operation.type == "VarHandleOp":
+                    value = tf.raw_ops.ReadVariableOp(resource=handle, dtype=dtype)
+                    assign = tf.raw_ops.AssignVariableOp(resource=handle, value=new)
+                else:  # a reference variable of TensorFlow 1
+                    value, assign = tf.identity(handle), tf.raw_ops.Assign(ref=handle, value=new).op
+            self.variables[name] = objects.get(operation.name, handle)
+            self.placeholders[name], self.assignment_nodes[name], self._values[name] = new, assign, value
+
+    def set_session(self, sess) -> None:
+        self.sess = sess
+
+    def get_flat_size(self) -> int:
+        """How many numbers all variables have together."""
+        return sum(placeholder.shape.num_elements() for placeholder in self.placeholders.values())
+
+    def get_flat(self) -> np.ndarray:
+        """All variables as one vector, in the order of their sorted names."""
+        return np.concatenate([value.ravel() for value in self.get_weights().values()] or [np.zeros(0)])
+
+    def set_flat(self, new_weights: np.ndarray) -> None:
+        """Set all variables from one vector of ``get_flat_size()`` numbers."""
+        new_weights = np.asarray(new_weights)
+        if new_weights.shape != (self.get_flat_size(),):
+            raise InvalidRequest(f"flat weights must have the shape ({self.get_flat_size()},), not {new_weights.shape}")
+        ends = np.cumsum([placeholder.shape.num_elements() for placeholder in self.placeholders.values()])
+        parts = zip(np.split(new_weights, ends[:-1]), self.placeholders.items())
+        # the vector has one dtype, but the variables may differ
+        self.set_weights({name: part.reshape(p.shape).astype(p.dtype.as_numpy_dtype) for part, (name, p) in parts})
+
+    def get_weights(self) -> dict[str, np.ndarray]:
+        """The variables' values by name, one at a time: together they may be too much for a protobuf (tensorflow#2233)."""
+        return {name: np.asarray(self._session().run(value)) for name, value in self._values.items()}
+
+    def set_weights(self, new_weights: dict[str, np.ndarray]) -> None:
+        """Set some or all variables. A wrong name or shape is an InvalidRequest, and then none of them is set."""
+        feeds = {}
+        for name, value in new_weights.items():
+            if name not in self.placeholders:
+                raise InvalidRequest(f"there is no variable {name!r}; there are {sorted(self.placeholders)}")
+            placeholder, value = self.placeholders[name], np.asarray(value)
+            shape = tuple(placeholder.shape.as_list())
+            if value.shape != shape:
+                raise InvalidRequest(f"variable {name!r} has the shape {shape}, not {value.shape}")
+            feeds[name] = to_array(f"variable {name!r}", value, np.dtype(placeholder.dtype.as_numpy_dtype))
+            if feeds[name].nbytes >= 2**31 - 2**20:
+                raise InvalidRequest(f"variable {name!r} is larger than the 2 GiB that TensorFlow can be fed")
+        small = sum(value.nbytes for value in feeds.values()) < 2**30
+        for names in [list(feeds)] if small else [[name] for name in feeds]:
+            nodes = [self.assignment_nodes[name] for name in names]
+            self._session().run(nodes, {self.placeholders[name]: feeds[name] for name in names})
+
+    def _session(self):
+        if self.sess is None:
+            raise InvalidRequest("there is no session yet: give sess, or call set_session")
+        return self.sess
+
+
+def variable_operations(operations: list) -> list:
+    """The operations that hold variables among these and all that they depend on, sorted by name."""
+    seen, stack = set(), list(operations)
+    while stack:
+        operation = stack.pop()
+        if operation is not None and operation not in seen:
+            seen.add(operation)
+            stack.extend([*(tensor.op for tensor in operation.inputs), *operation.control_inputs])
+    found = (operation for operation in seen if operation.type in ("VarHandleOp", "VariableV2", "Variable"))
+    return sorted(found, key=lambda operation: operation.name)
+
+
+def to_array(what: str, value: Any, dtype: np.dtype) -> np.ndarray:
+    """Cast to ``dtype`` without loss of kind: ints to floats, not floats to ints. Strings are bytes. Raises InvalidRequest."""
+    array = np.asarray(value)
+    if dtype == object:
+        flat = [v.encode() if isinstance(v, str) else v for v in array.astype(object).ravel().tolist()]
+        if not all(isinstance(v, bytes) for v in flat):
+            raise InvalidRequest(f"{what} takes text or bytes, not {array.dtype}")
+        result = np.empty(len(flat), object)
+        result[:] = flat
+        return result.reshape(array.shape)
+    if array.dtype == dtype:
+        return array
+    if not (np.can_cast(array.dtype, dtype, "same_kind") or array.size == 0):
+        raise InvalidRequest(f"{what} takes {dtype}, not {array.dtype}")
+    with np.errstate(over="ignore"):
+        result = array.astype(dtype)
+    if dtype.kind in "iu" and not np.array_equal(result, array):
+        raise InvalidRequest(f"{what} has a value outside the range of {dtype}")
+    return result
+
+
+# ======================================================================================================================
+# Remote predict: another server's model as an operation of one's own graph
+# ======================================================================================================================
+
+# HTTP status to tensorflow::error::Code, where a server of TensorFlow Serving's REST contract answered with an error
+ERROR_CODES = {400: 3, 401: 16, 403: 7, 404: 5, 409: 10, 413: 3, 429: 8, 499: 1, 501: 12, 502: 14, 503: 14, 504: 4}
+
+
+def remote_predict(
+    input_tensor_aliases: list[str], input_tensors: list, output_tensor_aliases: list[str], target_address: str,
+    model_name: str, model_version: int = -1, max_rpc_deadline_millis: int = 3000, output_types: list | None = None,
+    name: str | None = None, signature_name: str = "serving_default", fail_op_on_rpc_error: bool = True
+):
+    """In a graph: the outputs of a model at ``target_address`` ("host:port"), a server of TensorFlow Serving's REST API.
+
+    Returns the output tensors, of ``output_types`` (float32 if not given) and unknown shape; a run fails when the call
+    does. With ``fail_op_on_rpc_error=False`` returns (status_code, status_error_message, output tensors) and never fails
+    because of the call: the code is an int32 ``tensorflow::error::Code``, 0 for success, and the outputs are empty scalars
+    after an error. ``model_version`` -1 is the latest. The deadline is for the whole call, in milliseconds.
+
+    Source: tensorflow_serving/experimental/tensorflow/ops/remote_predict. Raises ValueError when lengths do not agree.
+    """
+    tf = import_tensorflow()
+    types = [tf.as_dtype(dtype) for dtype in output_types or [tf.float32] * len(output_tensor_aliases)]
+    if not model_name:
+        raise ValueError("model_name must be specified.")
+    for what, aliases, others in (("input_tensors", input_tensor_aliases, input_tensors),
+                                  ("output_types", output_tensor_aliases, types)):
+        if len(aliases) != len(others):
+            raise ValueError(f"{len(aliases)} aliases do not fit {len(others)} {what}")
+    dtypes = {alias: np.dtype(t.as_numpy_dtype) for alias, t in zip(output_tensor_aliases, types)}
+    path = f"/v1/models/{urllib.parse.quote(model_name, safe='')}"
+    path += f"/versions/{model_version}" if model_version >= 0 else ""
+
+    def call(*inputs):
+        code, message, outputs = 0, "", [np.array(b"", object) if d == object else np.zeros((), d) for d in dtypes.values()]
+        try:
+            named = {alias: np.asarray(value) for alias, value in zip(input_tensor_aliases, inputs)}
+            outputs = call_remote(target_address, path, signature_name, named, dtypes, max_rpc_deadline_millis / 1000)
+        except Error as error:
+            code, message = ERROR_CODES.get(error.status, 13), error.message
+        except TimeoutError:
+            code, message = 4, f"{target_address} did not answer within {max_rpc_deadline_millis} ms"
+        except OSError as error:
+            code, message = 14, f"{target_address} cannot be reached: {error.strerror or error}"
+        except Exception as error:
+            code, message = 13, f"{target_address} does not answer as TensorFlow Serving does: {first_sentence(error)}"
+        if code and fail_op_on_rpc_error:
+            raise PythonFailure(code, message)
+        return [np.int32(code), message.encode(), *outputs]
+
+    code, message, *outputs = tf.numpy_function(
+        call, input_tensors, [tf.int32, tf.string, *types], name=name or "remote_predict")
+    for scalar in (code, message):
+        scalar.set_shape([])
+    return outputs if fail_op_on_rpc_error else (code, message, outputs)
 
 
 def call_remote(
-    address: str, path: str, signature_name: str, inputs: dict[str, np.ndarray], specs: dict[str, TensorSpec], seconds: float
-) -> tuple[int, str, list[np.ndarray]]:
-    """``tensorflow::error::Code``, message and outputs of one predict over REST, within so many seconds."""
+    address: str, path: str, signature_name: str, inputs: dict[str, np.ndarray], dtypes: dict[str, np.dtype], seconds: float
+) -> list[np.ndarray]:
+    """The outputs of one predict over REST. Raises Error with the server's answer, TimeoutError, OSError."""
     deadline = time.monotonic() + seconds
-    try:
-        document = json.loads(request_http(address, "GET", f"{path}/metadata", None, deadline))
-        signature = document["metadata"]["signature_def"]["signature_def"].get(signature_name)
-        if signature is None:
-            raise InvalidRequest(f'Serving signature name: "{signature_name}" not found in signature def')
-        if inputs.keys() != signature["inputs"].keys():
-            raise InvalidRequest(f"input aliases {sorted(inputs)} do not match the signature's {sorted(signature['inputs'])}")
-        if missing := specs.keys() - signature["outputs"].keys():
-            raise InvalidRequest(f"output alias {min(missing)!r} is not among the signature's {sorted(signature['outputs'])}")
-        texts = {name: json_texts(np.asarray(array), 0, f"{name}_bytes")[0] for name, array in inputs.items()}
-        body = f'{{"signature_name": {json.dumps(signature_name)}, "inputs": {json_object(texts)}}}'
-        outputs = json.loads(request_http(address, "POST", f"{path}:predict", body.encode(), deadline))["outputs"]
-        named = outputs if len(signature["outputs"]) > 1 else dict.fromkeys(signature["outputs"], outputs)
-        return 0, "", [parse_tensor(named[name], spec) for name, spec in specs.items()]
-    except Error as error:
-        code, message = ERROR_CODES.get(error.status, 13), error.message
-    except TimeoutError:
-        code, message = 4, f"{address} did not answer within {seconds * 1000:g} ms"
-    except OSError as error:
-        code, message = 14, f"{address} cannot be reached: {error.strerror or error}"
-    except (http.client.HTTPException, ValueError, KeyError, TypeError, AttributeError) as error:
-        code, message = 13, f"{address} does not answer as TensorFlow Serving does: {type(error).__name__}: {error}"
-    empty = [np.array(b"", object) if spec.dtype == "object" else np.zeros((), spec.dtype) for spec in specs.values()]
-    return code, " ".join(message.split()), empty
+    document = json.loads(request_http(address, "GET", f"{path}/metadata", None, deadline))
+    signature = document["metadata"]["signature_def"]["signature_def"].get(signature_name)
+    if signature is None:
+        raise InvalidRequest(f'Serving signature name: "{signature_name}" not found in signature def')
+    if inputs.keys() != signature["inputs"].keys():
+        raise InvalidRequest(f"input aliases {sorted(inputs)} do not match the signature's {sorted(signature['inputs'])}")
+    if missing := dtypes.keys() - signature["outputs"].keys():
+        raise InvalidRequest(f"output alias {min(missing)!r} is not among the signature's {sorted(signature['outputs'])}")
+    columns = ", ".join(f"{json.dumps(name)}: {json_text(array, f'{name}_bytes')}" for name, array in inputs.items())
+    body = f'{{"signature_name": {json.dumps(signature_name)}, "inputs": {{{columns}}}}}'.encode()
+    outputs = json.loads(request_http(address, "POST", f"{path}:predict", body, deadline))["outputs"]
+    named = outputs if len(signature["outputs"]) > 1 else dict.fromkeys(signature["outputs"], outputs)
+    return [parse_tensor(name, named[name], dtype) for name, dtype in dtypes.items()]
 
 
 def request_http(address: str, method: str, path: str, body: bytes | None, deadline: float) -> bytes:
-    """The body of a 200 answer. Raises Error with the status and message of another, TimeoutError after the deadline, OSError."""
+    """The body of a 200 answer. Raises Error with status and message of another, TimeoutError at the deadline, OSError."""
     host, _, port = address.rpartition(":")
     left = max(0.001, deadline - time.monotonic())
     connection = http.client.HTTPConnection(host, int(port), timeout=left)
-    connection.connect()
-    # the socket's own timeout starts anew with each byte that arrives
-    end = threading.Timer(left, shut_down, [connection.sock])
-    end.start()
-    try:
-        connection.request(method, path, body)
-        response = connection.getresponse()
-        text = response.read()
-    except (OSError, http.client.HTTPException):
-        if time.monotonic() < deadline:
-            raise
-    finally:
-        end.cancel()
-        connection.close()
+    with contextlib.closing(connection):
+        connection.connect()
+        # the socket's own timeout starts anew with each byte that arrives
+        end = threading.Timer(left, connection.sock.shutdown, [socket.SHUT_RDWR])
+        end.start()
+        try:
+            connection.request(method, path, body)
+            response = connection.getresponse()
+            text = response.read()
+        except (OSError, http.client.HTTPException):
+            if time.monotonic() < deadline:
+                raise
+        finally:
+            end.cancel()
     if time.monotonic() >= deadline:
         raise TimeoutError
     if response.status != 200:
@@ -887,34 +947,384 @@ def request_http(address: str, method: str, path: str, body: bytes | None, deadl
     return text
 
 
-def shut_down(connected: socket.socket) -> None:
-    """Let whoever waits for this socket go on, with an error."""
-    with contextlib.suppress(OSError):
-        connected.shutdown(socket.SHUT_RDWR)
+# ======================================================================================================================
+# REST: TensorFlow Serving's contract. Front ends match paths, workers decode bodies and encode answers
+# ======================================================================================================================
+
+MAX_BODY_BYTES = 64 * 2**20
+SLICE = 50_000  # numbers that are made JSON at once: Python's lock is held meanwhile
+PATHS = {  # case-insensitive but for the method's name; as sent, still percent-encoded
+    "POST": re.compile(r"(?i:/v1/models/([^/:]+)(?:/versions/(\d+)|/labels/([^/:]+))?):(classify|regress|predict)", re.A),
+    "GET": re.compile(r"/v1/models(?:/([^/:]+)(?:/versions/(\d+)|/labels/([^/:]+))?(/metadata)?)?", re.I | re.A)}
+
+
+METHODS = ["GET", "HEAD", "POST", "PUT", "DELETE", "PATCH", "OPTIONS", "TRACE"]  # all but two of which are malformed
+
+
+def match_path(method: str, path: str) -> tuple[str, int | None, str]:
+    """Model, version (None: the latest) and verb (status, metadata, predict, classify, regress). Raises InvalidRequest."""
+    if path in ("/", "/health", "/metrics"):
+        raise InvalidRequest(f"{path} answers GET, not {method}", 405)
+    if path[:4].lower() != "/v1/":
+        raise InvalidRequest(f"There is nothing at {method} {path[:100]}: try GET /, /health, /metrics or /v1/models/<name>", 404)
+    match = PATHS[method].fullmatch(path) if method in PATHS else None
+    if not match:
+        raise InvalidRequest(f"Malformed request: {method} {path[:1000]}")
+    name, version, label, verb = match.groups()
+    if name is None:
+        raise InvalidRequest("Missing model name in request.")
+    if label is not None:
+        raise InvalidRequest(f"Unrecognized servable version label: {urllib.parse.unquote(label)}")
+    if version and (len(version) > 19 or int(version) >= 2**63):
+        raise InvalidRequest(f"The version {version[:100]} is not a number of 64 bits")
+    verb = verb if method == "POST" else "metadata" if verb else "status"
+    return urllib.parse.unquote(name), int(version) if version else None, verb
+
+
+def parse_value(query: str) -> float:
+    """The number in ``?value=3``; 1 if there is none. Raises InvalidRequest unless it is one finite number."""
+    try:
+        values = urllib.parse.parse_qs(query, keep_blank_values=True, max_num_fields=100, errors="strict")
+        [value] = values.get("value", ["1"])
+    except ValueError:
+        raise InvalidRequest("value must be given once, in a query string that can be parsed") from None
+    if not re.fullmatch(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?", value[:101], re.A | re.I) or len(value) > 100:
+        raise InvalidRequest(f"value must be one finite number, not {value[:100]!r}")
+    return finite(float(value))
+
+
+def finite(value: Any) -> float:
+    """Raises InvalidRequest unless the value is one finite number."""
+    is_number = isinstance(value, (int, float, np.number)) and not isinstance(value, bool)
+    if not is_number or not abs(value) <= sys.float_info.max:
+        raise InvalidRequest(f"value must be one finite number, not {value!r:.100}")
+    return float(value)
+
+
+# -- from JSON to arrays -----------------------------------------------------------------------------------------------
+
+Decoded = tuple[Signature, list[np.ndarray], Callable[[list[np.ndarray]], Any]]
+
+
+def decode(signatures: dict[str, Signature], verb: str, body: Any) -> Decoded:
+    """A request's signature, its array for each input, and what makes its outputs the answer. Raises InvalidRequest.
+
+    ``body`` is a float for the verb "add", a signature's name and the inputs for "arrays", else the body that came over
+    HTTP, and whether it is gzip.
+    """
+    if verb == "add":
+        return signatures["serving_default"], [np.array([body])], lambda outputs: float(outputs[0][0])
+    document = parse_json(*body) if verb != "arrays" else {"signature_name": body[0]}
+    name = document.get("signature_name", "")
+    if not isinstance(name, str):
+        raise InvalidRequest(f"signature_name must be a text, not {shown(name)}")
+    signature = signatures.get(name or "serving_default")
+    if signature is None:
+        raise InvalidRequest(f'Serving signature name: "{name or "serving_default"}" not found in signature def')
+    if verb == "arrays":
+        return signature, feed_of(signature, body[1]), lambda outputs: dict(zip(signature.outputs, outputs))
+    if verb == "predict":
+        is_row, feed = parse_predict(document, signature)
+        return signature, feed, functools.partial(encode_predict, signature, is_row)
+    if signature.method != f"tensorflow/serving/{verb}" or list(signature.inputs) != ["inputs"]:
+        raise InvalidRequest(f"Signature {signature.name!r} is not for {verb}: its method is {signature.method!r}"
+                             f" and its inputs are {list(signature.inputs)}")
+    examples = parse_examples(document)
+    encode = encode_classify if verb == "classify" else encode_regress
+    return signature, [examples], functools.partial(encode, signature, len(examples))
+
+
+def feed_of(signature: Signature, inputs: Any) -> list[np.ndarray]:
+    if not isinstance(inputs, dict) and len(signature.inputs) == 1:
+        inputs = dict.fromkeys(signature.inputs, inputs)
+    if not isinstance(inputs, dict) or inputs.keys() != signature.inputs.keys():
+        given = sorted(map(str, inputs)) if isinstance(inputs, dict) else "one array"
+        raise InvalidRequest(f"signature {signature.name!r} takes the inputs {sorted(signature.inputs)}, not {given}")
+    return [to_array(f"input {name!r}", inputs[name], np.dtype(spec.dtype)) for name, spec in signature.inputs.items()]
+
+
+def parse_json(body: bytes, is_gzip: bool = False) -> dict[str, Any]:
+    """A JSON object, with NaN and Infinity as bare tokens. Raises InvalidRequest."""
+    try:
+        if is_gzip:
+            unzip = zlib.decompressobj(zlib.MAX_WBITS | 16)
+            body = unzip.decompress(body, MAX_BODY_BYTES)
+            if unzip.unconsumed_tail:
+                raise InvalidRequest(f"The body is larger than {MAX_BODY_BYTES // 2**20} MiB", 413)
+        document = json.loads(body.decode("utf-8-sig"))
+    except (ValueError, RecursionError, zlib.error) as error:
+        raise InvalidRequest(f"The body is not JSON that can be read: {first_sentence(error)}") from None
+    if not isinstance(document, dict):
+        raise InvalidRequest(f"The body must be a JSON object, not {shown(document)}")
+    return document
+
+
+def shown(value: Any) -> str:
+    """A JSON value in an error message, cut short."""
+    try:
+        text = json.dumps(value, ensure_ascii=False)
+    except (RecursionError, ValueError):
+        text = "(something nested deeply)"
+    return text if len(text) <= 100 else text[:100] + "..."
+
+
+def parse_predict(document: dict[str, Any], signature: Signature) -> tuple[bool, list[np.ndarray]]:
+    """Is it row format, and one array for each input."""
+    if ("instances" in document) == ("inputs" in document):
+        raise InvalidRequest("There must be either 'instances' (rows) or 'inputs' (columns)")
+    is_row = "instances" in document
+    value, names = document["instances" if is_row else "inputs"], list(signature.inputs)
+    if is_row:
+        if not isinstance(value, list) or not value:
+            raise InvalidRequest(f"instances: expected a list that is not empty, got {shown(value)}")
+        if not (isinstance(value[0], dict) and not is_base64(value[0])) and len(names) == 1:
+            columns = {names[0]: ("instances", value)}
+        else:
+            for i, row in enumerate(value):
+                if not isinstance(row, dict) or row.keys() != signature.inputs.keys():
+                    raise InvalidRequest(f"instances[{i}]: expected an object of {names}, got {shown(row)}")
+            columns = {name: (f"{name} of instances", [row[name] for row in value]) for name in names}
+    elif len(names) == 1 and (not isinstance(value, dict) or is_base64(value)):
+        columns = {names[0]: ("inputs", value)}
+    else:
+        if not isinstance(value, dict) or not value.keys() >= signature.inputs.keys():
+            raise InvalidRequest(f"inputs: expected an object of {names}, got {shown(value)}")
+        columns = {name: (f"inputs.{name}", value[name]) for name in names}
+    return is_row, [parse_tensor(*columns[name], np.dtype(spec.dtype)) for name, spec in signature.inputs.items()]
+
+
+def parse_tensor(where: str, value: Any, dtype: np.dtype) -> np.ndarray:
+    """A nested list, or a scalar, to an array; the shape is that of the first elements. Raises InvalidRequest.
+
+    Goes level by level with few steps of Python for each list; only what is wrong is looked at one by one.
+    """
+    shape, flat = [], [value]
+    while flat and type(flat[0]) is list and set(map(type, flat)) == {list} and len(set(map(len, flat))) == 1:
+        shape.append(len(flat[0]))
+        flat = list(itertools.chain.from_iterable(flat))
+    kind = "b" if dtype == bool else dtype.kind if dtype.kind in "iuO" else "f"
+    types, expected = {"b": ({bool}, "true or false"), "f": ({int, float}, "a number"), "O": ({str, dict}, "a text")}.get(
+        kind, ({int}, f"a whole number for {dtype}"))
+    if dtype.kind == "c":
+        raise InvalidRequest(f"{where}: {dtype} cannot be given as JSON", 501)
+    try:
+        if set(map(type, flat)) <= types and len(shape) < 64:
+            if kind == "O":
+                array = np.empty(len(flat), object)
+                array[:] = list(map(parse_string, flat))
+            elif kind == "f":
+                with np.errstate(over="ignore"):
+                    array = np.array(flat, np.float64).astype(dtype)
+            else:
+                array = np.array(flat, dtype)
+            return array.reshape(shape)
+    except OverflowError:  # an integer that is too large
+        if kind == "f":
+            return parse_tensor(where, json.loads(json.dumps(value), parse_int=float), dtype)
+        limits = np.iinfo(dtype)
+        types, expected = range(limits.min, limits.max + 1), f"a number from {limits.min} to {limits.max}"
+    shape, first = [], value
+    while isinstance(first, list) and first:
+        shape.append(len(first))
+        first = first[0]
+    path, found, size = find_wrong(value, shape, lambda leaf: type(leaf) in types if isinstance(types, set) else leaf in types)
+    raise InvalidRequest(f"{where}{path}: expected {f'a list of {size}' if size else expected}, got {shown(found)}")
+
+
+def find_wrong(value: Any, shape: list[int], accepts: Callable[[Any], bool], path: str = "") -> tuple | None:
+    """Where a nested list has not this shape, or a leaf that is not accepted: path, value there, size that it should have."""
+    if not shape:
+        return None if accepts(value) else (path, value, None)
+    if not isinstance(value, list) or len(value) != shape[0]:
+        return path, value, shape[0]
+    found = (find_wrong(item, shape[1:], accepts, f"{path}[{i}]") for i, item in enumerate(value))
+    return next(filter(None, found), None)
+
+
+def parse_string(value: str | dict[str, Any]) -> bytes:
+    try:
+        if isinstance(value, str):
+            return value.encode()
+        text = re.sub(r"\s", "", value["b64"], flags=re.A)
+        return base64.b64decode(text if "=" in text else text + "=" * (-len(text) % 4), validate=True)
+    except (KeyError, TypeError, ValueError):
+        raise InvalidRequest(f'expected a text or {{"b64": "..."}}, got {shown(value)}') from None
+
+
+def is_base64(value: dict[str, Any]) -> bool:
+    return len(value) == 1 and isinstance(value.get("b64"), str)
+
+
+def parse_examples(document: dict[str, Any]) -> np.ndarray:
+    """Serialized ``tf.train.Example`` protos, an object array [n]; a common context comes before each."""
+    examples, context = document.get("examples"), document.get("context", {})
+    if not isinstance(examples, list) or not examples:
+        raise InvalidRequest(f"examples: expected a list that is not empty, got {shown(examples)}")
+    array, before = np.empty(len(examples), object), serialize_example("context", context)
+    array[:] = [before + serialize_example(f"examples[{i}]", example) for i, example in enumerate(examples)]
+    return array
+
+
+def serialize_example(where: str, features: Any) -> bytes:
+    if not isinstance(features, dict):
+        raise InvalidRequest(f"{where}: expected an object, got {shown(features)}")
+    example = import_tensorflow().train.Example()
+    for name, value in features.items():
+        values = value if isinstance(value, list) else [value]
+        kinds = {{str: "bytes_list", dict: "bytes_list", float: "float_list"}.get(type(v), "int64_list") for v in values}
+        try:
+            if len(kinds) == 1:
+                target = getattr(example.features.feature[name], kinds.pop()).value
+                target.extend(parse_string(v) if isinstance(v, (str, dict)) else v for v in values)
+        except (TypeError, ValueError):  # what protobuf does not take
+            kinds = {"wrong"}
+        if kinds and values:
+            raise InvalidRequest(f"{where}.{name}: expected numbers or texts of one kind, got {shown(value)}")
+    return example.SerializeToString()
+
+
+# -- from arrays to JSON -----------------------------------------------------------------------------------------------
+
+
+def encode_predict(signature: Signature, is_row: bool, outputs: list[np.ndarray]) -> bytes:
+    named = dict(zip(signature.outputs, outputs))
+    if not is_row:
+        texts = [json_text(array, name) for name, array in named.items()]
+        pairs = (f"{json.dumps(name)}: {text}" for name, text in zip(named, texts))
+        return to_bytes('{"outputs": ' + (texts[0] if len(texts) == 1 else "{" + ", ".join(pairs) + "}") + "}")
+    rows = outputs[0].shape[:1]
+    for name, array in named.items():
+        if not array.ndim or array.shape[:1] != rows:
+            raise InvalidRequest(f"Output {name!r} of shape {list(array.shape)} has not one row for each instance")
+    if len(named) == 1:
+        return to_bytes('{"predictions": ' + json_text(outputs[0], next(iter(named))) + "}")
+    step = max(1, SLICE * rows[0] // max(1, sum(array.size for array in outputs)))
+    texts = []
+    for i in range(0, rows[0], step):
+        columns = [plain(array[i:i + step], name) for name, array in named.items()]
+        texts.append(json.dumps([dict(zip(named, row)) for row in zip(*columns)], ensure_ascii=False)[1:-1])
+    return to_bytes('{"predictions": [' + ", ".join(texts) + "]}")
+
+
+def to_bytes(text: str) -> bytes:
+    return text.encode("utf-8", "surrogateescape")  # strings that are not UTF-8 pass as they are
+
+
+def json_text(array: np.ndarray, name: str) -> str:
+    """The JSON of an output of this name, made in slices."""
+    if array.size <= SLICE or not array.ndim:
+        return json.dumps(plain(array, name), ensure_ascii=False)
+    step = SLICE * len(array) // array.size
+    slices = (json_text(array[i:i + step], name)[1:-1] for i in range(0, len(array), step)) if step else (
+        json_text(row, name) for row in array)
+    return "[" + ", ".join(slices) + "]"
+
+
+def plain(array: np.ndarray, name: str) -> Any:
+    """Nested lists of what JSON has. Floats of less than 64 bits get their own, short decimals."""
+    values = array.ravel()
+    if array.dtype == object and name.endswith("_bytes"):
+        values = [{"b64": base64.b64encode(value).decode()} for value in values]
+    elif array.dtype == object:
+        values = [value.decode("utf-8", "surrogateescape") for value in values]
+    elif array.dtype.kind in "fV" and array.itemsize < 8:
+        values = [float(str(value)) for value in values]
+    elif array.dtype.kind not in "fbiu":
+        raise InvalidRequest(f"Output {name!r} is of type {array.dtype}, which JSON does not have", 501)
+    if array.ndim == 1:
+        return values if isinstance(values, list) else values.tolist()
+    whole = np.empty(array.size, array.dtype if isinstance(values, np.ndarray) else object)
+    whole[:] = values
+    return whole.reshape(array.shape).tolist()
+
+
+def encode_regress(signature: Signature, examples: int, outputs: list[np.ndarray]) -> bytes:
+    if list(signature.outputs) != ["outputs"] or outputs[0].shape not in ((examples,), (examples, 1)):
+        shapes = [list(output.shape) for output in outputs]
+        raise InvalidRequest(f"A regression has one output 'outputs' with a number for each of {examples} examples,"
+                             f" not {list(signature.outputs)} of shapes {shapes}")
+    return to_bytes('{"results": ' + json_text(outputs[0].reshape(-1), "outputs") + "}")
+
+
+def encode_classify(signature: Signature, examples: int, outputs: list[np.ndarray]) -> bytes:
+    named = dict(zip(signature.outputs, outputs))
+    shape = outputs[0].shape
+    if not named.keys() <= {"classes", "scores"} or len(shape) != 2 or any(o.shape != shape for o in outputs) or (
+            shape[0] != examples):
+        shapes = [list(output.shape) for output in outputs]
+        raise InvalidRequest(f"A classification has 'classes', 'scores' or both, each of shape [{examples}, classes],"
+                             f" not {list(signature.outputs)} of shapes {shapes}")
+    classes = plain(named["classes"], "classes") if "classes" in named else np.full(shape, "").tolist()
+    scores = plain(named["scores"], "scores") if "scores" in named else np.zeros(shape).tolist()
+    results = [list(map(list, zip(*row))) for row in zip(classes, scores)]
+    return to_bytes(json.dumps({"results": results}, ensure_ascii=False))
+
+
+# -- metrics -----------------------------------------------------------------------------------------------------------
+
+BUCKETS_S = (0.003, 0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30)
+
+
+class Metrics:
+    """What ``GET /metrics`` tells of one front end, in Prometheus' text format. Every label has one of a few values."""
+
+    def __init__(self):
+        self._requests: collections.Counter[tuple[str, str, int]] = collections.Counter()  # by kind, model and code
+        self._buckets: collections.Counter[float] = collections.Counter()
+        self._seconds = 0.0
+
+    def observe(self, models: Iterable[str], method: str, path: str, status: int, seconds: float) -> None:
+        """One request was answered with ``status`` after so many seconds."""
+        kind, model = {"/": ("add", ADDER), "/health": ("health", ""), "/metrics": ("metrics", "")}.get(path, ("other", ""))
+        with contextlib.suppress(InvalidRequest):
+            model, _, kind = match_path(method, path)
+        self._requests[kind, model if model in models else "", status] += 1
+        self._seconds += seconds
+        self._buckets[next((end for end in BUCKETS_S if seconds <= end), math.inf)] += 1
+
+    def text(self, health: dict[str, Any]) -> str:
+        lines = ["# TYPE ray_tensorflow_requests_total counter"]
+        for (kind, model, code), count in sorted(self._requests.items()):
+            lines.append(f'ray_tensorflow_requests_total{{kind="{kind}",model="{model}",code="{code}"}} {count}')
+        lines.append("# TYPE ray_tensorflow_request_seconds histogram")
+        counts = list(itertools.accumulate(self._buckets[end] for end in (*BUCKETS_S, math.inf)))
+        for end, count in zip((*BUCKETS_S, "+Inf"), counts):
+            lines.append(f'ray_tensorflow_request_seconds_bucket{{le="{end}"}} {count}')
+        lines.append(f"ray_tensorflow_request_seconds_sum {self._seconds}")
+        lines.append(f"ray_tensorflow_request_seconds_count {counts[-1]}")
+        lines.append("# TYPE ray_tensorflow_waiting_requests gauge")
+        lines.append(f"ray_tensorflow_waiting_requests {health['waiting']}")
+        for kind in ("worker", "parameter_server"):
+            lines.append(f"# TYPE ray_tensorflow_{kind}_restarts_total counter")
+            for actor in health[f"{kind}s"]:
+                lines.append(f'ray_tensorflow_{kind}_restarts_total{{index="{actor["index"]}"}} {actor["restarts"]}')
+        return "\n".join(lines) + "\n"
 
 
 # ======================================================================================================================
-# The parameter server: holds the variables, and in `shared` placement runs the models
+# The parameter server: holds the variables, keeps them, and in `shared` placement runs the models
 # ======================================================================================================================
 
 KEEP_EVERY_S = 10.0  # how old the kept variables of a model may be that changes them when it runs
-
-
+GONE_S = 10.0  # a shared cluster ends when no front end has been heard for so long
 SUM_RECORD = struct.Struct("<dI")  # the adder's sum and the CRC-32 of its eight bytes
 
 
 class Checkpoints:
-    """Variables in files, one for each model: ``<model>.<version>.npz`` in a folder, written aside and renamed; and ``adder.sum``.
+    """Variables in files of one folder: ``adder.sum``, and ``<model>.<version>.npz``, written aside and renamed.
 
-    What is written has survived a killed process; if ``durable``, a power cut as well. Only one program at a time may use a
-    folder. Methods raise Error, a sentence that names the file.
+    What is written has survived a killed process; if ``durable``, a power cut as well. Whoever starts a cluster makes
+    the folder, with an empty file ``.run-<run>`` in it, to which ``begun`` is written when all has been kept once: so
+    that neither another machine's folder nor one whose files have gone is taken for a beginning. Methods raise Error.
     """
 
-    def __init__(self, folder: str, durable: bool):
+    def __init__(self, folder: str, run: str, durable: bool):
         self.folder, self.durable = folder, durable
+        self._marker = os.path.join(folder, f".run-{run}")
         self._sum_file: int | None = None
         try:
-            os.makedirs(folder, exist_ok=True)
+            with open(self._marker) as marker:
+                self.begun = bool(marker.read())
             self._lock = open(os.path.join(folder, ".lock"), "w")
             deadline = time.monotonic() + 5  # a parameter server that was just ended may still have it
             while not self._is_ours():
@@ -922,7 +1332,8 @@ class Checkpoints:
                     raise Unavailable(f"The checkpoint folder {folder} is in use by another program.")
                 time.sleep(0.1)
         except OSError as error:
-            raise Unavailable(f"The checkpoint folder {folder} cannot be used: {error.strerror}.") from None
+            raise Unavailable(f"The variables are not here any more, since {error.filename} cannot be read"
+                              f" ({error.strerror}): bring the folder back or start the program anew.") from None
 
     def _is_ours(self) -> bool:
         with contextlib.suppress(BlockingIOError):
@@ -933,18 +1344,25 @@ class Checkpoints:
     def path(self, source: ModelSource) -> str:
         return os.path.join(self.folder, "adder.sum" if source == ADDER_SOURCE else f"{source.name}.{source.version}.npz")
 
+    def begin(self) -> None:
+        """From now on all files have to be there when this run's parameter server comes back."""
+        with open(self._marker, "w") as marker:
+            marker.write("begun")
+        self.begun = True
+
     def keep(self, source: ModelSource, weights: dict[str, np.ndarray]) -> None:
-        plain = {f"variables/{name}": as_plain(value) for name, value in weights.items()}
+        """Raises Unavailable when there is no room."""
         with self._keeping(source):
-            self._write_aside(source, lambda file: np.savez(file, **plain))
+            self._write_aside(self.path(source), lambda file: np.savez(file, **{
+                f"variables/{name}": as_plain(value) for name, value in weights.items()}))
 
     def keep_sum(self, total: float) -> None:
-        """The adder's, for each batch, and so in place once there is a file: that takes a hundredth of the time, and so few bytes
-        are in one sector of the disk, which is written as a whole or not at all."""
-        record = sum_record(total)
+        """The adder's, for each batch, and so in place once there is a file: that takes a hundredth of the time, and so few
+        bytes are in one sector of the disk, which is written as a whole or not at all."""
+        record = SUM_RECORD.pack(total, zlib.crc32(struct.pack("<d", total)))
         with self._keeping(ADDER_SOURCE):
             if self._sum_file is None:
-                self._write_aside(ADDER_SOURCE, lambda file: file.write(record))
+                self._write_aside(self.path(ADDER_SOURCE), lambda file: file.write(record))
                 self._sum_file = os.open(self.path(ADDER_SOURCE), os.O_WRONLY)
                 return
             if not os.fstatvfs(self._sum_file).f_bavail:  # there are file systems that need room even so
@@ -953,23 +1371,37 @@ class Checkpoints:
             if self.durable:
                 os.fdatasync(self._sum_file)
 
-    def load(self, source: ModelSource) -> dict[str, np.ndarray] | None:
-        """What was kept last, or None if nothing ever was."""
+    def load(self, source: ModelSource, needed: bool) -> dict[str, np.ndarray] | None:
+        """What was kept last, or None if nothing ever was. Raises ModelError when it is damaged, or is gone but ``needed``."""
         path = self.path(source)
         if not os.path.exists(path):
+            if needed and self.begun:
+                raise ModelError(f"The checkpoint {path} is gone, and changed variables with it: bring it back or start anew.")
             return None
         try:
-            if source == ADDER_SOURCE:
-                with open(path, "rb") as file:
-                    return {"sum": np.float64(read_sum_record(file.read()))}
-            with np.load(path, allow_pickle=False) as file:
-                return {name.removeprefix("variables/"): from_plain(file[name]) for name in file.files}
+            with open(path, "rb") as file:
+                if source != ADDER_SOURCE:
+                    with np.load(file, allow_pickle=False) as arrays:
+                        return {name.removeprefix("variables/"): from_plain(arrays[name]) for name in arrays.files}
+                total, check = SUM_RECORD.unpack(file.read())
+                if check != zlib.crc32(struct.pack("<d", total)):
+                    raise ValueError("its checksum is wrong")
+                return {"sum": np.float64(total)}
         except Exception as error:  # there is no end to what numpy and zipfile raise
-            raise ModelError(f"The checkpoint {path} is damaged ({first_sentence(str(error))}): put a good one in its place, or"
-                             " remove it to start without.") from None
+            raise ModelError(f"The checkpoint {path} is damaged ({first_sentence(error)}): put a good one in its place, or"
+                             " remove it and start the program anew.") from None
 
-    def _write_aside(self, source: ModelSource, write: Callable[[BinaryIO], Any]) -> None:
-        path = self.path(source)
+    def note(self, key: str, find: Callable[[], Any]) -> Any:
+        """``find()``, as JSON, found once for each key and folder."""
+        path = os.path.join(self.folder, f".{key}.json")
+        with contextlib.suppress(OSError, ValueError), open(path) as file:
+            return json.load(file)
+        found = find()
+        with self._keeping(ADDER_SOURCE):
+            self._write_aside(path, lambda file: file.write(json.dumps(found).encode()))
+        return found
+
+    def _write_aside(self, path: str, write: Callable[[Any], Any]) -> None:
         with open(path + ".new", "wb") as file:
             write(file)
             if self.durable:
@@ -989,30 +1421,17 @@ class Checkpoints:
             raise Unavailable(f"The variables cannot be kept in {self.path(source)}: {error.strerror}.") from None
 
 
-def sum_record(total: float) -> bytes:
-    return SUM_RECORD.pack(total, zlib.crc32(struct.pack("<d", total)))
-
-
-def read_sum_record(record: bytes) -> float:
-    """Raises ValueError when it is not one."""
-    total = SUM_RECORD.unpack(record)[0] if len(record) == SUM_RECORD.size else math.nan
-    if record != sum_record(total):
-        raise ValueError("it is not a sum and its CRC-32")
-    return total
-
-
 def as_plain(array: np.ndarray) -> np.ndarray:
     """Strings as fixed-width bytes, each with a full stop behind it since numpy strips zeros from the end."""
     array = np.asarray(array)
-    return np.array([text + b"." for text in array.ravel()], "S").reshape(array.shape) if array.dtype == object else array
+    return np.array([s + b"." for s in array.ravel()], "S").reshape(array.shape) if array.dtype == object else array
 
 
 def from_plain(array: np.ndarray) -> np.ndarray:
-    return np.array([text[:-1] for text in array.ravel()], object).reshape(array.shape) if array.dtype.kind == "S" else array
+    return np.array([s[:-1] for s in array.ravel()], object).reshape(array.shape) if array.dtype.kind == "S" else array
 
 
 checkpoints: Checkpoints | None = None  # of this process, where it is the first parameter server
-ADDER_SOURCE = ModelSource(ADDER, 1, function=f"{__name__}:build_adder")
 
 
 def keep_sum(total: np.ndarray) -> np.ndarray:
@@ -1028,150 +1447,168 @@ def keep_sum(total: np.ndarray) -> np.ndarray:
 class ParameterServer:
     """A Ray actor with a TensorFlow server in it, and on that the state of the models, or its part of it.
 
-    The first of them also loads the models, onto all of them, and keeps their variables in ``folder``; ``again`` says that
-    this program has had a first one before, so that what it kept has to be there.
+    The first of them also loads the models, onto all of them, and keeps their variables. It knows the other actors by name.
     """
 
-    def __init__(self, index: int, options: Options, folder: str, again: bool):
-        self.index, self.options, self.folder, self.again = index, options, folder, again
+    def __init__(self, index: int, options: Options, namespace: str, folder: str, run: str):
+        self.index, self.options, self.namespace, self.folder, self.run = index, options, namespace, folder, run
         self.graphs: dict[str, Graph] = {}
-        self.server = None
-        self.description: tuple[list[str], list[Model]] | None = None
+        self.server, self.description = None, None
         self.kept: dict[str, int] = {}  # a fingerprint of each model's variables as they were kept last
-        self.trouble: str | None = None  # with keeping them
-        self.versions: dict[str, tuple[int, list]] = {}  # of mirrored models
-        self.count = time.time_ns()  # never again a number that an earlier parameter server gave out
-        self.executor = concurrent.futures.ThreadPoolExecutor(1, "in turn")
-        self.staying = asyncio.Event()
-        self.keeping: asyncio.Future | None = None
+        self.weights: dict[str, tuple[str, list]] = {}  # of mirrored models: version, and where the object store has them
+        self.trouble: str | None = None  # with keeping variables
+        self.heard = math.inf  # when a front end was heard last
+        self.turn = concurrent.futures.ThreadPoolExecutor(1, "in turn")  # so that the event loop can always answer ping()
+        self.starting = asyncio.Lock()
+        self.background: set[asyncio.Task] = set()
 
-    # Each of these runs in the one thread, one at a time, so that the event loop can always answer about().
+    async def join(self, options: dict[str, Any], code: str) -> None:
+        """A front end wants to share this cluster. Raises OptionError when it has other options, or another version of this file."""
+        if code != code_hash():
+            raise OptionError(f"--address {self.options.address}: the shared cluster runs another version of ray_tensorflow.py")
+        for name, ours in self.options.shared.items():
+            if options[name] != ours:
+                shown = [",".join(map(str, v)) if isinstance(v, tuple) else v for v in (options[name], ours)]
+                raise OptionError(f"--{name.replace('_', '-')} {shown[0]}: the shared cluster runs with {shown[1]}")
 
-    async def serve(self) -> str:
-        return await self._in_turn(self._serve)
+    async def start(self) -> dict[str, Any]:
+        """Boot, and in the first one load; about this life of the actor, its address, the models and their weights' versions.
 
-    async def start(self, others: list[str]) -> tuple[list[str], list[Model]]:
-        description = await self._in_turn(self._start, others)
-        self.keeping = self.keeping or asyncio.ensure_future(self._keep_now_and_then())
-        return description
+        Idempotent. The first one's returns only when every variable is restored. Raises ModelError or Unavailable.
+        """
+        async with self.starting:
+            if self.description is None:
+                self.description = await self._in_turn(self._boot)
+                if self.index == 0:
+                    await self._load()
+            weights = {model: version for model, (version, _) in self.weights.items()}
+            return about_this_actor() | self.description | {"weights": weights, "folder": self.folder}
+
+    async def stay(self) -> None:
+        """Never returns: a call whose failure tells at once that this process is gone."""
+        await asyncio.Event().wait()
+
+    async def ping(self) -> str | None:
+        """What is wrong with keeping variables, if anything is."""
+        self.heard = time.monotonic()
+        return self.trouble
 
     async def get_weights(self, model: str) -> dict[str, np.ndarray]:
-        return await self._in_turn(self._get_weights, model)
+        return await self._in_turn(self.graphs[model].variables.get_weights)
+
+    async def latest(self, model: str) -> list:
+        """Where the object store has a mirrored model's weights; in a list, so that Ray leaves it alone."""
+        return self.weights[model][1]
 
     async def set_weights(self, model: str, weights: dict[str, np.ndarray]) -> None:
-        """They are kept when this returns."""
-        await self._in_turn(self._set_weights, model, weights)
-
-    async def latest(self, model: str) -> tuple[int, list]:
-        """The number of the weights' version, and (in a list, so that Ray leaves it alone) where the object store has them."""
-        return await self._in_turn(self._latest, model)
+        """They are kept when this returns, and every worker has them, or is dead."""
+        async with self.starting:  # nobody is told a version that is just being replaced
+            await self._in_turn(self._set_weights, model, weights)
+        if model in self.weights:
+            workers = [find_actor(f"worker {i}", self.namespace) for i in range(self.options.workers)]
+            for worker in await asyncio.gather(*workers, return_exceptions=True):
+                with contextlib.suppress(ray.exceptions.RayError, AttributeError):  # its next life starts with the new ones
+                    await worker.start.remote()
 
     async def keep(self) -> None:
         """Keep the variables that models have changed since they were kept last."""
-        await self._in_turn(self._keep)
+        for graph in self.graphs.values():
+            if not graph.atomic:  # the others keep each change themselves, before it is answered
+                await self._in_turn(self._keep_if_changed, graph)
 
     async def _in_turn(self, method, *arguments):
-        return await asyncio.get_running_loop().run_in_executor(self.executor, method, *arguments)
+        return await asyncio.get_running_loop().run_in_executor(self.turn, method, *arguments)
 
-    # These two wait for nothing.
-
-    async def stay(self) -> None:
-        """Returns only when it is called again: a call whose failure tells at once that this process is gone."""
-        await stay(self)
-
-    async def about(self) -> dict[str, Any]:
-        """Process id, node, the devices that this actor may use, and what is wrong with keeping variables, if anything is."""
-        return about_this_actor() | ({"trouble": self.trouble} if self.trouble else {})
-
-    def _serve(self) -> str:
-        """Boot the TensorFlow server on a port that the system picks; its address. It ends with this process (tensorflow#4713).
+    def _boot(self) -> dict[str, Any]:
+        """A TensorFlow server on a port that the system picks. It ends with this process (tensorflow#4713).
 
         Its own job is called ``boot``, because the sessions that come with a cluster of their own call it ``ps``.
         """
         global checkpoints
         tf = import_tensorflow()
-        if self.server is None:
-            if self.index == 0:
-                checkpoints = Checkpoints(self.folder, durable=self.options.checkpoint_dir is not None)
-            self.graphs = {graph.source.name: graph for graph in build_graphs(tf, self.options)}
-            config = server_config(tf, self.options, any(graph.calls_out for graph in self.graphs.values()))
-            self.server = tf.train.Server({"boot": ["localhost:0"]}, job_name="boot", task_index=0, config=config)
-        return f"{ray.util.get_node_ip_address()}:{self.server.target.rpartition(':')[2]}"
+        models = {}
+        if self.index == 0:
+            checkpoints = Checkpoints(self.folder, self.run, durable=self.options.checkpoint_dir is not None)
+        self.graphs, models = build_graphs(tf, self.options)
+        config = server_config(tf, self.options, any(graph.calls_out for graph in self.graphs.values()))
+        self.server = tf.train.Server({"boot": ["localhost:0"]}, job_name="boot", task_index=0, config=config)
+        address = f"{ray.util.get_node_ip_address()}:{self.server.target.rpartition(':')[2]}"
+        return {"life": secrets.token_hex(8), "addresses": [address], "models": models}
 
-    def _start(self, others: list[str]) -> tuple[list[str], list[Model]]:
-        """Load the models onto this server and the ``others``; the addresses of all, and what can be served.
+    async def _load(self) -> None:
+        """Load all models onto this server and the others."""
+        addresses, models = self.description["addresses"], self.description["models"]
+        others = [await find_actor(f"parameter server {i}", self.namespace) for i in range(1, self.options.parameter_servers)]
+        try:
+            for other in others:
+                addresses += (await call(other.start.remote()))["addresses"]
+            for name in list(self.graphs):
+                models[name] = await self._in_turn(self._load_model, self.graphs[name], addresses)
+                if models[name].error:
+                    del self.graphs[name]
+            checkpoints.begin()
+        except BaseException:
+            self.description = None  # it is tried again
+            raise
+        self.heard = time.monotonic()
+        self._in_background(self._keep_now_and_then())
+        if others:
+            self._in_background(self._end_with(others))
+        if self.options.address:
+            self._in_background(self._end_when_alone(others))
 
-        Called again, it just returns the same. Raises ModelError when a model cannot be loaded.
-        """
-        if self.description is None:
-            tf = import_tensorflow()
-            addresses = [self._serve(), *others]
-            models = []
-            for graph in self.graphs.values():
-                with loading(graph.source):
-                    graph.connect(tf, addresses, self.options)
-                    graph.restore()
-                self._bring_back(graph)
-                with loading(graph.source):
-                    models.append(graph.describe(self.options.max_batch))
-                if is_mirrored(self.options, graph.source) and self._changes(graph):
-                    reason = "changes its variables when it runs, so it cannot be mirrored: use --placement shared"
-                    raise ModelError(f"model {graph.source} {reason}")
-            self.description = addresses, models
-        return self.description
-
-    def _bring_back(self, graph: Graph) -> None:
-        """Set the variables to what was kept of them, and keep those of the models that change them from now on."""
-        weights = checkpoints.load(graph.source)
-        path = checkpoints.path(graph.source)
-        if weights is not None:
-            try:
-                graph.variables.set_weights(weights)
-            except InvalidRequest as error:
-                raise ModelError(f"The checkpoint {path} is not of this model: {error}") from None
-        elif self.again and self._changes(graph):
-            raise ModelError(f"The checkpoint {path} is gone, and the model's changed variables with it: start the program anew.")
-        if graph.source == ADDER_SOURCE:
+    def _load_model(self, graph: Graph, addresses: list[str]) -> Model:
+        """Raises ModelError or Unavailable when it is its kept variables that are damaged."""
+        source = graph.source
+        try:
+            graph.connect(import_tensorflow(), addresses, self.options)
+            graph.restore()
+            is_mirror = is_mirrored(self.options, source)
+            if is_mirror and graph.writes:
+                raise ModelError("it changes its variables when it runs and cannot be mirrored: use --placement shared")
+        except Exception as error:
+            return Model(source.name, source.version, error=failed_to_load(source, error))
+        weights = checkpoints.load(source, needed=graph.writes)
+        try:
+            graph.variables.set_weights(weights or {})
+        except InvalidRequest as error:
+            raise ModelError(f"The checkpoint {checkpoints.path(source)} is not of this model: {error}") from None
+        if source == ADDER_SOURCE:
             checkpoints.keep_sum(graph.variables.get_weights()["sum"].item())
         else:
             self._keep_if_changed(graph)
+        if is_mirror:
+            self._publish(graph)
+        rule = f"merged-{self.options.max_batch}-{self.options.exact}-{graph.fingerprint}"
+        merged = tuple(checkpoints.note(rule, lambda: graph.find_merged(self.options)))
+        return Model(source.name, source.version, graph.metadata(), merged, graph.calls_out)
 
-    def _changes(self, graph: Graph) -> bool:
-        return any(signature.writes for signature in graph.signatures.values())
-
-    def _get_weights(self, model: str) -> dict[str, np.ndarray]:
-        return self.graphs[model].variables.get_weights()
+    def _publish(self, graph: Graph) -> None:
+        self.weights[graph.source.name] = secrets.token_hex(8), [ray.put(graph.variables.get_weights())]
 
     def _set_weights(self, model: str, weights: dict[str, np.ndarray]) -> None:
         graph = self.graphs[model]
         graph.variables.set_weights(weights)
-        self.versions.pop(model, None)
-        if graph.source != ADDER_SOURCE:
+        if graph.source == ADDER_SOURCE:
+            try:
+                graph.run("serving_default", [np.zeros(1)])  # keeps the sum, and no other add can come between
+            except ModelError as error:
+                raise Unavailable(error.message) from None
+        else:
             checkpoints.keep(graph.source, graph.variables.get_weights())
-            return
-        try:
-            graph.run("serving_default", [np.zeros(1)])  # keeps the sum, and no other add can come between
-        except Exception as error:
-            raise Unavailable(failure_of(error)[1]) from None
-
-    def _latest(self, model: str) -> tuple[int, list]:
-        if model not in self.versions:
-            self.count += 1
-            self.versions[model] = self.count, [ray.put(self._get_weights(model))]
-        return self.versions[model]
-
-    def _keep(self) -> None:
-        for graph in self.graphs.values():
-            if not graph.atomic:  # the others keep each change themselves, before it is answered
-                self._keep_if_changed(graph)
+        if model in self.weights:
+            self._publish(graph)
 
     def _keep_if_changed(self, graph: Graph) -> None:
-        if self._changes(graph):
+        if graph.writes:
             weights = graph.variables.get_weights()
-            fingerprint = hash(tuple((name, zlib.crc32(as_plain(value).tobytes())) for name, value in weights.items()))
+            fingerprint = hash(tuple((name, zlib.crc32(as_plain(v).tobytes())) for name, v in weights.items()))
             if self.kept.get(graph.source.name) != fingerprint:
                 checkpoints.keep(graph.source, weights)
                 self.kept[graph.source.name] = fingerprint
+
+    def _in_background(self, work) -> None:
+        self.background.add(asyncio.create_task(work))
 
     async def _keep_now_and_then(self) -> None:
         while True:
@@ -1179,27 +1616,46 @@ class ParameterServer:
             try:
                 await self.keep()
                 self.trouble = None
-            except Exception as error:  # it is tried again soon, and meanwhile about() tells
-                self.trouble = first_sentence(str(error))
+            except Exception as error:  # it is tried again soon, and meanwhile ping() tells
+                self.trouble = first_sentence(error)
+
+    async def _end_with(self, others: list) -> None:
+        """When another parameter server has gone, with its variables, end: Ray brings both back, and all is loaded anew."""
+        await asyncio.wait([asyncio.ensure_future(call(other.stay.remote())) for other in others],
+                           return_when=asyncio.FIRST_COMPLETED)
+        os._exit(1)
+
+    async def _end_when_alone(self, others: list) -> None:
+        """End a shared cluster when no front end has been heard for a while."""
+        while time.monotonic() - self.heard < GONE_S:
+            await asyncio.sleep(1)
+        with contextlib.suppress(Exception):
+            await self.keep()
+        for index in range(self.options.workers):
+            with contextlib.suppress(ValueError):
+                others.append(await find_actor(f"worker {index}", self.namespace))
+        for other in others:
+            await asyncio.to_thread(ray.kill, other)
+        if self.options.checkpoint_dir is None:
+            shutil.rmtree(self.folder, ignore_errors=True)
+        await asyncio.to_thread(ray.kill, ray.get_runtime_context().current_actor)
 
 
-def build_graphs(tf, options: Options, mirrors: bool = False) -> list[Graph]:
-    """The graphs of all models, built in the same order and under the same device rule in every process."""
-    graphs = []
+def build_graphs(tf, options: Options, mirrors: bool = False) -> tuple[dict[str, Graph], dict[str, Model]]:
+    """The graphs of all models, built in the same order and under the same device rule in every process; and what failed."""
+    graphs, failed = {}, {}
     for index, source in enumerate([ADDER_SOURCE, *options.model]):
         home = 0 if source.function else index % options.parameter_servers
-        with loading(source):
-            graphs.append(Graph(tf, source, home, 0 if mirrors and is_mirrored(options, source) else options.parameter_servers))
-    return graphs
+        tasks = 0 if mirrors and is_mirrored(options, source) else options.parameter_servers
+        try:
+            graphs[source.name] = Graph(tf, source, home, tasks)
+        except Exception as error:
+            failed[source.name] = Model(source.name, source.version, error=failed_to_load(source, error))
+    return graphs, failed
 
 
-@contextlib.contextmanager
-def loading(source: ModelSource):
-    """Whatever goes wrong in this block is a ModelError that names the model."""
-    try:
-        yield
-    except Exception as error:
-        raise ModelError(f"model {source} cannot be loaded: {type(error).__name__}: {first_sentence(str(error))}") from error
+def failed_to_load(source: ModelSource, error: Exception) -> str:
+    return f"Model {source} cannot be loaded: {type(error).__name__}: {first_sentence(error)}"
 
 
 def is_mirrored(options: Options, source: ModelSource) -> bool:
@@ -1207,889 +1663,467 @@ def is_mirrored(options: Options, source: ModelSource) -> bool:
 
 
 def about_this_actor() -> dict[str, Any]:
-    return {
-        "pid": os.getpid(), "node": ray.get_runtime_context().get_node_id(), "gpus": ray.get_gpu_ids(),
-        "cuda_visible_devices": os.environ.get("CUDA_VISIBLE_DEVICES")}
+    return {"pid": os.getpid(), "node": ray.get_runtime_context().get_node_id(), "gpus": ray.get_gpu_ids(),
+            "cuda_visible_devices": os.environ.get("CUDA_VISIBLE_DEVICES")}
 
 
-async def stay(actor) -> None:
-    """Until the actor is asked to stay anew."""
-    actor.staying.set()
-    actor.staying = asyncio.Event()
-    await actor.staying.wait()
+async def find_actor(name: str, namespace: str):
+    """Raises ValueError when there is none."""
+    return await asyncio.to_thread(ray.get_actor, name, namespace)
 
 
-# ======================================================================================================================
-# Lines: how batches travel. Ray starts and places the actors, watches them and moves weights; but one of its calls takes
-# milliseconds of processor time over all processes, several times what a small run does
-# ======================================================================================================================
+async def call(reference):
+    """The value of a Ray call; an error of ours arrives as it was raised."""
+    try:
+        return await reference
+    except ray.exceptions.RayTaskError as error:
+        while isinstance(error, ray.exceptions.RayTaskError) and error.cause is not None:
+            error = error.cause
+        raise error from None
 
 
-class Door(NamedTuple):
-    """Where a worker takes batches, from whoever knows the key."""
-
-    address: tuple[str, int]
-    key: bytes
-
-
-def listen(run: Callable[..., Any]) -> Door:
-    """Make a door, at this node's own address: what comes there calls ``run``, in a thread for each line, and gets what it returns
-    or the Error that it raises. Until a line has shown the key nothing of it is looked at."""
-    host, key = ray.util.get_node_ip_address(), secrets.token_bytes(32)
-    listener = socket.create_server((host, 0), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
-
-    def accept() -> None:
-        while True:
-            stream, _ = listener.accept()
-            threading.Thread(target=serve, args=[stream], name="line", daemon=True).start()
-
-    def serve(stream: socket.socket) -> None:
-        with contextlib.suppress(OSError, EOFError), stream:
-            stream.settimeout(10)
-            if not hmac.compare_digest(stream.recv(len(key), socket.MSG_WAITALL), key):
-                return
-            with as_connection(stream) as connection:
-                while True:
-                    arguments = receive(connection)
-                    try:
-                        answer = run(*arguments)
-                    except Error as error:
-                        answer = error.with_traceback(None)  # else it would keep this frame, and the frame it
-                    send(connection, answer)
-
-    threading.Thread(target=accept, name="door", daemon=True).start()
-    return Door(listener.getsockname()[:2], key)
-
-
-class Lines:
-    """The connections of this process to one worker. On each travels one batch at a time, in a thread that waits for its results."""
-
-    def __init__(self, door: Door):
-        self._door, self._jobs = door, queue.SimpleQueue()
-        self._streams: list[socket.socket] = []
-        for _ in range(IN_FLIGHT_PER_WORKER):
-            threading.Thread(target=self._live, name="ray_tensorflow line", daemon=True).start()
-
-    def call(self, *arguments) -> concurrent.futures.Future:
-        """Returns at once. The future raises the worker's Error, or, when that is gone, mostly OSError."""
-        future = concurrent.futures.Future()
-        self._jobs.put((arguments, future))
-        return future
-
-    def close(self) -> None:
-        for _ in range(IN_FLIGHT_PER_WORKER):
-            self._jobs.put(None)
-        for stream in self._streams:
-            shut_down(stream)
-
-    def _live(self) -> None:
-        with contextlib.ExitStack() as stack:
-            connection = None
-            while job := self._jobs.get():
-                arguments, future = job
-                try:
-                    connection = connection or self._connect(stack)
-                    send(connection, arguments)
-                    answer = receive(connection)
-                except EOFError:
-                    answer = ConnectionError("it closed the connection")
-                except Exception as error:  # whatever it is: nobody is to wait for this line for ever
-                    answer = error.with_traceback(None)
-                if isinstance(answer, Exception):
-                    future.set_exception(answer)
-                else:
-                    future.set_result(answer)
-
-    def _connect(self, stack: contextlib.ExitStack) -> Connection:
-        stream = stack.enter_context(socket.create_connection(self._door.address, 10))
-        self._streams.append(stream)
-        stream.sendall(self._door.key)
-        return stack.enter_context(as_connection(stream))
-
-
-def as_connection(stream: socket.socket) -> Connection:
-    stream.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    stream.settimeout(None)
-    return Connection(os.dup(stream.fileno()))
-
-
-LARGE_ARRAY_BYTES = 2**16  # it goes beside the pickle, uncopied
-
-
-def send(connection: Connection, value: Any) -> None:
-    beside: list[pickle.PickleBuffer] = []
-    connection.send_bytes(pickle.dumps(value, 5, buffer_callback=lambda b: b.raw().nbytes < LARGE_ARRAY_BYTES or beside.append(b)))
-    for buffer in beside:
-        connection.send_bytes(buffer.raw())
-
-
-def receive(connection: Connection) -> Any:
-    return pickle.loads(connection.recv_bytes(), buffers=iter(connection.recv_bytes, None))
+def code_hash() -> str:
+    with open(os.path.abspath(__file__), "rb") as file:
+        return hashlib.sha256(file.read()).hexdigest()
 
 
 # ======================================================================================================================
-# The workers: each builds the same graphs against the parameter server, and runs what it is given
+# The workers: each builds the same graphs against the parameter server, and answers what it is sent
 # ======================================================================================================================
 
-# A result as it crosses processes: arrays in the order of the sorted output names, or (status, message).
-Result = list[np.ndarray] | tuple[int, str]
-
-# tensorflow::error::Code to HTTP status, as TensorFlow Serving has it; any other is 500
-HTTP_STATUS = {1: 499, 3: 400, 4: 504, 5: 404, 6: 409, 7: 403, 8: 429, 9: 400, 10: 409, 11: 400, 12: 501, 14: 503, 16: 401}
-DISCONNECTED = (4, 10, 14)  # what a run fails with when its parameter server is gone, or another one is in its place
+PLACES = 2  # batches that a front end sends a worker at once: one runs while the next one is decoded
 
 
 class Worker:
-    """A Ray actor that runs sessions on the parameter server, for whoever comes to its ``door``."""
+    """A Ray actor that answers requests, for Ray calls (``await worker.answer.remote(...)``) and for who comes to its door.
 
-    def __init__(self, index: int, options: Options):
-        self.index, self.options = index, options
+    A request is (verb, body, seconds that are left for it, has it been sent to another worker before), see ``decode``.
+    """
+
+    def __init__(self, index: int, options: Options, namespace: str):
+        self.index, self.options, self.namespace = index, options, namespace
         self.graphs: dict[str, Graph] = {}
-        self.versions: dict[str, int] = {}  # of the weights in each mirror
-        self.staying = asyncio.Event()
-        self.door = listen(self.run)
-        importer = concurrent.futures.ThreadPoolExecutor(1, "import")  # one alone: imports in two threads may block each other
+        self.have: tuple | None = None  # of what the parameter server has: its life, and the weights' version by model
+        self.starting = asyncio.Lock()
+        self.door, self.key = None, secrets.token_bytes(32)
+        self.lines: set[asyncio.StreamWriter] = set()
+        self.trips: set[asyncio.Task] = set()
+        importer = concurrent.futures.ThreadPoolExecutor(1, "import")  # imports in two threads may block each other
         self.tensorflow = importer.submit(import_tensorflow)  # now, while the parameter server does the same
 
-    async def start(self, parameter_server, others: list[str]) -> tuple[dict[str, Any], Door]:
-        """Build the graphs and warm them up; returns ``about_this_actor()`` and the door when ready to run.
+    async def start(self) -> dict[str, Any]:
+        """Have what the parameter server has now; about this life of the actor, its door and the key to it.
 
-        Called again, with a parameter server that was started anew, it leaves threads behind that still wait for the old one.
+        Idempotent, for the first start, a parameter server that came back, and new weights in a mirror.
         """
-        self.parameter_server = parameter_server
-        self.turns = threading.Semaphore(IN_FLIGHT_PER_WORKER)
-        tf = await asyncio.wrap_future(self.tensorflow)
-        addresses, _ = await parameter_server.start.remote(others)
-        await asyncio.to_thread(self._connect, tf, addresses)
-        await self.refresh()
-        await asyncio.to_thread(self._warm_up)
-        return about_this_actor(), self.door
+        async with self.starting:
+            await asyncio.wrap_future(self.tensorflow)
+            if self.door is None:
+                listener = await asyncio.start_server(self._serve_line, ray.util.get_node_ip_address(), limit=2**24)
+                self.door = listener.sockets[0].getsockname()[:2]
+            while True:
+                server = await find_actor("parameter server 0", self.namespace)
+                there = await call(server.start.remote())
+                if self.have == (there["life"], there["weights"]):
+                    return about_this_actor() | {"door": self.door, "key": self.key}
+                if self.have is None or self.have[0] != there["life"]:
+                    await asyncio.to_thread(self._connect, there)
+                    self.have = there["life"], {}
+                for model, version in there["weights"].items():
+                    if self.have[1].get(model) != version:
+                        [weights] = await call(server.latest.remote(model))
+                        await asyncio.to_thread(self.graphs[model].variables.set_weights, await weights)
+                        self.have[1][model] = version
 
-    def _connect(self, tf, addresses: list[str]) -> None:
+    async def stay(self) -> None:
+        """Never returns: a call whose failure tells at once that this process is gone."""
+        await asyncio.Event().wait()
+
+    async def ping(self) -> None:
+        """Is the event loop alive?"""
+
+    async def answer(self, model: str, requests: list[tuple]) -> list[Any]:
+        """One answer for each request, in order: what its verb promises, or an Error. Raises WorkerLost."""
+        answers = {}
+        await self._run(model, requests, answers.update)
+        return [answers[index] for index in range(len(requests))]
+
+    async def _serve_line(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        """Answer batches from one front end. Until it has shown the key, nothing that comes is looked at."""
+        with contextlib.suppress(OSError, EOFError), contextlib.closing(writer):
+            if not hmac.compare_digest(await asyncio.wait_for(reader.readexactly(len(self.key)), 10), self.key):
+                return
+            self.lines.add(writer)
+            while True:
+                task = asyncio.create_task(self._make_trip(writer, *await read_frame(reader)))
+                self.trips.add(task)
+                task.add_done_callback(self.trips.discard)
+        self.lines.discard(writer)
+
+    async def _make_trip(self, writer: asyncio.StreamWriter, number: int, model: str, requests: list[tuple]) -> None:
+        loop = asyncio.get_running_loop()
+
+        def reply(answers: dict[int, Any]) -> None:
+            loop.call_soon_threadsafe(writer.writelines, to_frame((number, answers)))
+
+        try:
+            await self._run(model, requests, reply)
+        except WorkerLost:
+            pass  # its lines are closed, which tells who waits
+        except Exception as error:  # whatever it is: nobody is to wait for ever
+            log.exception("a batch failed")
+            reply(dict.fromkeys(range(len(requests)), Error(f"Worker {self.index} failed: {first_sentence(error)}")))
+
+    async def _run(self, model: str, requests: list[tuple], reply: Callable[[dict[int, Any]], Any]) -> None:
+        graph, have = self.graphs[model], self.have
+        executor = self.callers if graph.calls_out else self.runners
+        try:
+            await asyncio.get_running_loop().run_in_executor(executor, answer_requests, graph, requests, reply)
+        except ConnectionError as error:
+            if self.have is have:
+                self.have = None
+                for writer in self.lines:
+                    writer.close()
+            raise WorkerLost(f"The parameter server of worker {self.index} was lost: {error}") from None
+
+    def _connect(self, there: dict[str, Any]) -> None:
+        """Connect to another life of the parameter server. Threads that still wait for the last one are left behind."""
+        tf = import_tensorflow()
+        self.runners = concurrent.futures.ThreadPoolExecutor(PLACES, "runs")
+        self.callers = concurrent.futures.ThreadPoolExecutor(16, "runs that call out")  # they may wait for one of the others
         if not self.graphs:
-            self.graphs = {graph.source.name: graph for graph in build_graphs(tf, self.options, mirrors=True)}
-        for graph in self.graphs.values():
+            self.graphs, _ = build_graphs(tf, self.options, mirrors=True)
+        for name, graph in self.graphs.items():
+            if there["models"][name].error:
+                continue
+            for signature in there["models"][name].merged:
+                graph.signatures[signature].merged = True
             if not is_mirrored(self.options, graph.source):
                 # a plain client session straight on the parameter server: a server of our own would be one more hop
-                graph.connect(tf, addresses, self.options, self.options.timeout_s + 1)  # when nobody waits for it any more
+                graph.connect(tf, there["addresses"], self.options, self.options.timeout_s + 1)
             elif graph.session is None:
                 graph.connect(tf, [], self.options)
                 graph.restore(variables=False)
-
-    def _warm_up(self) -> None:
-        for graph in self.graphs.values():
             graph.warm_up()
 
-    async def refresh(self) -> None:
-        """Bring the mirrors up to date, each version's weights through the object store once."""
-        for model, graph in self.graphs.items():
-            if is_mirrored(self.options, graph.source):
-                version, (weights,) = await self.parameter_server.latest.remote(model)
-                if self.versions.get(model) != version:
-                    await asyncio.to_thread(graph.variables.set_weights, await weights)
-                    self.versions[model] = version
 
-    def run(self, model: str, signature: str, feeds: list[list[np.ndarray]]) -> list[Result]:
-        """Run one signature on each of some feeds in turn. One that fails does not touch the others. Raises ServerLost."""
-        with self.turns:
-            return self._run(model, signature, feeds)
+def answer_requests(graph: Graph, requests: list[tuple], reply: Callable[[dict[int, Any]], Any]) -> None:
+    """Decode, group, merge, run, split, encode; ``reply({index: answer or Error})`` as each group is done.
 
-    def _run(self, model: str, signature: str, feeds: list[list[np.ndarray]]) -> list[Result]:
-        graph, results = self.graphs[model], []
-        for feed in feeds:
-            try:
-                results.append(graph.run(signature, feed))
-                continue
-            except Exception as error:  # answered to whoever asked
-                (code, message), by_python = failure_of(error), PythonFailure.find(error)
-            # not in the block above: an error that knew of TensorFlow's would keep the session, whose end waits for its server
-            if code in DISCONNECTED and not by_python:
-                raise ServerLost(f"The parameter server does not answer: {message}")
-            results.append((HTTP_STATUS.get(code, 500), message))
-        return results
+    Requests for one signature with rows of one shape are one group if they may share a run. Raises ConnectionError.
+    """
+    arrived, failed = time.monotonic(), {}
+    groups: dict[Any, list[tuple]] = {}
+    for index, (verb, body, seconds, is_repeated) in enumerate(requests):
+        try:
+            signature, feed, encode = decode(graph.signatures, verb, body)
+            if is_repeated and (signature.writes or signature.calls_out):
+                raise WorkerLost("A worker was lost; the change that was asked for may or may not have been applied.")
+        except Error as error:
+            failed[index] = error.with_traceback(None)
+            continue
+        is_merged = signature.merged and all(array.ndim and len(array) == len(feed[0]) for array in feed)
+        key = (signature.name, *(array.shape[1:] for array in feed)) if is_merged else index
+        groups.setdefault(key, []).append((index, signature, feed, encode, arrived + seconds))
+    if failed:
+        reply(failed)
+    for group in groups.values():
+        now = time.monotonic()
+        group = [request for request in group if now < request[-1]]  # nobody waits for the others any more
+        if len(group) < 2 or not (answers := run_merged(graph, group)):
+            answers = {index: run_one(graph, *request) for index, *request, _ in group}
+        reply(answers)
 
-    async def stay(self) -> None:
-        """Returns only when it is called again: a call whose failure tells at once that this process is gone."""
-        await stay(self)
 
-    async def about(self) -> dict[str, Any]:
-        """Process id, node, and the devices that this actor may use."""
-        return about_this_actor()
+def run_one(graph: Graph, signature: Signature, feed: list[np.ndarray], encode: Callable) -> Any:
+    try:
+        return encode(graph.run(signature.name, feed))
+    except Error as error:
+        return error.with_traceback(None)
+
+
+def run_merged(graph: Graph, group: list[tuple]) -> dict[int, Any] | None:
+    """The answers of requests that share a run; None when each must have a run of its own, so that a bad one fails alone.
+
+    Nothing has been changed then: a signature that writes is only merged when a run that fails changes nothing.
+    """
+    signature = group[0][1]
+    ends = list(itertools.accumulate(len(feed[0]) for _, _, feed, _, _ in group))
+    try:
+        feeds = zip(*(feed for _, _, feed, _, _ in group))
+        outputs = graph.run(signature.name, [np.concatenate(arrays) for arrays in feeds])
+    except ModelError:
+        return None
+    if any(output.shape[:1] != (ends[-1],) for output in outputs):
+        signature.merged = False
+        return None
+    answers = {}
+    for (index, _, feed, encode, _), end in zip(group, ends):
+        try:
+            answers[index] = encode([output[end - len(feed[0]):end] for output in outputs])
+        except Error as error:
+            answers[index] = error.with_traceback(None)
+    return answers
+
+
+# ======================================================================================================================
+# Lines: how batches travel. One call of Ray's takes ten times the processor time of one message on a connection
+# ======================================================================================================================
+
+LARGE_BYTES = 2**16  # an array of so many bytes goes beside the pickle, uncopied
+
+
+def to_frame(value: Any) -> list[Any]:
+    """Parts to be written one after another: how many there are, their sizes, a pickle, large arrays."""
+    parts: list[Any] = [b""]
+    parts[0] = pickle.dumps(value, 5, buffer_callback=lambda b: b.raw().nbytes < LARGE_BYTES or parts.append(b.raw()))
+    return [struct.pack(f"<I{len(parts)}Q", len(parts), *(memoryview(part).nbytes for part in parts)), *parts]
+
+
+async def read_frame(reader: asyncio.StreamReader) -> Any:
+    """Raises EOFError or OSError when the connection is gone. Arrays are read-only."""
+    [count] = struct.unpack("<I", await reader.readexactly(4))
+    sizes = struct.unpack(f"<{count}Q", await reader.readexactly(8 * count))
+    pickled, *arrays = [await reader.readexactly(size) for size in sizes]
+    return pickle.loads(pickled, buffers=arrays)
+
+
+class Line:
+    """The connection of this process to one life of a worker. Made by ``open``; ``closed`` is done when it is gone."""
+
+    def __init__(self, index: int, reader: asyncio.StreamReader, writer: asyncio.StreamWriter):
+        self.index = index
+        self.is_silent = False  # it gets no new work unless there is no other
+        self.trips: dict[int, dict[int, Request]] = {}  # what is not answered yet
+        self._numbers = itertools.count()
+        self._reader, self._writer = reader, writer
+
+    @classmethod
+    async def open(cls, index: int, door: tuple[str, int], key: bytes, batcher: Batcher) -> Line:
+        reader, writer = await asyncio.wait_for(asyncio.open_connection(*door, limit=2**24), 10)
+        writer.write(key)
+        line = cls(index, reader, writer)
+        line.closed = asyncio.create_task(line._listen(batcher))
+        batcher.add(line)
+        return line
+
+    def send(self, model: str, requests: list[Request], now: float) -> None:
+        number = next(self._numbers)
+        self.trips[number] = dict(enumerate(requests))
+        contents = [(request.verb, request.body, request.deadline - now, request.is_repeated) for request in requests]
+        self._writer.writelines(to_frame((number, model, contents)))
+
+    def close(self) -> None:
+        self._writer.close()
+
+    async def _listen(self, batcher: Batcher) -> None:
+        with contextlib.suppress(OSError, EOFError):
+            while True:
+                number, answers = await read_frame(self._reader)
+                trip = self.trips[number]
+                for index, answer in answers.items():
+                    if request := trip.pop(index, None):
+                        batcher.resolve(request, answer)
+                if not trip:
+                    del self.trips[number]
+                    batcher.dispatch()
+        self.close()
+        batcher.remove(self)
 
 
 # ======================================================================================================================
 # The batcher: gathers concurrent requests before they travel, and hands them to the workers round-robin
 # ======================================================================================================================
 
-IN_FLIGHT_PER_WORKER = 2  # one batch runs while the next one travels
-IN_FLIGHT_PER_KEY = 2  # of batches that are not full: more of them at once would only be smaller
-
-
-class Key(NamedTuple):
-    """What requests have to have in common to travel together."""
-
-    model: str
-    signature: str
-    shapes: tuple  # of one row of each input, or None: runs alone
-    worker: int | None  # the one worker that is to run it, if it matters
-    calls_out: bool = False  # it may wait for a request that needs a slot as well: it must not take the last one
-
-
-class WorkerId(NamedTuple):
-    """One life of a worker: one that is started anew keeps its index."""
-
-    index: int
-    life: int = 0
+TRIP_BYTES = 2**25  # most that requests which travel together have together
+QUEUE_BYTES = 2**28
 
 
 @dataclasses.dataclass(eq=False, slots=True)
 class Request:
-    """One caller's request on its way."""
+    """One caller's request on its way. ``future`` is asyncio's or a thread's, whichever its caller waits for."""
 
-    key: Key
-    feed: list[np.ndarray]
-    rows: int
-    writes: bool
-    future: Any  # a concurrent.futures.Future, or an asyncio.Future of ``loop``
-    loop: asyncio.AbstractEventLoop | None
+    model: str
+    worker: int | None  # the one that is to do it, if it matters
+    verb: str
+    body: Any
+    future: Any
+    size_bytes: int = 0
     arrived: float = 0.0
     deadline: float = 0.0
-    sent: bool = False  # to a worker
-    expired: bool = False
-    lost_one: bool = False  # a worker was lost that had it
-
-    @property
-    def over(self) -> bool:
-        """Nobody waits for it any more: its deadline passed, or its caller went away."""
-        return self.expired or self.future.done()
-
-
-@dataclasses.dataclass(eq=False, slots=True)
-class Batch:
-    """Requests that travel together, to be merged into one run or not."""
-
-    worker: WorkerId
-    key: Key
-    requests: list[Request]
-    merge: bool
+    is_sent: bool = False
+    is_repeated: bool = False  # a worker was lost that had it
 
 
 class Batcher:
-    """Whatever queued up while the last batches ran is the next batch. Usable from any thread and any event loop.
+    """Whatever queued up while the last batches ran is the next batch. Lives in one event loop; nothing here waits.
 
-    ``run(worker, model, signature, feeds)`` starts work on a worker and returns a concurrent future of a list of Results,
-    one for each feed. ``lost(worker)`` is called when that future fails. At most ``max_batch`` requests travel together;
-    at most ``max_queue`` wait; every request has its answer at the latest when its deadline has passed.
+    Requests for one model travel together, ``max_batch`` at most. Every request has its answer at the latest when its
+    deadline has passed. What a lost worker had to do runs once more elsewhere, but for adds.
     """
 
-    def __init__(
-        self, options: Options, run: Callable[..., concurrent.futures.Future], lost: Callable[[WorkerId, BaseException], None]
-    ):
-        self.options, self._run, self._lost = options, run, lost
-        self._lock = threading.Lock()
-        self._wake = threading.Condition(self._lock)
-        self._queues: collections.OrderedDict[Key, collections.deque[Request]] = collections.OrderedDict()
-        self._waiting = 0
-        self.batch_sizes: collections.Counter[int] = collections.Counter()  # how many of each have gone to workers
-        self._in_flight: dict[WorkerId, list[Batch]] = {}
-        self._free: dict[WorkerId, int] = {}  # how many batches each ready worker could take; whose turn it is comes first
-        self._unresolved: collections.OrderedDict[Request, None] = collections.OrderedDict()  # by arrival, and so by deadline
-        self._unmergeable: set[tuple[str, str]] = set()
-        self._again: list[Batch] = []  # to be sent once more, request by request
-        self._closed: str | None = None
-        self._thread = threading.Thread(target=self._keep_time, name="ray_tensorflow batcher", daemon=True)
-        self._thread.start()
-
-    # -- for callers ---------------------------------------------------------------------------------------------------
+    def __init__(self, options: Options):
+        self.options = options
+        self.models: dict[str, Model] = {}
+        self.lines: list[Line] = []  # to the workers that can be called; whose turn it is comes first
+        self.waiting = 0
+        self._waiting_bytes = 0
+        self._queues: dict[tuple[str, int | None], collections.deque[Request]] = {}
+        self._open: collections.OrderedDict[Request, None] = collections.OrderedDict()  # by deadline
+        self._timer: asyncio.TimerHandle | None = None
+        self._is_due = False
+        self._closed: Error | None = None
 
     def submit(self, request: Request) -> None:
-        """Queue a request; its future will be resolved. Raises Unavailable when the queue is full or closed."""
+        """Queue a request; its future will be resolved."""
+        if self._closed:
+            return self.resolve(request, self._closed)
+        if self.waiting >= self.options.max_queue or self._waiting_bytes > QUEUE_BYTES:
+            return self.resolve(request, Unavailable(f"Too many requests are waiting already ({self.waiting}); try again later."))
         request.arrived = time.monotonic()
         request.deadline = request.arrived + self.options.timeout_s
-        with self._lock:
-            if self._closed:
-                raise Unavailable(self._closed)
-            if self._waiting >= self.options.max_queue:
-                raise Unavailable(f"Too many requests are waiting already ({self._waiting}); try again later.")
-            waiting = self._queues.setdefault(request.key, collections.deque())
-            waiting.append(request)
-            self._waiting += 1
-            self._unresolved[request] = None
-            if len(self._unresolved) == 1 or self.options.batch_wait_ms and len(waiting) == 1:
-                self._wake.notify()
+        self._open[request] = None
+        self._enqueue(request)
+        if not self._is_due:
+            self._is_due = True
+            asyncio.get_running_loop().call_soon(self.dispatch)  # after all that is ready in this turn of the loop
+        if self._timer is None:
+            self._keep_time()
+
+    def _enqueue(self, request: Request, first: bool = False) -> None:
+        queue = self._queues.setdefault((request.model, request.worker), collections.deque())
+        queue.appendleft(request) if first else queue.append(request)
+        self.waiting += 1
+        self._waiting_bytes += request.size_bytes
+
+    def add(self, line: Line) -> None:
+        self.lines.insert(0, line)
+        self.dispatch()
+
+    def remove(self, line: Line) -> None:
+        """It is gone. What it had runs once more elsewhere, or is answered with why it cannot."""
+        if line in self.lines:
+            self.lines.remove(line)
+        for request in reversed([request for trip in line.trips.values() for request in trip.values()]):
+            if request not in self._open:
+                continue
+            if request.verb == "add" or request.is_repeated:
+                why = "the add may or may not have been applied" if request.verb == "add" else "the second one with this request"
+                self.resolve(request, WorkerLost(f"Worker {line.index} was lost; {why}."))
+            else:
+                request.is_sent, request.is_repeated = False, True
+                self._enqueue(request, first=True)
+        line.trips.clear()
+        self.dispatch()
+
+    def resolve(self, request: Request, answer: Any) -> None:
+        """Give a caller the answer, unless nobody waits for it any more."""
+        self._open.pop(request, None)
+        request.body = None
+        if not request.future.done():
+            with contextlib.suppress(concurrent.futures.InvalidStateError):  # cancelled just now, by another thread
+                if isinstance(answer, Exception):
+                    request.future.set_exception(answer)
+                else:
+                    request.future.set_result(answer)
+
+    def close(self, error: Error | None) -> None:
+        """Answer all that is left, and whatever comes, with this; until called with None."""
+        self._closed = error
+        for request in list(self._open) if error else ():
+            self.resolve(request, error)
+        for queue in self._queues.values():
+            self._drop_done(queue)
 
     def dispatch(self) -> None:
-        """Send all batches that are due to workers that are free."""
-        with self._lock:
-            batches = list(iter(self._take, None))
-        for batch in batches:
-            self._send(batch)
+        """Send all batches that are due to workers that have a place. Models take turns, and so do workers."""
+        self._is_due = False
+        while any([self._take(*key) for key in list(self._queues)]):
+            pass
 
-    def forget(self, request: Request) -> None:
-        """Its caller went away: make room for others."""
-        with self._lock:
-            if request in self._unresolved:
-                self._expire(request)
-                if not request.sent:
-                    self._queues[request.key].remove(request)
+    def _take(self, name: str, worker: int | None) -> bool:
+        """Send one batch of this queue, if it is due and there is a place for it."""
+        queue, model, now = self._queues[name, worker], self.models[name], time.monotonic()
+        self._drop_done(queue)
+        if not queue:
+            del self._queues[name, worker]
+            return False
+        lines = [line for line in self.lines if len(line.trips) < PLACES and worker in (None, line.index)]
+        if not lines:
+            return False
+        is_one_run, count = model.merged and self.options.placement == "shared", len(queue)
+        if not is_one_run:  # all workers get their part
+            count = -(-count // sum(PLACES - len(line.trips) for line in lines))
+        under_way = [next(iter(trip.values())).model
+                     for line in self.lines if not line.is_silent for trip in line.trips.values()]
+        if model.merged and count < self.options.max_batch:
+            early_s = queue[0].arrived + self.options.batch_wait_ms / 1000 - now
+            if early_s > 0:
+                asyncio.get_running_loop().call_later(early_s, self.dispatch)
+                return False
+            if is_one_run and under_way.count(name) >= PLACES:  # more at once would only be smaller
+                return False
+        if model.calls_out and sum(self.models[other].calls_out for other in under_way) >= PLACES * len(self.lines) - 1:
+            return False  # what it waits for may need a place, too
+        line = min(lines, key=lambda line: line.is_silent)
+        requests, size_bytes = [], 0
+        while queue and len(requests) < min(count, self.options.max_batch) and size_bytes < TRIP_BYTES:
+            request = self._leave(queue)
+            if not request.future.done():
+                request.is_sent = True
+                size_bytes += request.size_bytes
+                requests.append(request)
+        self.lines.remove(line)
+        self.lines.append(line)
+        line.send(name, requests, now)
+        return True
 
-    def add_worker(self, worker: WorkerId) -> None:
-        """It takes work from now on, be it new or suspended before."""
-        with self._lock:
-            self._free[worker] = IN_FLIGHT_PER_WORKER - len(self._in_flight.get(worker, ()))
-            self._wake.notify()
-
-    def suspend_worker(self, worker: WorkerId) -> None:
-        """It gets no new work, and nobody waits for company because of what it has."""
-        with self._lock:
-            self._free.pop(worker, None)
-            self._wake.notify()
-
-    def remove_worker(self, worker: WorkerId) -> None:
-        """It is gone. What it had to read runs once more elsewhere; what it had to write may have been applied, and says so."""
-        refused = []
-        with self._lock:
-            self._free.pop(worker, None)
-            for batch in reversed(self._in_flight.pop(worker, [])):
-                refused += self._take_back(batch)
-            self._wake.notify()
-        resolve(refused)
-
-    def in_flight(self, worker: WorkerId) -> int:
-        """How many requests this worker has at the moment."""
-        with self._lock:
-            return sum(len(batch.requests) for batch in self._in_flight.get(worker, ()))
-
-    def waiting(self) -> int:
-        return self._waiting
-
-    def close(self, reason: str) -> None:
-        """Refuse new requests, and answer those that are left with Unavailable."""
-        with self._lock:
-            self._closed = reason
-            left, self._unresolved = list(self._unresolved), collections.OrderedDict()
-            self._queues.clear()
-            self._waiting = 0
-            self._wake.notify()
-        resolve([(request, Unavailable(reason)) for request in left])
-
-    # -- inside --------------------------------------------------------------------------------------------------------
-
-    def _take(self) -> Batch | None:
-        """The next batch that is due, with the worker whose turn it is; keys take turns too. Called with the lock held."""
-        now = time.monotonic()
-        for key in list(self._queues) if any(self._free.values()) else ():
-            waiting = self._queues[key]
-            while waiting and waiting[0].over:
-                self._leave(waiting)
-            if not waiting:
-                del self._queues[key]
-                continue
-            merge = key.shapes is not None and key[:2] not in self._unmergeable
-            full = len(waiting) >= self.options.max_batch
-            if merge and not full:
-                early = now < waiting[0].arrived + self.options.batch_wait_ms / 1000
-                if early or sum(other == key for other in self._keys_in_flight()) >= IN_FLIGHT_PER_KEY:
-                    continue
-            if key.calls_out:
-                calling = sum(other.calls_out for other in self._keys_in_flight())
-                if calling >= IN_FLIGHT_PER_WORKER * len(self._free) - 1:
-                    continue
-            free = (worker for worker, places in self._free.items() if places and key.worker in (None, worker.index))
-            if (worker := next(free, None)) is None:
-                continue
-            # requests that cannot share a run still share the trip, but leave their part to the other workers
-            most = self.options.max_batch if merge else min(self.options.max_batch, -(-len(waiting) // sum(self._free.values())))
-            taken = [self._leave(waiting) for _ in range(min(most, len(waiting)))]
-            self._free[worker] = self._free.pop(worker) - 1  # and so it is the last in turn
-            batch = Batch(worker, key, [request for request in taken if not request.over] or taken[:1], merge)
-            for request in batch.requests:
-                request.sent = True
-            self.batch_sizes[len(batch.requests)] += 1
-            self._queues.move_to_end(key)
-            self._in_flight.setdefault(worker, []).append(batch)
-            return batch
-        return None
-
-    def _keys_in_flight(self) -> Iterator[Key]:
-        """Of the batches whose workers are in order."""
-        return (batch.key for worker in self._free for batch in self._in_flight.get(worker, ()))
-
-    def _leave(self, waiting: collections.deque[Request]) -> Request:
-        """Take the first request out of its queue; one past its deadline has not counted as waiting since then."""
-        request = waiting.popleft()
-        self._waiting -= not request.expired
-        if request.over:
-            self._unresolved.pop(request, None)
+    def _leave(self, queue: collections.deque[Request]) -> Request:
+        request = queue.popleft()
+        self.waiting -= 1
+        self._waiting_bytes -= request.size_bytes
         return request
 
-    def _send(self, batch: Batch) -> None:
-        batch.merge = batch.merge and len(batch.requests) > 1
-        feeds = [request.feed for request in batch.requests]
-        if batch.merge:
-            feeds = [[np.concatenate(arrays) for arrays in zip(*feeds)]]
-        try:
-            future = self._run(batch.worker, batch.key.model, batch.key.signature, feeds)
-        except Exception as error:
-            future = concurrent.futures.Future()
-            future.set_exception(error)
-        future.add_done_callback(functools.partial(self._finish, batch))
-
-    def _finish(self, batch: Batch, future: concurrent.futures.Future) -> None:
-        """Give each request of a batch its part of the results. Runs in the thread that waited for them."""
-        if error := future.exception():
-            if self._is_under_way(batch):
-                self.remove_worker(batch.worker)
-                self._lost(batch.worker, error)
-            return
-        results: list[Result] = future.result()
-        if batch.merge:
-            rows = sum(request.rows for request in batch.requests)
-            result = results[0]
-            if isinstance(result, tuple) or any(array.shape[:1] != (rows,) for array in result):
-                # One bad request fails alone: each gets a run of its own. Nothing has been changed: a signature that writes
-                # is only merged when a run that fails changes nothing.
-                if not isinstance(result, tuple):
-                    self._unmergeable.add(batch.key[:2])
-                batch.merge = False
-                with self._lock:
-                    self._again.append(batch)
-                    self._wake.notify()
-                return
-            ends = list(itertools.accumulate(request.rows for request in batch.requests))
-            results = [[array[end - request.rows:end] for array in result] for request, end in zip(batch.requests, ends)]
-        if self._arrive(batch):
-            outcomes = [result if isinstance(result, list) else ModelError(result[1], result[0]) for result in results]
-            resolve(list(zip(batch.requests, outcomes)))
-
-    def _is_under_way(self, batch: Batch) -> bool:
-        """Has it not been given up, with its worker?"""
-        return batch in self._in_flight.get(batch.worker, ())
-
-    def _arrive(self, batch: Batch) -> bool:
-        """Its worker has a free place again. False if nobody waits for this batch any more."""
-        with self._lock:
-            if not self._is_under_way(batch):
-                return False
-            for request in batch.requests:
-                self._unresolved.pop(request, None)
-            self._in_flight[batch.worker].remove(batch)
-            if not self._in_flight[batch.worker]:
-                del self._in_flight[batch.worker]
-            if batch.worker in self._free:
-                self._free[batch.worker] += 1
-            if self._queues:
-                self._wake.notify()
-            return True
-
-    def _take_back(self, batch: Batch) -> list[tuple[Request, Error]]:
-        """A lost worker's batch, back to where it came from; those that cannot be, with the reason. Called with the lock held."""
-        refused = []
-        for request in reversed(batch.requests):
-            if request.writes or request.lost_one or request.over:
-                why = "; the change may or may not have been applied" if request.writes else ", the second one with this request"
-                refused.append((request, WorkerLost(f"Worker {batch.worker.index} was lost{why}.")))
-                self._unresolved.pop(request, None)
-            else:
-                request.sent, request.lost_one = False, True
-                self._queues.setdefault(request.key, collections.deque()).appendleft(request)
-                self._waiting += 1
-        return refused
-
-    def _expire(self, request: Request) -> None:
-        """Nobody waits for it any more. Called with the lock held."""
-        self._unresolved.pop(request, None)
-        request.expired = True
-        self._waiting -= not request.sent
+    def _drop_done(self, queue: collections.deque[Request]) -> None:
+        """Nobody waits for these any more."""
+        while queue and queue[0].future.done():
+            self._open.pop(self._leave(queue), None)
 
     def _keep_time(self) -> None:
-        """The batcher's own thread: sends what became due, and ends waits whose deadline has passed."""
-        while True:
-            expired = []
-            with self._lock:
-                now = time.monotonic()
-                while self._unresolved and (request := next(iter(self._unresolved))).deadline <= now:
-                    self._expire(request)
-                    expired.append(request)
-                times = [next(iter(self._unresolved)).deadline] if self._unresolved else []
-                if self.options.batch_wait_ms:  # those whose wait is over only need a worker, whose return wakes this thread
-                    due = [queue[0].arrived + self.options.batch_wait_ms / 1000 for queue in self._queues.values() if queue]
-                    times += [at for at in due if at > now]
-                again = [batch for batch in self._again if self._is_under_way(batch)]
-                batches, self._again = again + list(iter(self._take, None)), []
-                if not batches and not expired:
-                    if self._closed:
-                        return
-                    self._wake.wait(max(0.001, min(times) - now) if times else None)
-            for batch in batches:
-                self._send(batch)
-            resolve([(request, self._too_late(request)) for request in expired])
-
-    def _too_late(self, request: Request) -> Error:
-        late = f"No answer within the deadline of {self.options.timeout_s:g} s"
-        if request.sent and request.writes:
-            return WorkerLost(f"{late}; the change may or may not have been applied.")
-        return DeadlineExceeded(f"{late}.")
-
-
-def resolve(outcomes: list[tuple[Request, Any]]) -> None:
-    """Give callers their results or errors; those of one event loop in one step, since waking it is what costs."""
-    by_loop: dict[asyncio.AbstractEventLoop | None, list[tuple[Request, Any]]] = {}
-    for request, outcome in outcomes:
-        by_loop.setdefault(request.loop, []).append((request, outcome))
-    for loop, part in by_loop.items():
-        if loop is None:
-            set_outcomes(part)
-        else:
-            with contextlib.suppress(RuntimeError):  # that loop is closed: nobody waits there any more
-                loop.call_soon_threadsafe(set_outcomes, part)
-
-
-def set_outcomes(outcomes: list[tuple[Request, Any]]) -> None:
-    for request, outcome in outcomes:
-        with contextlib.suppress(concurrent.futures.InvalidStateError, asyncio.InvalidStateError):  # cancelled, or too late
-            if isinstance(outcome, Exception):
-                request.future.set_exception(outcome)
-            else:
-                request.future.set_result(outcome)
-
-
-# ======================================================================================================================
-# The supervisor: starts the actors, watches them, and starts anew what dies or hangs
-# ======================================================================================================================
-
-PING_S = 0.5  # between two looks at an actor
-SUSPECT_S = 1.5  # a worker that has not answered for so long gets no new work
-HUNG_S = {"worker": 6.0, "parameter server": 30.0}  # an actor that has not answered for so long is ended
-
-
-@dataclasses.dataclass
-class Member:
-    """What is known of one actor."""
-
-    kind: str  # "parameter server" or "worker"
-    index: int
-    state: str = "starting"  # ready, or hung: it does not answer
-    restarts: int = 0
-    life: int = 0  # one more each time that it becomes ready
-    about: dict[str, Any] = dataclasses.field(default_factory=dict)
-    node: str | None = None
-    actor: Any = None
-    door: Door | None = None  # of a worker
-
-
-class View(NamedTuple):
-    """All that front ends have to know, as it was at one moment."""
-
-    number: int
-    models: dict[str, Model]
-    servers: list[Member]
-    workers: list[Member]
-    failure: Error | None = None  # that cannot be mended
-
-
-class Supervisor:
-    """Owns the parameter servers and the workers. ``publish`` is called with each new View.
-
-    A worker that is lost is started anew by itself. Parameter servers are lost together: variables are spread over them, and
-    all of these come back as they were kept last. Then the workers, which live on, connect anew.
-    """
-
-    def __init__(self, options: Options, publish: Callable[[View], None], home: str, folder: str, again: bool = False):
-        self.options, self.publish = options, publish
-        self.home, self.folder = home, options.checkpoint_dir or folder  # the node on whose disk variables are kept, and where
-        self.again = again  # has there been a parameter server before?
-        self.servers = [Member("parameter server", index) for index in range(options.parameter_servers)]
-        self.workers = [Member("worker", index) for index in range(options.workers)]
-        self.view = View(0, {}, [], [])
-        self._setting_weights = asyncio.Lock()
-        self._starting = asyncio.Semaphore(len(os.sched_getaffinity(0)))
-        self._reports: dict[int, asyncio.Future] = {}  # by worker: somebody could not reach it
-
-    async def run(self) -> None:
-        """Until cancelled, or until something has failed that cannot be mended, which the last View tells."""
-        running = self.options.parameter_servers * (self.options.placement == "shared")  # those that run models
-        self._gpus = gpu_share(int(ray.cluster_resources().get("GPU", 0)), running + self.options.workers)
-        self._server_gpus = self._gpus if running else 0
-        try:
-            while True:
-                try:
-                    models = await self._start_servers()
-                except Exception as error:
-                    if isinstance(error, Error) or not self.again:
-                        raise
-                    log.warning("parameter server could not start: %s", first_sentence(str(error)))
-                    for server in self.servers:
-                        self._end_actor(server)
-                    await asyncio.sleep(1)  # or it would be tried without a pause
-                    continue
-                self.again = True
-                self._show(models=models)
-                await self._serve()
-        except Exception as error:
-            why = f"The parameter server could not be started: {first_sentence(str(error))}"
-            self._show(failure=error if isinstance(error, Error) else Unavailable(why))
-        finally:
-            await self._end()
-
-    def report(self, worker: WorkerId) -> None:
-        """A front end could not reach this worker."""
-        report = self._reports.get(worker.index)
-        if self.workers[worker.index].life == worker.life and report and not report.done():
-            report.set_result(None)
-
-    async def set_weights(self, model: str, weights: list) -> None:
-        """``weights``: in a list, where the object store has them. Returns when no worker answers with the old ones any more."""
-        async with self._setting_weights:
-            await call(self.servers[0].actor.set_weights.remote(model, weights[0]))
-            if self.options.placement == "mirrored":
-                for worker in self.workers:
-                    if worker.state != "starting":
-                        with contextlib.suppress(ray.exceptions.RayActorError):  # its successor starts with the new ones
-                            await call(worker.actor.refresh.remote())
-
-    # -- parameter servers ---------------------------------------------------------------------------------------------
-
-    async def _start_servers(self) -> dict[str, Model]:
-        """All of them, and meanwhile the first worker, which imports tensorflow in the same time."""
-        started = time.monotonic()
-        for server in self.servers:
-            self._spawn(server, ParameterServer, self._server_gpus, self.folder, self.again)
-        others = await asyncio.gather(*(call(server.actor.serve.remote()) for server in self.servers[1:]))
-        self._others = list(others)
-        if self.workers[0].actor is None:
-            self._spawn(self.workers[0], Worker, self._gpus)
-        _, models = await call(self.servers[0].actor.start.remote(self._others))
-        for server in self.servers:
-            server.about = await call(server.actor.about.remote())
-            server.state, server.life = "ready", server.life + 1
-            log.info("parameter server ready  pid %d  %.1f s", server.about["pid"], time.monotonic() - started)
-        return {model.name: model for model in models}
-
-    async def _serve(self) -> None:
-        """Until a parameter server is lost."""
-        first = asyncio.Event()  # the others start after the first worker is ready: serving comes first
-        tasks = [asyncio.create_task(self._keep(worker, first)) for worker in self.workers]
-        watches = [asyncio.create_task(self._watch(server)) for server in self.servers]
-        try:
-            done, _ = await asyncio.wait([*tasks, *watches], return_when=asyncio.FIRST_COMPLETED)
-            reasons = [task.result() for task in done]  # or raises what made a worker impossible
-        finally:
-            for task in [*tasks, *watches]:
-                task.cancel()
-            await asyncio.gather(*tasks, *watches, return_exceptions=True)
-        for server in self.servers:
-            log.warning("parameter server lost  pid %d  %s", server.about["pid"], reasons[0])
-            server.state, server.restarts = "starting", server.restarts + 1
-            self._end_actor(server)
-        for worker in self.workers:
-            worker.state = "starting"
-        self._show()
-
-    # -- workers -------------------------------------------------------------------------------------------------------
-
-    async def _keep(self, worker: Member, first: asyncio.Event) -> None:
-        """Start a worker, watch it and start it anew, until cancelled."""
-        if worker.index > 0:
-            await first.wait()
-        while True:
-            try:
-                async with self._starting:
-                    await self._start(worker)
-                first.set()
-                reason = await self._watch(worker)
-                log.warning("worker %d lost  pid %d  %s", worker.index, worker.about["pid"], reason)
-                worker.restarts += 1
-            except Exception as error:
-                log.warning("worker %d could not start: %s", worker.index, first_sentence(str(error)))
-                if isinstance(error, Error) and not any(worker.life for worker in self.workers):
-                    raise  # it never will
-                await asyncio.sleep(1)  # or it would be tried without a pause
-            worker.state = "starting"
-            self._show()
-            self._end_actor(worker)
-
-    async def _start(self, worker: Member) -> None:
-        started = time.monotonic()
-        if worker.actor is None:
-            self._spawn(worker, Worker, self._gpus)
-        worker.about, worker.door = await call(worker.actor.start.remote(self.servers[0].actor, self._others))
-        async with self._setting_weights:  # none are set between its last look and its first request
-            await call(worker.actor.refresh.remote())
-            worker.state, worker.life = "ready", worker.life + 1
-            self._show()
-        log.info("worker %d ready  pid %d  %.1f s", worker.index, worker.about["pid"], time.monotonic() - started)
-
-    # -- either --------------------------------------------------------------------------------------------------------
-
-    def _spawn(self, member: Member, kind: type, gpus: float, *arguments) -> None:
-        member.node, strategy = self._place(member, gpus)
-        resources = {
-            "num_cpus": 0, "num_gpus": gpus, "max_restarts": 0, "max_concurrency": 1000,
-            "enable_task_events": False}  # of which Ray's gcs would keep 100,000: half a gigabyte
-        actor = ray.remote(kind).options(scheduling_strategy=strategy, **resources)
-        member.actor = actor.remote(member.index, self.options, *arguments)
-
-    def _place(self, member: Member, gpus: float):
-        """The node for a new actor: the one with the fewest of its kind, ours before others. Ray itself spreads actors that
-        need something (a GPU), but puts those that need nothing anywhere, a soft affinity notwithstanding."""
-        alive = [node["NodeID"] for node in ray.nodes() if node["Alive"]]
-        if member is self.servers[0] and self.options.checkpoint_dir is None and self.home not in alive:
-            raise Unavailable("The node of the parameter server was lost, and the variables with it: start the program anew"
-                              " (--checkpoint-dir, a folder that all nodes share, would have kept them).")
-        if gpus:
-            return None, "SPREAD"
-        fellows = self.servers if member.kind == "parameter server" else self.workers
-        used = collections.Counter(fellow.node for fellow in fellows if fellow is not member and fellow.actor is not None)
-        node = min(alive, key=lambda node: (used[node], node != self.home, node))
-        return node, NodeAffinitySchedulingStrategy(node, soft=False)
-
-    async def _watch(self, member: Member) -> str:
-        """Returns why an actor was lost, as soon as it is."""
-        stays, answer = asyncio.ensure_future(call(member.actor.stay.remote())), None
-        report = asyncio.get_running_loop().create_future()
-        if member.kind == "worker":
-            self._reports[member.index] = report
-        patience = HUNG_S[member.kind]
-        try:
-            while True:
-                answer, silent_s = asyncio.ensure_future(call(member.actor.about.remote())), 0.0
-                while not (stays.done() or report.done() or answer.done()):
-                    asked = time.monotonic()
-                    await asyncio.wait([stays, report, answer], timeout=PING_S, return_when=asyncio.FIRST_COMPLETED)
-                    if time.monotonic() - asked < 1.5 * PING_S:  # else it is this very thread that comes too late
-                        silent_s += PING_S
-                    if silent_s > patience:
-                        await self._kill(member)
-                        return f"it did not answer for {patience:g} s"
-                    if silent_s > SUSPECT_S:
-                        self._set_state(member, "hung")
-                if answer.done() and not answer.exception():
-                    self._set_state(member, "ready", answer.result())
-                await asyncio.wait([stays, report], timeout=PING_S, return_when=asyncio.FIRST_COMPLETED)
-                if report.done():
-                    return "a front end could not reach it"
-                if stays.done():
-                    return first_sentence(str(stays.exception()))
-        finally:
-            for future in (stays, answer):
-                future.cancel() or future.cancelled() or future.exception()
-
-    def _set_state(self, member: Member, state: str, about: dict[str, Any] | None = None) -> None:
-        if (state, about or member.about) != (member.state, member.about):
-            if state != member.state:
-                log.warning("%s %d is %s  pid %d", member.kind, member.index, state, member.about["pid"])
-            member.state, member.about = state, about or member.about
-            self._show()
-
-    async def _kill(self, member: Member) -> None:
-        """End the process of an actor that hears nothing; Ray by itself would leave it as it is."""
-        if member.about["node"] == ray.get_runtime_context().get_node_id():
-            kill_process(member.about["pid"])
-        else:
-            there = NodeAffinitySchedulingStrategy(member.about["node"], soft=False)
-            task = ray.remote(num_cpus=0, scheduling_strategy=there)(kill_process)
-            with contextlib.suppress(Exception):  # the node is gone as well
-                await call(task.remote(member.about["pid"]))
-
-    def _end_actor(self, member: Member) -> None:
-        if member.actor is not None:
-            ray.kill(member.actor)
-            member.actor = None
-
-    async def _end(self) -> None:
-        """Keep what is to be kept, and end all actors."""
-        if self.servers[0].state == "ready":
-            with contextlib.suppress(Exception):
-                await asyncio.wait_for(call(self.servers[0].actor.keep.remote()), 10)
-        for member in [*self.workers, *self.servers]:
-            member.state = "stopped"
-            self._end_actor(member)
-        if self.options.checkpoint_dir is None:
-            shutil.rmtree(self.folder, ignore_errors=True)
-
-    def _show(self, **changes) -> None:
-        servers, workers = ([dataclasses.replace(member) for member in members] for members in (self.servers, self.workers))
-        self.view = self.view._replace(number=self.view.number + 1, servers=servers, workers=workers, **changes)
-        self.publish(self.view)
-
-
-POLL_S = 1.0
-GONE_S = 8.0  # a front end that has not called for so long has ended without a word
-
-
-def kill_process(pid: int) -> None:
-    with contextlib.suppress(ProcessLookupError):
-        os.kill(pid, signal.SIGKILL)
-
-
-class SharedSupervisor:
-    """A Ray actor with the one Supervisor of all front ends of a Ray cluster. The first front end makes it, the others find it by
-    its name, and it ends, with all of its actors, soon after the last of them has gone.
-    """
-
-    def __init__(self, options: Options, home: str, folder: str):
-        self.options = options
-        again = ray.get_runtime_context().was_current_actor_reconstructed
-        self.supervisor = Supervisor(options, self._publish, home, folder, again)
-        self.newer = asyncio.Event()
-        self.front_ends: dict[str, float] = {}  # when they were last heard of
-        self.running: asyncio.Task | None = None
-
-    def _publish(self, view: View) -> None:
-        self.newer.set()
-        self.newer = asyncio.Event()
-
-    async def changes(self, front_end: str, options: Options, seen: int) -> View:
-        """The View, as soon as it is not number ``seen``, or after a second at the latest. Who does not call again is gone.
-
-        Raises OptionError when the front end wants another graph than there is.
-        """
-        for name, there in self.options.shared.items():
-            if options.shared[name] != there:
-                shown = [",".join(map(str, v)) if isinstance(v, tuple) else v for v in (options.shared[name], there)]
-                raise OptionError(f"--{name.replace('_', '-')} {shown[0]}: the shared cluster runs with {shown[1]}")
-        self.front_ends[front_end] = time.monotonic()
-        if self.running is None:
-            self.running = asyncio.create_task(self._run())
-        if self.supervisor.view.number == seen:
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self.newer.wait(), POLL_S)
-        return self.supervisor.view
-
-    async def leave(self, front_end: str) -> None:
-        self.front_ends.pop(front_end, None)
-
-    async def report(self, worker: WorkerId) -> None:
-        self.supervisor.report(worker)
-
-    async def set_weights(self, model: str, weights: list) -> None:
-        await self.supervisor.set_weights(model, weights)
-
-    async def _run(self) -> None:
-        """Supervise for as long as there are front ends; then end this very actor."""
-        supervising = asyncio.create_task(self.supervisor.run())
-        while self.front_ends:
-            await asyncio.sleep(POLL_S)
-            now = time.monotonic()
-            self.front_ends = {name: heard for name, heard in self.front_ends.items() if now - heard < GONE_S}
-        supervising.cancel()
-        await asyncio.gather(supervising, return_exceptions=True)
-        ray.kill(ray.get_runtime_context().current_actor)
+        """End the waits whose deadline has passed, and be called again at the next one."""
+        now = time.monotonic()
+        while self._open and (request := next(iter(self._open))).deadline <= now:
+            change = "; a change that was asked for may have been applied" if request.is_sent else ""
+            self.resolve(request, DeadlineExceeded(f"No answer within the deadline of {self.options.timeout_s:g} s{change}."))
+            self._drop_done(self._queues.get((request.model, request.worker), collections.deque()))
+        left_s = next(iter(self._open)).deadline - now if self._open else None
+        self._timer = asyncio.get_running_loop().call_later(left_s, self._keep_time) if self._open else None
 
 
 # ======================================================================================================================
 # The cluster: what scripts, notebooks and front ends hold in their hands
 # ======================================================================================================================
 
+PING_S = 0.5  # between two looks at an actor
+SILENT_S = 1.5  # a worker that has not answered for so long gets no new work
+PATIENCE_S = {"worker": 4.0, "parameter server": 30.0}  # an actor that has not answered for so long is ended
 
-class Call(NamedTuple):
-    """Checked work for a worker: ``feed`` has an array for each input, in the order of the sorted names."""
 
-    model: str
-    signature: Signature
-    feed: list[np.ndarray]
-    worker: int | None = None  # the one that is to do it, if it matters
+@dataclasses.dataclass
+class Member:
+    """What this process knows of one actor."""
+
+    kind: str  # "parameter server" or "worker"
+    index: int
+    state: str = "starting"  # ready, silent
+    restarts: int = 0
+    pid: int | None = None  # of its last life
+    about: dict[str, Any] = dataclasses.field(default_factory=dict)  # while it is ready
+    actor: Any = None
+    line: Line | None = None  # to a worker
+
+    def __str__(self) -> str:
+        return f"{self.kind} {self.index}"
 
 
 class Cluster:
@@ -2102,57 +2136,52 @@ class Cluster:
         async with Cluster(options) as cluster:        # inside any running event loop
             await cluster.add_async(3.0)
 
-    Calls may come from several threads and several event loops at once. No event loop is ever made, fetched or patched
-    here: one thread of the cluster's own owns Ray, since Ray's processes end with the thread that started them.
+    Calls may come from several threads and event loops at once; all work is done in the *home loop*: one that ``begin`` is
+    given, else one in a thread of the cluster's own. That thread owns Ray, whose processes end with who started them.
     """
 
     def __init__(self, options: Options | None = None, **changes):
         self.options = dataclasses.replace(options or Options(), **changes)
-        self.models: dict[str, Model] = {}
-        self._view = View(0, {}, [], [])
-        self._lines: dict[WorkerId, Lines] = {}  # to the workers that can be called
-        self._able: set[WorkerId] = set()  # those of them that get work
-        self._dispatching: set[asyncio.AbstractEventLoop] = set()  # that will soon send what they have queued
-        self._batcher = Batcher(self.options, self._run, self._report)
-        self._ahead = min(2 * IN_FLIGHT_PER_WORKER * self.options.workers, self.options.max_queue)  # batches of one map
-        self._changed = threading.Condition()
-        self._status = "new"
+        self._servers = [Member("parameter server", index) for index in range(self.options.parameter_servers)]
+        self._workers = [Member("worker", index) for index in range(self.options.workers)]
+        self._batcher = Batcher(self.options)
+        self._status = "new"  # starting, serving, stopping, stopped
         self._failure: Error | None = None
-        self._is_awaited = False
+        self._changed = threading.Condition()
         self._thread: threading.Thread | None = None
-        self._loop: asyncio.AbstractEventLoop | None = None  # of that thread
-        self._work: asyncio.Task | None = None  # what runs in it
-        self._ask: Callable[..., concurrent.futures.Future] | None = None  # calls a method of the supervisor
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._home: int | None = None  # the thread of the home loop
+        self._joined, self._described, self._first = asyncio.Event(), asyncio.Event(), asyncio.Event()
+        self._closing = asyncio.Event()
+        self._run = secrets.token_hex(8)
+        self._namespace = "ray_tensorflow" if self.options.address else f"ray_tensorflow-{self._run}"
 
     # -- life ----------------------------------------------------------------------------------------------------------
 
-    def begin(self, one_of_many: bool = False) -> None:
-        """Start everything in the background; ``health()`` tells how far it is.
-
-        ``one_of_many``: this may be one of several processes of a server, of which only one can have a cluster of its own.
-        """
+    def begin(self, home: asyncio.AbstractEventLoop | None = None) -> Cluster:
+        """Start everything in the background, in the running loop ``home`` if given; ``health()`` tells how far it is."""
         with self._changed:
             if self._status == "new":
                 self._status = "starting"
-                self._thread = threading.Thread(
-                    target=self._live, args=[one_of_many and not self.options.address], name="ray_tensorflow cluster", daemon=True)
+                self._loop = home or asyncio.new_event_loop()
+                self._thread = threading.Thread(target=self._live, args=[home is None], daemon=True)
                 self._thread.start()
                 atexit.register(self.close)
+        return self
 
     def start(self, workers: int = 1) -> Cluster:
-        """Start everything; returns when the parameter server and so many workers are ready.
+        """Start everything; returns when all models are loaded and so many workers are ready.
 
         Raises OptionError, ModelError or Unavailable when that cannot be.
         """
-        self._is_awaited = True
         self.begin()
         with self._changed:
-            self._changed.wait_for(
-                lambda: self._count("ready") >= workers or self._failure or self._status in ("stopping", "stopped"))
-        self._is_awaited = False
-        if self._status != "serving" or self._failure:
+            self._changed.wait_for(lambda: self._failure or self._status in ("stopping", "stopped") or (
+                sum(worker.state == "ready" for worker in self._workers) >= workers))
+        failures = [ModelError(model.error) for model in self._batcher.models.values() if model.error]
+        if self._failure or failures or self._status != "serving":
             self.close()
-            raise self._failure or Unavailable("The cluster was closed.")
+            raise self._failure or (failures + [Unavailable("The cluster was closed.")])[0]
         return self
 
     def close(self) -> None:
@@ -2161,13 +2190,10 @@ class Cluster:
         with self._changed:
             self._status = "stopping" if self._thread and self._thread.is_alive() else "stopped"
             self._changed.notify_all()
-            if self._work and not self._loop.is_closed():
-                self._loop.call_soon_threadsafe(self._work.cancel)
-        self._batcher.close("The server is shutting down.")
+        with contextlib.suppress(RuntimeError, AttributeError):  # the loop is closed, or never was
+            self._loop.call_soon_threadsafe(self._closing.set)
         if self._thread:
             self._thread.join()
-        for lines in self._lines.values():
-            lines.close()
 
     def __enter__(self) -> Cluster:
         return self.start()
@@ -2189,11 +2215,11 @@ class Cluster:
         ``worker`` is the number of the worker that is to do it, by default the next one. Raises InvalidRequest,
         Unavailable, WorkerLost or DeadlineExceeded.
         """
-        return float(self.run(self.addition(value, worker))[0][0])
+        return self._ask(ADDER, "add", finite(value), worker=worker)
 
     async def add_async(self, value: float, worker: int | None = None) -> float:
         """As ``add``, awaitable."""
-        return float((await self.run_async(self.addition(value, worker)))[0][0])
+        return await self._ask_async(ADDER, "add", finite(value), worker=worker)
 
     def predict(
         self, inputs: dict[str, Any], model: str, signature: str = "serving_default", version: int | None = None
@@ -2201,49 +2227,46 @@ class Cluster:
         """Run a signature of a served model.
 
         ``inputs`` are arrays by input name (or just the array, of a sole input), of a dtype that numpy casts to the input's
-        without loss of kind (ints to floats, not floats to ints; text for strings). The result is arrays by output name; they
-        may be read-only, and views of a larger one: copy what you want to write to. Raises InvalidRequest, ModelError,
-        Unavailable, WorkerLost or DeadlineExceeded.
+        without loss of kind (ints to floats, not floats to ints; text for strings). The result is arrays by output name;
+        they may be read-only: copy what you want to write to. Raises InvalidRequest, ModelError, Unavailable, WorkerLost
+        or DeadlineExceeded.
         """
-        spec = self.find(model, version, signature)
-        return dict(zip(spec.outputs, self.run(Call(model, spec, feed_of(spec, inputs)))))
+        return self._ask(model, "arrays", (signature, as_arrays(inputs)), version)
 
     async def predict_async(
         self, inputs: dict[str, Any], model: str, signature: str = "serving_default", version: int | None = None
     ) -> dict[str, np.ndarray]:
         """As ``predict``, awaitable."""
-        spec = self.find(model, version, signature)
-        return dict(zip(spec.outputs, await self.run_async(Call(model, spec, feed_of(spec, inputs)))))
+        return await self._ask_async(model, "arrays", (signature, as_arrays(inputs)), version)
+
+    def rest(self, model: str, version: int | None, verb: str, body: bytes, is_gzip: bool) -> bytes:
+        """The answer to a request of TensorFlow Serving's REST API: predict, classify or regress. Raises Error."""
+        return self._ask(model, verb, (body, is_gzip), version)
+
+    async def rest_async(self, model: str, version: int | None, verb: str, body: bytes, is_gzip: bool) -> bytes:
+        """As ``rest``, awaitable."""
+        return await self._ask_async(model, verb, (body, is_gzip), version)
 
     def get_weights(self, model: str) -> dict[str, np.ndarray]:
         """The variables of a served model by name. Arrays may be read-only: copy what you want to write to."""
-        self.find_model(model)
-        return get(self._server().get_weights.remote(model), self.options.timeout_s)
+        return self._cross(self.get_weights_async(model))
 
     async def get_weights_async(self, model: str) -> dict[str, np.ndarray]:
         """As ``get_weights``, awaitable."""
-        return await asyncio.to_thread(self.get_weights, model)
+        self.find(model)
+        return await self._call_server("get_weights", model)
 
     def set_weights(self, model: str, weights: dict[str, np.ndarray]) -> None:
-        """Set some or all variables of a served model; a wrong name or shape is an InvalidRequest, and then none of them is set.
+        """Set some or all variables of a served model; a wrong name or shape is an InvalidRequest, and then none is set.
 
         Once it returns, no later request is answered with the old ones, mirrors included.
         """
-        self.find_model(model)
-        self._server()
-        setting = self._ask("set_weights", model, [ray.put(weights)])
-        try:
-            setting.result(self.options.timeout_s)
-        except TimeoutError:
-            raise DeadlineExceeded(f"No answer within the deadline of {self.options.timeout_s:g} s.") from None
-        except ray.exceptions.RayTaskError as error:
-            raise root_cause(error) from None
-        except ray.exceptions.RayActorError:
-            raise ServerLost("The parameter server was lost; the weights may or may not have been set.", 502) from None
+        self._cross(self.set_weights_async(model, weights))
 
     async def set_weights_async(self, model: str, weights: dict[str, np.ndarray]) -> None:
         """As ``set_weights``, awaitable."""
-        await asyncio.to_thread(self.set_weights, model, weights)
+        self.find(model)
+        await self._call_server("set_weights", model, as_arrays(weights))
 
     def map(
         self, batches: Iterable[Any], model: str, signature: str = "serving_default", version: int | None = None,
@@ -2254,21 +2277,20 @@ class Cluster:
         Keeps a bounded number of batches in flight and pulls no faster than they can be sent. An error says which batch it
         is about, counted from 0. Leaving the loop early stops the work.
         """
-        spec = self.find(model, version, signature)
-        pending: dict[concurrent.futures.Future, int] = {}  # batch numbers
+        self._refuse_at_home()
+        pending: dict[concurrent.futures.Future, int] = {}
 
         def results(most: int):
             while len(pending) > most:
-                first = pending if ordered else concurrent.futures.wait(pending, return_when=concurrent.futures.FIRST_COMPLETED)[0]
+                first = pending if ordered else concurrent.futures.wait(pending, return_when="FIRST_COMPLETED").done
                 future = next(iter(first))
                 with naming_batch(pending.pop(future)):
-                    outputs = future.result()
-                yield dict(zip(spec.outputs, outputs))
+                    yield future.result()
 
         try:
             for index, batch in enumerate(batches):
                 with naming_batch(index):
-                    pending[self._submit(Call(model, spec, feed_of(spec, batch))).future] = index
+                    pending[self._submit(model, "arrays", (signature, as_arrays(batch)), version)] = index
                 yield from results(self._ahead - 1)
             yield from results(0)
         finally:
@@ -2279,23 +2301,21 @@ class Cluster:
         self, batches: Iterable[Any] | AsyncIterable[Any], model: str, signature: str = "serving_default",
         version: int | None = None, ordered: bool = True
     ) -> AsyncIterator[dict[str, np.ndarray]]:
-        """As ``map``, for ``async for``; ``batches`` may be asynchronous too, else a thread waits for them and not the loop."""
-        spec = self.find(model, version, signature)
+        """As ``map``, for ``async for``; ``batches`` may be asynchronous too, else a thread waits for them, not the loop."""
         pending: dict[asyncio.Future, int] = {}
 
         async def results(most: int):
             while len(pending) > most:
-                first = pending if ordered else (await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED))[0]
+                first = pending if ordered else (await asyncio.wait(pending, return_when="FIRST_COMPLETED"))[0]
                 future = next(iter(first))
                 with naming_batch(pending.pop(future)):
-                    outputs = await future
-                yield dict(zip(spec.outputs, outputs))
+                    yield await future
 
         try:
             index = 0
             async for batch in iterate(batches):
                 with naming_batch(index):
-                    pending[self._submit_async(Call(model, spec, feed_of(spec, batch))).future] = index
+                    pending[asyncio.ensure_future(self.predict_async(batch, model, signature, version))] = index
                 index += 1
                 async for result in results(self._ahead - 1):
                     yield result
@@ -2305,243 +2325,317 @@ class Cluster:
             for future in pending:
                 future.cancel()
 
-    def run(self, call: Call, gone: Callable[[], bool] | None = None) -> list[np.ndarray]:
-        """Do checked work: the outputs in the order of their sorted names.
-
-        ``gone`` is asked each second whether the caller went away; then the work is given up and Unavailable raised.
-        """
-        request = self._submit(call)  # the batcher keeps the deadline
-        while gone:
-            with contextlib.suppress(TimeoutError):
-                return request.future.result(1)
-            if gone():
-                self._batcher.forget(request)
-                raise Unavailable("The client went away.", 499)
-        return request.future.result()
-
-    async def run_async(self, call: Call) -> list[np.ndarray]:
-        """As ``run``, awaitable; who cancels it gives the work up."""
-        request = self._submit_async(call)
-        try:
-            return await request.future
-        except asyncio.CancelledError:
-            self._batcher.forget(request)
-            raise
-
-    @property
-    def batch_sizes(self) -> collections.Counter[int]:
-        """How many batches of each size have gone to workers."""
-        return self._batcher.batch_sizes
-
-    def health(self) -> dict[str, Any]:
-        """What ``GET /health`` answers: status, parameter servers, workers with their state; asks nobody, waits for nothing."""
-        view, options = self._view, self.options
-        servers = view.servers or [Member("parameter server", index) for index in range(options.parameter_servers)]
-        workers = view.workers or [Member("worker", index) for index in range(options.workers)]
-        if self._status != "serving":
-            status = "failed" if self._failure else "starting" if self._status == "new" else self._status
-        elif self._failure:
-            status = "failed"
-        else:
-            status = "ready" if self._count("ready") else "recovering" if any(worker.life for worker in workers) else "starting"
-
-        def shown(member: Member) -> dict[str, Any]:
-            return {"index": member.index, "state": member.state, "restarts": member.restarts, **member.about}
-
-        in_flight = [{"in_flight": self._batcher.in_flight(WorkerId(worker.index, worker.life))} for worker in workers]
-        health = {
-            "status": status, "parameter_servers": [shown(server) for server in servers],
-            "workers": [shown(worker) | its for worker, its in zip(workers, in_flight)], "models": sorted(self.models),
-            "waiting": self._batcher.waiting()}
-        return health | ({"error": str(self._failure)} if self._failure else {})
-
-    def find(self, model: str, version: int | None = None, signature: str = "serving_default") -> Signature:
-        """The signature of a served model. Raises InvalidRequest in TensorFlow Serving's words, or Unavailable."""
-        found = self.find_model(model, version)
-        if signature not in found.signatures:
-            raise InvalidRequest(f'Serving signature name: "{signature}" not found in signature def')
-        return found.signatures[signature]
-
-    def find_model(self, name: str, version: int | None = None) -> Model:
-        if self._failure:
-            raise Unavailable(str(self._failure))
-        if self._status in ("new", "starting"):
-            raise Unavailable("The server is starting; try again later.")
-        model = self.models.get(name)
-        if model is None or version not in (None, model.version):
+    def find(self, name: str, version: int | None = None) -> Model:
+        """A served model. Raises InvalidRequest in TensorFlow Serving's words, or Unavailable."""
+        if self._failure or self._status != "serving":
+            raise self._failure or Unavailable(f"The server is {'starting' if self._status == 'new' else self._status}.")
+        model = self._batcher.models.get(name)
+        if model is None or model.error or version not in (None, model.version):
             which = f"Latest({name})" if version is None else f"Specific({name}, {version})"
             raise InvalidRequest(f"Servable not found for request: {which}", 404)
         return model
 
-    def addition(self, value: float, worker: int | None = None) -> Call:
-        """The Call that adds a value. Raises InvalidRequest unless it is one finite number."""
+    def describe(self, name: str, version: int | None, verb: str) -> dict[str, Any]:
+        """What TensorFlow Serving's REST API answers to GET: a model's status, or its metadata."""
+        if verb == "metadata":
+            model = self.find(name, version)
+            spec = {"name": name, "signature_name": "", "version": str(model.version)}
+            return {"model_spec": spec, "metadata": model.metadata}
+        self.find(ADDER)
+        model = self._batcher.models.get(name)
+        if model is None or version not in (None, model.version):
+            which = "any versions" if version is None else f"version {version}"
+            raise InvalidRequest(f"There is no such model (Could not find {which} of model {name})", 404)
+        status = {"error_code": "UNKNOWN" if model.error else "OK", "error_message": model.error or ""}
+        state = "END" if model.error else "AVAILABLE"
+        return {"model_version_status": [{"version": str(model.version), "state": state, "status": status}]}
+
+    @property
+    def models(self) -> list[str]:
+        return sorted(self._batcher.models)
+
+    def health(self) -> dict[str, Any]:
+        """What ``GET /health`` answers: status, parameter servers, workers with their state; asks nobody, waits for nothing."""
+        status = self._status
+        if self._failure:
+            status = "failed"
+        elif status == "serving":
+            ready = any(worker.state == "ready" for worker in self._workers)
+            status = "ready" if ready else "recovering" if self._first.is_set() else "starting"
+
+        def shown(member: Member) -> dict[str, Any]:
+            in_flight = {"in_flight": sum(map(len, member.line.trips.values()))} if member.line else {}
+            return {"index": member.index, "state": member.state, "restarts": member.restarts, **member.about, **in_flight}
+
+        models = {name: {"version": model.version, "merged": list(model.merged)} | ({"error": model.error} if model.error else {})
+                  for name, model in self._batcher.models.items()}
+        return {"status": status, "parameter_servers": list(map(shown, self._servers)),
+                "workers": list(map(shown, self._workers)), "models": models, "waiting": self._batcher.waiting,
+                **({"error": str(self._failure)} if self._failure else {})}
+
+    # -- from any thread or loop to the home loop ----------------------------------------------------------------------
+
+    def _ask(self, model: str, verb: str, body: Any, version: int | None = None, worker: int | None = None) -> Any:
+        self._refuse_at_home()
         try:
-            array = np.array([value], np.float64)
-        except (TypeError, ValueError, OverflowError):
-            array = np.array([math.nan])
-        if array.shape != (1,) or not math.isfinite(array[0]):
-            raise InvalidRequest(f"value must be one finite number, not {value!r:.100}")
-        return Call(ADDER, self.find(ADDER), [array], worker)
+            return self._submit(model, verb, body, version, worker).result(self.options.timeout_s + 5)
+        except TimeoutError:
+            raise DeadlineExceeded("The cluster was closed, or its event loop is blocked.") from None
 
-    # -- inside --------------------------------------------------------------------------------------------------------
+    async def _ask_async(self, model: str, verb: str, body: Any, version: int | None = None, worker: int | None = None) -> Any:
+        future = self._submit(model, verb, body, version, worker)
+        return await (future if asyncio.isfuture(future) else asyncio.wrap_future(future))
 
-    def _submit(self, call: Call) -> Request:
-        request = make_request(call, concurrent.futures.Future(), None)
-        self._batcher.submit(request)
-        self._batcher.dispatch()
-        return request
+    def _submit(self, model: str, verb: str, body: Any, version: int | None = None, worker: int | None = None):
+        """The future of an answer: asyncio's in the home loop, elsewhere a thread's."""
+        self.find(model, version)
+        is_home = threading.get_ident() == self._home
+        future = self._loop.create_future() if is_home else concurrent.futures.Future()
+        request = Request(model, worker, verb, body, future, size_of(body))
+        if is_home:
+            self._batcher.submit(request)
+        else:
+            self._loop.call_soon_threadsafe(self._batcher.submit, request)
+        return future
 
-    def _submit_async(self, call: Call) -> Request:
-        loop = asyncio.get_running_loop()
-        request = make_request(call, loop.create_future(), loop)
-        self._batcher.submit(request)
-        if loop not in self._dispatching:
-            self._dispatching.add(loop)
-            loop.call_soon(self._dispatch, loop)  # after all that is ready in this turn of the loop has come along
-        return request
+    def _cross(self, work) -> Any:
+        """Wait in this thread for a coroutine that runs in the home loop."""
+        try:
+            self._refuse_at_home()
+            self.find(ADDER)
+        except Exception:
+            work.close()
+            raise
+        return asyncio.run_coroutine_threadsafe(work, self._loop).result()
 
-    def _dispatch(self, loop: asyncio.AbstractEventLoop) -> None:
-        self._dispatching.discard(loop)
-        self._batcher.dispatch()
+    def _refuse_at_home(self) -> None:
+        if threading.get_ident() == self._home:
+            raise InvalidRequest("A blocking call in the cluster's own event loop would never return: await its _async twin.")
 
-    def _run(self, worker: WorkerId, model: str, signature: str, feeds: list[list[np.ndarray]]) -> concurrent.futures.Future:
-        if worker not in self._lines:
-            raise ServerLost(f"Worker {worker.index} has just been lost.")
-        return self._lines[worker].call(model, signature, feeds)
+    @property
+    def _ahead(self) -> int:
+        """How many batches of one ``map`` are in flight."""
+        return min(2 * PLACES * self.options.workers, self.options.max_queue)
 
-    def _report(self, worker: WorkerId, error: BaseException) -> None:
-        if self._status == "serving" and self._ask:
-            log.warning("worker %d does not answer: %s", worker.index, first_sentence(str(error)))
-            self._ask("report", worker)
-
-    def _server(self):
-        """The actor of the parameter server that has the models."""
-        if not self._view.servers or self._view.servers[0].state != "ready":
+    async def _call_server(self, method: str, *arguments) -> Any:
+        """Call the first parameter server."""
+        if not self._servers[0].about:
             raise Unavailable("The parameter server is being started; try again later.")
-        return self._view.servers[0].actor
-
-    def _live(self, one_of_many: bool) -> None:
-        """Own Ray from its start to its end, and run what tells of the actors meanwhile."""
         try:
-            with only_process_of_its_server() if one_of_many else contextlib.nullcontext(), ray_runtime(self.options):
-                asyncio.run(self._follow())
+            return await asyncio.wait_for(
+                call(getattr(self._servers[0].actor, method).remote(*arguments)), self.options.timeout_s)
+        except TimeoutError:
+            raise DeadlineExceeded(f"No answer within the deadline of {self.options.timeout_s:g} s.") from None
+        except ray.exceptions.RayActorError:
+            raise WorkerLost("The parameter server was lost; a change may or may not have been applied.") from None
+
+    # -- in the home loop ----------------------------------------------------------------------------------------------
+
+    def _live(self, is_own_loop: bool) -> None:
+        """The thread that owns Ray, and mostly the home loop, from start to end."""
+        try:
+            with ray_runtime(self.options), self._folder():
+                if is_own_loop:
+                    self._loop.run_until_complete(self._serve())
+                else:
+                    asyncio.run_coroutine_threadsafe(self._serve(), self._loop).result()
+                if not self.options.address:
+                    self._end_actors()
         except Exception as error:
-            if self._status == "stopping":  # it was ended on purpose while it started
-                pass
-            elif isinstance(error, Error):
-                self._fail(error)
-            else:
-                log.exception("the cluster failed")
-                self._fail(Unavailable(f"Ray could not be started: {first_sentence(str(error))}"))
+            if self._status != "stopping":  # else it was ended on purpose while it started
+                self._fail(error if isinstance(error, Error) else Unavailable(
+                    f"Ray could not be started: {first_sentence(error)}"))
         finally:
-            with self._changed:
-                self._status = "stopped"
-                self._changed.notify_all()
+            if is_own_loop:
+                self._loop.close()
+            self._set_status("stopped")
 
-    async def _follow(self) -> None:
-        with self._changed:
-            if self._status == "stopping":
-                return
-            self._loop, self._work = asyncio.get_running_loop(), asyncio.current_task()
-        home = ray.get_runtime_context().get_node_id()
-        folder = os.path.join(tempfile.gettempdir(), f"ray_tensorflow_{secrets.token_hex(8)}")
-        with contextlib.suppress(asyncio.CancelledError):
-            await (self._follow_shared(home, folder) if self.options.address else self._supervise(home, folder))
+    @contextlib.contextmanager
+    def _folder(self):
+        """Where variables are kept: ``folder``, ready for the parameter server (see Checkpoints)."""
+        try:
+            self._kept = self.options.checkpoint_dir or tempfile.mkdtemp(prefix="ray_tensorflow_")
+            os.makedirs(self._kept, exist_ok=True)
+            with open(os.path.join(self._kept, f".run-{self._run}"), "w"):
+                pass
+        except OSError as error:
+            raise Unavailable(f"The folder for variables cannot be used: {error.strerror}: {error.filename}") from None
+        try:
+            yield
+        finally:
+            if not self.options.address:
+                self._forget_folder()
 
-    async def _supervise(self, home: str, folder: str) -> None:
-        """A supervisor of our own."""
-        supervisor = Supervisor(self.options, self._show, home, folder)
+    def _forget_folder(self) -> None:
+        if not self.options.checkpoint_dir:
+            shutil.rmtree(self._kept, ignore_errors=True)
 
-        async def do(method: str, *arguments):
-            result = getattr(supervisor, method)(*arguments)
-            return await result if asyncio.iscoroutine(result) else result
+    async def _serve(self) -> None:
+        """Until ``close``."""
+        self._home = threading.get_ident()
+        if not self.options.address:
+            self._joined.set()
+        tasks = [asyncio.create_task(self._keep(member)) for member in self._servers + self._workers]
+        await self._closing.wait()
+        self._batcher.close(Unavailable("The server is shutting down."))
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        lines = [worker.line.closed for worker in self._workers if worker.line]
+        self._lose(self._servers[0])  # and so all lines
+        await asyncio.gather(*lines)
+        self._home = None
 
-        self._ask = lambda *what: asyncio.run_coroutine_threadsafe(do(*what), self._loop)
-        await supervisor.run()
-
-    async def _follow_shared(self, home: str, folder: str) -> None:
-        """The supervisor that all front ends of this Ray cluster share, whichever of them made it."""
-        here = NodeAffinitySchedulingStrategy(home, soft=True)
-        make = ray.remote(SharedSupervisor).options(
-            name="supervisor", get_if_exists=True, lifetime="detached", num_cpus=0, max_restarts=-1, max_concurrency=10_000,
-            scheduling_strategy=here, enable_task_events=False)
-        ourselves, seen = secrets.token_hex(8), -1
+    async def _keep(self, member: Member) -> None:
+        """Bring an actor up to date, and again whenever it, or the parameter server, was away; until cancelled."""
+        if member.kind == "worker":  # the others start after the first one is ready: serving comes first
+            await (self._first if member.index else self._joined).wait()
         while True:
-            supervisor = make.remote(self.options, home, folder)
-            self._ask = lambda method, *arguments: getattr(supervisor, method).remote(*arguments).future()
+            started = time.monotonic()
             try:
-                while not self._failure:
-                    view = await call(supervisor.changes.remote(ourselves, self.options, seen))
-                    if view.number != seen:
-                        seen = view.number
-                        self._show(view)
-                return
-            except ray.exceptions.RayActorError as error:
-                log.warning("the supervisor was lost: %s", first_sentence(str(error)))
-                self._show(self._view._replace(servers=[], workers=[]))
-                seen = -1
-                await asyncio.sleep(PING_S)
-            except asyncio.CancelledError:
-                with contextlib.suppress(Exception):
-                    await asyncio.wait_for(call(supervisor.leave.remote(ourselves)), 5)
-                raise
+                if member.actor is None:
+                    member.actor = await asyncio.to_thread(self._make, member)
+                await self._start(member)
+                log.info("%s ready  pid %d  %.1f s", member, member.pid, time.monotonic() - started)
+                log.warning("%s lost  pid %d  %s", member, member.pid, await self._watch(member))
+            except OptionError as error:
+                return self._fail(error)
+            except ray.exceptions.ActorDiedError:  # for good: a shared cluster that had ended
+                member.actor = None
+            except ray.exceptions.ActorUnavailableError:
+                pass  # Ray is starting it anew
+            except Exception as error:
+                log.warning("%s could not start: %s", member, first_sentence(error))
+                if isinstance(error, Error) and member is self._servers[0]:
+                    self._fail(error)
+            self._lose(member)
+            await asyncio.sleep(PING_S)
 
-    def _show(self, view: View) -> None:
-        """Go on with the actors as they are now."""
-        ready, hung = ({WorkerId(worker.index, worker.life): worker.door for worker in view.workers if worker.state == state}
-                       for state in ("ready", "hung"))
-        able = set(ready or hung)
-        with self._changed:
-            before, able_before, self._able = self._lines, self._able, able
-            self._lines = {worker: before.get(worker) or Lines(door) for worker, door in (ready | hung).items()}
-            self._view, self.models = view, view.models
-            if self._status == "starting" and view.models:
-                self._status = "serving"
-            for worker in before.keys() - self._lines.keys():
-                self._batcher.remove_worker(worker)
-                before[worker].close()
-            for worker in hung.keys() - able:
-                self._batcher.suspend_worker(worker)
-            for worker in sorted(able - able_before):
-                self._batcher.add_worker(worker)
-            if view.failure:
-                self._fail(view.failure)
-            self._changed.notify_all()
-        if view.failure:
-            self._batcher.close(str(view.failure))
+    def _make(self, member: Member):
+        """The actor of this name; Ray keeps it alive, and the cluster has only one, whoever made it."""
+        shares = self.options.workers + self.options.parameter_servers * (self.options.placement == "shared")
+        runs_models = member.kind == "worker" or self.options.placement == "shared"
+        home = ray.get_runtime_context().get_node_id()
+        strategy = "SPREAD" if member is not self._servers[0] else NodeAffinitySchedulingStrategy(home, soft=True)
+        kind, more = (Worker, []) if member.kind == "worker" else (ParameterServer, [self._kept, self._run])
+        return ray.remote(kind).options(
+            name=str(member), namespace=self._namespace, get_if_exists=True, max_restarts=-1, max_concurrency=10_000,
+            lifetime="detached" if self.options.address else None, scheduling_strategy=strategy, num_cpus=0.001,
+            num_gpus=gpu_share(int(ray.cluster_resources().get("GPU", 0)), shares) if runs_models else 0,
+            enable_task_events=False,  # of which Ray would keep 100,000: half a gigabyte
+        ).remote(member.index, self.options, self._namespace, *more)
+
+    async def _start(self, member: Member) -> None:
+        """Call ``start``, and have what follows from it."""
+        if member is self._servers[0] and self.options.address:
+            await call(member.actor.join.remote(self.options.shared, code_hash()))
+            self._joined.set()
+        about = await call(member.actor.start.remote())
+        if member is self._servers[0]:
+            if about.pop("folder") != self._kept:
+                self._forget_folder()
+            self._take_models(about["models"])
+        elif member.kind == "worker":
+            await self._described.wait()
+            member.line = await Line.open(member.index, about.pop("door"), about.pop("key"), self._batcher)
+            self._first.set()
+        member.restarts += member.pid not in (None, about["pid"])
+        member.about = {name: about[name] for name in ("pid", "node", "gpus", "cuda_visible_devices")}
+        member.state, member.pid = "ready", about["pid"]
+        self._notify()
+
+    def _take_models(self, models: dict[str, Model]) -> None:
+        for model in models.values():
+            if model.error and model.name not in self._batcher.models:
+                log.error("%s", model.error)
+        self._batcher.models, self._failure = models, None
+        self._batcher.close(None)
+        self._described.set()
+        self._set_status("serving", only_after="starting")
+
+    async def _watch(self, member: Member) -> str:
+        """Why an actor was lost, as soon as it is. One that is silent is ended, whereupon Ray starts it anew."""
+        stays = asyncio.ensure_future(call(member.actor.stay.remote()))
+        signs, ping = [stays, *([member.line.closed] if member.line else [])], None
+        try:
+            while True:
+                ping, silent_s = asyncio.ensure_future(call(member.actor.ping.remote())), 0.0
+                while not (ping.done() or any(sign.done() for sign in signs)):
+                    asked = time.monotonic()
+                    await asyncio.wait([*signs, ping], timeout=PING_S, return_when=asyncio.FIRST_COMPLETED)
+                    if time.monotonic() - asked < 1.5 * PING_S:  # else it is this very loop that comes too late
+                        silent_s += PING_S
+                    if silent_s > PATIENCE_S[member.kind]:
+                        await self._kill(member)
+                        return f"it did not answer for {PATIENCE_S[member.kind]:g} s"
+                    self._set_silent(member, silent_s > SILENT_S)
+                if not any(sign.done() for sign in signs) and not ping.exception():
+                    member.about.pop("trouble", None)
+                    member.about |= {"trouble": ping.result()} if ping.result() else {}
+                    self._set_silent(member, False)
+                    await asyncio.wait(signs, timeout=PING_S, return_when=asyncio.FIRST_COMPLETED)
+                if stays.done():
+                    return "its process is gone"
+                if any(sign.done() for sign in signs):
+                    return "its connection was closed"
+        finally:
+            for future in (stays, ping):
+                future.cancel() or future.cancelled() or future.exception()
+
+    def _set_silent(self, member: Member, is_silent: bool) -> None:
+        if is_silent != (member.state == "silent"):
+            member.state = "silent" if is_silent else "ready"
+            log.warning("%s is %s  pid %d", member, member.state, member.pid)
+        if member.line:
+            member.line.is_silent = is_silent
+
+    async def _kill(self, member: Member) -> None:
+        """End the process of an actor that hears nothing; Ray by itself would leave it as it is."""
+        if member.about["node"] == ray.get_runtime_context().get_node_id():
+            kill_process(member.pid)
+        else:
+            there = NodeAffinitySchedulingStrategy(member.about["node"], soft=False)
+            with contextlib.suppress(ray.exceptions.RayError):  # the node is gone as well
+                await call(ray.remote(num_cpus=0, scheduling_strategy=there)(kill_process).remote(member.pid))
+
+    def _lose(self, member: Member) -> None:
+        member.state, member.about = "starting", {}
+        for lost in [member] if member.kind == "worker" else self._workers:  # which have to connect anew
+            if lost.line:
+                lost.line.close()
+        if member.kind == "worker":
+            member.line = None
 
     def _fail(self, error: Error) -> None:
-        self._failure = error
-        if not self._is_awaited:  # else whoever called start() gets it
+        if str(error) != str(self._failure):
             log.error("%s", error)
+        self._failure = error
+        if self._home is not None:
+            self._batcher.close(error)
+        self._notify()
 
-    def _count(self, state: str) -> int:
-        return sum(worker.state == state for worker in self._view.workers)
+    def _set_status(self, status: str, only_after: str | None = None) -> None:
+        if only_after in (None, self._status):
+            self._status = status
+        self._notify()
+
+    def _notify(self) -> None:
+        with self._changed:
+            self._changed.notify_all()
+
+    def _end_actors(self) -> None:
+        """Keep what is to be kept, and end the actors that are this cluster's alone."""
+        if self._status == "stopping" and self._described.is_set():
+            with contextlib.suppress(Exception):
+                ray.get(self._servers[0].actor.keep.remote(), timeout=10)
+        for member in self._workers + self._servers:
+            if member.actor is not None:
+                ray.kill(member.actor)
 
 
-def root_cause(error: BaseException) -> BaseException:
-    """What was raised in an actor."""
-    while isinstance(error, ray.exceptions.RayTaskError) and error.cause is not None:
-        error = error.cause
-    return error
-
-
-async def call(reference):
-    """The value of a Ray call; an error of ours arrives as it was raised."""
-    try:
-        return await reference
-    except ray.exceptions.RayTaskError as error:
-        raise root_cause(error) from None
-
-
-def get(reference, timeout_s: float | None = None):
-    """The value of a Ray call; an error of ours arrives as it was raised."""
-    try:
-        return ray.get(reference, timeout=timeout_s)
-    except ray.exceptions.GetTimeoutError:
-        raise DeadlineExceeded(f"No answer within the deadline of {timeout_s:g} s.") from None
-    except ray.exceptions.RayTaskError as error:
-        raise root_cause(error) from None
+def kill_process(pid: int) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, signal.SIGKILL)
 
 
 def gpu_share(gpus: int, actors: int) -> float:
@@ -2551,13 +2645,21 @@ def gpu_share(gpus: int, actors: int) -> float:
     return 1 if gpus >= actors else math.floor(10_000 / -(-actors // gpus)) / 10_000
 
 
-def make_request(call: Call, future, loop) -> Request:
-    shapes, rows, feed = None, 1, call.feed
-    if call.signature.batched and all(array.ndim for array in feed) and len({len(array) for array in feed}) == 1:
-        shapes, rows = tuple(array.shape[1:] for array in feed), len(feed[0])
-    signature = call.signature
-    key = Key(call.model, signature.name, shapes, call.worker, signature.calls_out)
-    return Request(key, feed, rows, signature.writes or signature.calls_out, future, loop)
+def as_arrays(inputs: Any) -> Any:
+    """Arrays by name, or one array. Raises InvalidRequest."""
+    try:
+        if isinstance(inputs, dict):
+            return {name: np.asarray(value) for name, value in inputs.items()}
+        return np.asarray(inputs)
+    except ValueError:
+        raise InvalidRequest("An input is ragged: all its rows must have the same shape") from None
+
+
+def size_of(body: Any) -> int:
+    """Roughly the bytes that travel."""
+    part = body[0] if isinstance(body, tuple) and isinstance(body[0], bytes) else body[1] if isinstance(body, tuple) else 8
+    parts = part.values() if isinstance(part, dict) else [part]
+    return sum(p.nbytes if isinstance(p, np.ndarray) else len(p) if isinstance(p, bytes) else 8 for p in parts)
 
 
 @contextlib.contextmanager
@@ -2574,83 +2676,15 @@ async def iterate(items: Iterable[Any] | AsyncIterable[Any]) -> AsyncIterator[An
     if isinstance(items, AsyncIterable):
         async for item in items:
             yield item
-    elif isinstance(items, (list, tuple, np.ndarray)):
-        for item in items:
-            yield item
-    else:
-        iterator, end = iter(items), object()
-        while (item := await asyncio.to_thread(next, iterator, end)) is not end:
-            yield item
-
-
-def feed_of(signature: Signature, inputs: Any) -> list[np.ndarray]:
-    """Arrays of the signature's dtypes in the order of the sorted input names. Raises InvalidRequest."""
-    if not isinstance(inputs, dict) and len(signature.inputs) == 1:
-        inputs = dict.fromkeys(signature.inputs, inputs)
-    if not isinstance(inputs, dict) or inputs.keys() != signature.inputs.keys():
-        given = sorted(map(str, inputs)) if isinstance(inputs, dict) else type(inputs).__name__
-        raise InvalidRequest(f"signature {signature.name!r} takes the inputs {sorted(signature.inputs)}, not {given}")
-    return [to_array(f"input {name!r}", inputs[name], spec) for name, spec in signature.inputs.items()]
-
-
-def to_array(what: str, value: Any, spec: TensorSpec) -> np.ndarray:
-    dtype = np.dtype(spec.dtype)
-    try:
-        array = np.asarray(value)
-    except ValueError:
-        raise InvalidRequest(f"{what} is ragged: all its rows must have the same shape") from None
-    if dtype == object:
-        flat = [v.encode() if isinstance(v, str) else v for v in array.astype(object).ravel().tolist()]
-        if not all(isinstance(v, bytes) for v in flat):
-            raise InvalidRequest(f"{what} takes text or bytes, not {array.dtype}")
-        result = np.empty(len(flat), object)
-        result[:] = flat
-        return result.reshape(array.shape)
-    if array.dtype == dtype:
-        return array
-    if not (np.can_cast(array.dtype, dtype, "same_kind") or array.size == 0):
-        raise InvalidRequest(f"{what} takes {spec.dtype}, not {array.dtype}")
-    with np.errstate(over="ignore"):
-        result = array.astype(dtype)
-    if dtype.kind in "iu" and not np.array_equal(result, array):
-        raise InvalidRequest(f"{what} has a value outside the range of {spec.dtype}")
-    return result
-
-
-@contextlib.contextmanager
-def only_process_of_its_server():
-    """Raises Unavailable in all processes but one that have the same bound TCP socket, as those of a pre-forking server do."""
-    with contextlib.ExitStack() as claims:
-        for fd in map(int, os.listdir("/proc/self/fd")):
-            if not is_socket(fd):
-                continue
-            with contextlib.suppress(OSError), socket.socket(fileno=os.dup(fd)) as bound:
-                if bound.family in (socket.AF_INET, socket.AF_INET6) and bound.getsockname()[1] and not is_connected(bound):
-                    claim = claims.enter_context(socket.socket(socket.AF_UNIX))
-                    try:  # freed when this process ends, however it does
-                        claim.bind(f"\0ray_tensorflow/{os.fstat(bound.fileno()).st_ino}")
-                    except OSError:
-                        raise Unavailable(
-                            "Another process of this server has a graph of its own already: to share one, start Ray with"
-                            " `ray start --head` and the server with RAY_TENSORFLOW_ADDRESS=auto.") from None
-        yield
-
-
-def is_socket(fd: int) -> bool:
-    with contextlib.suppress(OSError):
-        return stat.S_ISSOCK(os.fstat(fd).st_mode)
-    return False
-
-
-def is_connected(stream: socket.socket) -> bool:
-    with contextlib.suppress(OSError):
-        return bool(stream.getpeername())
-    return False
+        return
+    iterator, end = iter(items), object()
+    while (item := await asyncio.to_thread(next, iterator, end)) is not end:
+        yield item
 
 
 # -- Ray itself --------------------------------------------------------------------------------------------------------
 
-# For the Ray that we start, and only while it starts: its processes inherit them. What the environment says already is kept.
+# For the Ray that we start, and only while it starts: its processes inherit them. What the environment says is kept.
 RAY_SETTINGS = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_worker_niceness": "0",  # else actors, at nice 15, starve beside a busy web process
@@ -2658,7 +2692,7 @@ RAY_SETTINGS = {
     "RAY_raylet_client_connect_timeout_milliseconds": "20",  # else a first attempt that comes too early costs a second
     "RAY_raylet_client_num_connect_attempts": "500",
     "RAY_gcs_rpc_server_connect_timeout_s": "3",  # a worker that starts looks four times for a Ray that has been killed
-    "RAY_task_events_report_interval_ms": "0", "RAY_enable_timeline": "0",  # nobody asks for these, and they cost at each call
+    "RAY_task_events_report_interval_ms": "0", "RAY_enable_timeline": "0",  # nobody asks for these, and they cost
     "RAY_enable_metrics_collection": "0", "RAY_event_stats": "0",
 }
 
@@ -2673,13 +2707,12 @@ def ray_runtime(options: Options):
     here = os.path.dirname(os.path.abspath(__file__))
     paths = [here, *(path or os.getcwd() for path in sys.path if not path.startswith((sys.prefix, sys.base_prefix)))]
     python_path = os.pathsep.join(dict.fromkeys(paths))  # actors find modules where this process does, from any folder
-    quiet = {"log_to_driver": False, "logging_level": "ERROR"}
-    ray_constants.RAY_DISABLE_FAILURE_SIGNAL_HANDLER = True  # else a clean stop that takes over 3 s is aborted
+    quiet = {"log_to_driver": False, "logging_level": "CRITICAL"}
     if options.address:
         try:
-            ray.init(options.address, namespace="ray_tensorflow", runtime_env={"env_vars": {"PYTHONPATH": python_path}}, **quiet)
+            ray.init(options.address, runtime_env={"env_vars": {"PYTHONPATH": python_path}}, **quiet)
         except ConnectionError as error:
-            reason = f"{first_sentence(str(error))} (if it wants a token, set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN)"
+            reason = f"{first_sentence(error)} (if it wants a token, set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN)"
             raise Unavailable(f"No Ray cluster answers at {options.address!r}: {reason}") from None
         try:
             yield
@@ -2689,16 +2722,15 @@ def ray_runtime(options: Options):
 
     folder = make_folder()
     variables = {name: value for name, value in RAY_SETTINGS.items() if name not in os.environ} | {"PYTHONPATH": python_path}
-    if not os.path.exists(os.path.expanduser("~/.keras")):
-        variables["KERAS_HOME"] = os.environ.get("KERAS_HOME") or os.path.join(folder, "keras")  # else Keras makes one at home
-    if not os.environ.get("RAY_AUTH_TOKEN_PATH"):  # else it is written to the home folder; Ray keeps the first for the process
+    variables["KERAS_HOME"] = os.environ.get("KERAS_HOME") or os.path.join(folder, "keras")  # else Keras makes one at home
+    if not os.environ.get("RAY_AUTH_TOKEN_PATH"):  # else it is written to the home folder; Ray keeps the first one
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
-    ray_constants.ENABLE_RAY_CLUSTER = False  # of several nodes: so everything of Ray's listens on 127.0.0.1
+    ray_constants.ENABLE_RAY_CLUSTER = False  # of several nodes: nothing else keeps all of Ray on 127.0.0.1
     try:
-        with environment(variables), agents_that_end_with_raylet():
+        with environment(variables):
             ray.init(
                 "local", num_cpus=options.threads, include_dashboard=False, object_store_memory=80 * 2**20,
-                _temp_dir=os.path.join(folder, "r"), namespace="ray_tensorflow", **quiet)
+                _temp_dir=os.path.join(folder, "r"), **quiet)
         yield
     finally:
         ray.shutdown()
@@ -2732,915 +2764,64 @@ def environment(variables: dict[str, str]):
             os.environ.pop(name, None) if value is None else os.environ.update({name: value})
 
 
-@contextlib.contextmanager
-def agents_that_end_with_raylet():
-    """When this process is killed, the kernel ends Ray's others with it (PR_SET_PDEATHSIG), but not the raylet's two agents: they
-    try for a minute to tell the GCS, which is gone as well (ray/_private/process_watcher.py). Those that start here end too."""
-    build = ray_services._build_python_executable_command_memory_profileable
-    code = "import sys;del sys.path[0],sys.argv[0];import ctypes,runpy;"
-    code += "ctypes.CDLL(None).prctl(1,9);runpy.run_path(sys.argv[0],None,__name__)"  # PR_SET_PDEATHSIG, SIGKILL; no quotes
-
-    def command(component: str, *arguments, **options) -> list[str]:
-        return build(component, *arguments, **options) + (["-c", code] if component.endswith("agent") else [])
-
-    ray_services._build_python_executable_command_memory_profileable = command
-    try:
-        yield
-    finally:
-        ray_services._build_python_executable_command_memory_profileable = build
-
-
 # ======================================================================================================================
-# HTTP: what both front ends answer; the JSON codec is TensorFlow Serving's REST contract, read from its code
-# (util/json_tensor.cc, model_servers/http_rest_api_util.cc and http_rest_api_handler.cc)
+# The command: add in all workers, or predict a whole file
 # ======================================================================================================================
 
-MAX_BODY_BYTES = 64 * 2**20
 
+def predict_file(cluster: Cluster, model: str, source: str, target: str) -> None:
+    """Stream the rows of ``source`` through a model's default signature into ``target``, with progress on standard error.
 
-class Reply(NamedTuple):
-    """A finished answer."""
-
-    status: int
-    body: bytes
-    content_type: str = "application/json"
-
-    @property
-    def headers(self) -> dict[str, str]:
-        return {"Content-Type": self.content_type} | ({"Retry-After": "1"} if self.status in (429, 503) else {})
-
-
-class Pending(NamedTuple):
-    """An answer for which the cluster has to work first, and how the outputs become its Reply."""
-
-    call: Call
-    encode: Callable[[list[np.ndarray]], Reply]
-
-
-def reply_json(value: Any, status: int = 200) -> Reply:
-    return Reply(status, json.dumps(value).encode())
-
-
-def reply_error(error: Error) -> Reply:
-    return reply_json({"error": error.message}, error.status)
-
-
-def answer(
-    cluster: Cluster, metrics: Metrics, method: str, path: str, query: str, content_encoding: str, body: bytes
-) -> Reply | Pending:
-    """The one entry of both front ends: a Reply, or what is still to be done for it. ``path`` is as sent, still percent-encoded.
-
-    Raises Error, for ``reply_error``.
+    Either may be larger than memory. The target appears whole or not at all. Raises InvalidRequest.
     """
-    if path == "/health" and method in ("GET", "HEAD"):
-        health = cluster.health()
-        return reply_json(health, 200 if health["status"] == "ready" else 503)
-    if path == "/metrics" and method in ("GET", "HEAD"):
-        return Reply(200, metrics.text(cluster).encode(), "text/plain; version=0.0.4; charset=utf-8")
-    if path == "/" and method in ("GET", "HEAD"):
-        return add_value(cluster, parse_value(query))
-    if path[:4].lower() == "/v1/":
-        return answer_rest(cluster, method, path, unzip(content_encoding, body))
-    if path in ("/", "/health", "/metrics"):
-        raise InvalidRequest(f"{path} answers GET, not {method}", 405)
-    raise InvalidRequest(f"There is nothing at {path[:100]}: try /, /health, /metrics or /v1/models/<name>", 404)
-
-
-def answer_message(cluster: Cluster, message: str | bytes) -> tuple[str, Reply | Pending]:
-    """One message of a WebSocket: its ``id`` as JSON, to go with the answer, and a Reply or what is still to be done for it."""
-    identity = "null"
+    rows, total = cluster.options.max_batch, 0
     try:
-        document = parse_json(message.encode("utf-8", "surrogatepass") if isinstance(message, str) else message)
-        identity = json.dumps(document.get("id"))
-        if ("value" in document) == ("model" in document):
-            raise InvalidRequest("A message has either a value to add or a model to run")
-        if "value" in document:
-            return identity, add_value(cluster, document["value"])
-        if not isinstance(document["model"], str):
-            raise InvalidRequest(f"model must be a name, not {shown(document['model'])}")
-        return identity, predict_document(cluster, document["model"], None, document)
-    except Error as error:
-        return identity, reply_error(error)
-
-
-def with_id(identity: str, reply: Reply) -> str:
-    return f'{{"id": {identity}, ' + reply.body.decode("utf-8", "replace")[1:]
-
-
-def add_value(cluster: Cluster, value: Any) -> Pending:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise InvalidRequest(f"value must be one finite number, not {shown(value)}")
-    return Pending(cluster.addition(value), encode_sum)
-
-
-def encode_sum(outputs: list[np.ndarray]) -> Reply:
-    return Reply(200, f'{{"result": {outputs[0].item()!r}}}'.encode())
-
-
-def parse_value(query: str) -> float:
-    """The number in ``?value=3``; 1 if there is none. Raises InvalidRequest unless it is one finite number."""
-    if plain := re.fullmatch(r"value=(-?\d{1,15}(?:\.\d{1,15})?)", query, re.ASCII):  # parsing a query takes a while
-        return float(plain[1])
-    try:
-        values = urllib.parse.parse_qs(query, keep_blank_values=True, max_num_fields=100, errors="strict").get("value", ["1"])
-    except ValueError:
-        raise InvalidRequest("The query string cannot be parsed") from None
-    if len(values) > 1:
-        raise InvalidRequest("value must be given once")
-    number = re.fullmatch(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", values[0][:101], re.ASCII)
-    if not number or len(values[0]) > 100 or math.isinf(float(values[0])):
-        raise InvalidRequest(f"value must be one finite number, not {values[0][:100]!r}")
-    return float(values[0])
-
-
-def unzip(content_encoding: str, body: bytes) -> bytes:
-    """The body, decompressed when it is gzip. As with TensorFlow Serving, what cannot be decompressed counts as empty."""
-    if "gzip" not in content_encoding.lower():
-        return body
-    decompressor = zlib.decompressobj(zlib.MAX_WBITS | 16)
-    try:
-        plain = decompressor.decompress(body, MAX_BODY_BYTES)
-    except zlib.error:
-        return b""
-    if decompressor.unconsumed_tail:
-        raise too_large()
-    return plain if decompressor.eof else b""
-
-
-def too_large() -> InvalidRequest:
-    return InvalidRequest(f"The body is larger than {MAX_BODY_BYTES // 2**20} MiB", 413)
-
-
-# -- REST: which model, and what of it ---------------------------------------------------------------------------------
-
-POST_PATH = re.compile(r"/v1/models/([^/:]+)(?:/versions/(\d+)|/labels/([^/:]+))?:(classify|regress|predict)", re.I | re.A)
-GET_PATH = re.compile(r"/v1/models(?:/([^/:]+))?(?:/versions/(\d+)|/labels/([^/:]+))?(?:/(metadata))?", re.I | re.A)
-
-
-def answer_rest(cluster: Cluster, method: str, path: str, body: bytes) -> Reply | Pending:
-    pattern = {"POST": POST_PATH, "GET": GET_PATH}.get(method)
-    match = pattern.fullmatch(path) if pattern else None
-    if not match or (method == "POST" and match[4] not in ("classify", "regress", "predict")):
-        raise InvalidRequest(f"Malformed request: {method} {path[:1000]}")
-    if match[1] is None:
-        raise InvalidRequest("Missing model name in request.")
-    name = urllib.parse.unquote(match[1])
-    version = int(match[2]) if match[2] and len(match[2]) < 1000 else None
-    if match[2] and (version is None or version >= 2**63):
-        raise InvalidRequest(f"Failed to convert version: {match[2][:100]} to numeric.")
-    document = parse_json(body) if method == "POST" else {}
-    signature_name = name_of_signature(document)
-    if match[3] is not None:
-        raise InvalidRequest(f"Unrecognized servable version label: {urllib.parse.unquote(match[3])}")
-
-    if method == "GET" and match[4] != "metadata":
-        return reply_status(cluster, name, version)
-    if method == "GET":
-        model = cluster.find_model(name, version)
-        spec = {"name": name, "signature_name": "", "version": str(model.version)}
-        return reply_json({"model_spec": spec, "metadata": model.metadata})
-    if match[4] == "predict":
-        return predict_document(cluster, name, version, document)
-    examples = parse_examples(document)  # in TensorFlow Serving's order: before the model is looked up
-    signature = find_example_signature(cluster, name, version, signature_name, match[4])
-    encode = encode_classify if match[4] == "classify" else encode_regress
-    return Pending(Call(name, signature, [examples]), functools.partial(encode, signature, len(examples)))
-
-
-def name_of_signature(document: dict[str, Any]) -> str:
-    name = document.get("signature_name", "")
-    if not isinstance(name, str):
-        raise InvalidRequest(f"JSON Value: {shown(document)} not formatted correctly. 'signature_name' key must be a string value.")
-    return name or "serving_default"
-
-
-def predict_document(cluster: Cluster, model: str, version: int | None, document: dict[str, Any]) -> Pending:
-    signature = cluster.find(model, version, name_of_signature(document))
-    row, feed = parse_predict(document, signature)
-    return Pending(Call(model, signature, feed), functools.partial(encode_predict, signature, row))
-
-
-def reply_status(cluster: Cluster, name: str, version: int | None) -> Reply:
-    try:
-        model = cluster.find_model(name, version)
-    except InvalidRequest as error:
-        reason = f"any versions of model {name}" if version is None else f"version {version} of model {name}"
-        raise InvalidRequest(f"{error} (Could not find {reason})", 404) from None
-    ok = {"error_code": "OK", "error_message": ""}
-    return reply_json({"model_version_status": [{"version": str(model.version), "state": "AVAILABLE", "status": ok}]})
-
-
-# -- metrics -----------------------------------------------------------------------------------------------------------
-
-LATENCIES_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
-KINDS_BY_PATH = {"/": ("add", ADDER), "/health": ("health", ""), "/metrics": ("metrics", "")}
-
-
-class Metrics:
-    """What ``GET /metrics`` tells about the requests of one front end, in the text format of Prometheus, version 0.0.4.
-
-    Every label has one of a few known values, whatever is asked for.
-    """
-
-    def __init__(self):
-        self._lock = threading.Lock()
-        self._requests: collections.Counter[tuple[str, str, int]] = collections.Counter()  # by kind, model and code
-        self._latencies: dict[str, list[int]] = {}  # by kind: how many in each bucket, the last of which has no end
-        self._seconds: collections.Counter[str] = collections.Counter()
-
-    def observe(self, cluster: Cluster, path: str, status: int, seconds: float) -> None:
-        """One request to ``path`` was answered with ``status`` after so many seconds."""
-        kind, model = kind_and_model(path[:500])
-        if model not in cluster.models:
-            model = ""
-        with self._lock:
-            self._requests[kind, model, status] += 1
-            self._latencies.setdefault(kind, [0] * (len(LATENCIES_S) + 1))[bisect.bisect_left(LATENCIES_S, seconds)] += 1
-            self._seconds[kind] += seconds
-
-    def text(self, cluster: Cluster) -> str:
-        health, batch_sizes = cluster.health(), dict(cluster.batch_sizes)
-        with self._lock:
-            requests, seconds = sorted(self._requests.items()), dict(self._seconds)
-            latencies = {kind: list(counts) for kind, counts in sorted(self._latencies.items())}
-        errors = collections.Counter()
-        for (_, _, code), count in requests:
-            if code >= 400:
-                errors[code] += count
-        powers = [2**i for i in range(cluster.options.max_batch.bit_length())]
-        by_size = [0] * (len(powers) + 1)
-        for size, count in batch_sizes.items():
-            by_size[bisect.bisect_left(powers, size)] += count
-
-        lines = []
-
-        def family(name: str, kind: str, help: str) -> None:
-            lines.extend((f"# HELP ray_tensorflow_{name} {help}", f"# TYPE ray_tensorflow_{name} {kind}"))
-
-        def sample(name: str, value: float, **labels) -> None:
-            inside = ",".join(f'{key}="{escaped(str(text))}"' for key, text in labels.items())
-            lines.append(f"ray_tensorflow_{name}{{{inside}}} {value}" if inside else f"ray_tensorflow_{name} {value}")
-
-        def histogram(name: str, ends: Iterable[float], counts: list[int], total: float, **labels) -> None:
-            for end, count in zip([*ends, "+Inf"], itertools.accumulate(counts)):
-                sample(f"{name}_bucket", count, **labels, le=end)
-            sample(f"{name}_sum", total, **labels)
-            sample(f"{name}_count", sum(counts), **labels)
-
-        family("requests_total", "counter", "Requests answered.")
-        for (kind, model, code), count in requests:
-            sample("requests_total", count, kind=kind, model=model, code=code)
-        family("errors_total", "counter", "Requests answered with an error.")
-        for code, count in sorted(errors.items()):
-            sample("errors_total", count, code=code)
-        family("request_seconds", "histogram", "Seconds from a request to its answer.")
-        for kind, counts in latencies.items():
-            histogram("request_seconds", LATENCIES_S, counts, seconds[kind], kind=kind)
-        family("batch_size", "histogram", "Requests that went to a worker together.")
-        histogram("batch_size", powers, by_size, sum(size * count for size, count in batch_sizes.items()))
-        family("waiting_requests", "gauge", "Requests that wait for a worker.")
-        sample("waiting_requests", health["waiting"])
-        for actors in ("worker", "parameter_server"):
-            family(f"{actors}_restarts_total", "counter", f"How often a {actors.replace('_', ' ')} was started anew.")
-            for actor in health[f"{actors}s"]:
-                sample(f"{actors}_restarts_total", actor.get("restarts", 0), index=actor["index"])
-        return "\n".join(lines) + "\n"
-
-
-@functools.lru_cache(1024)
-def kind_and_model(path: str) -> tuple[str, str]:
-    """What a path asks for, and the model that it names, which there may not be."""
-    if path in KINDS_BY_PATH:
-        return KINDS_BY_PATH[path]
-    if path == "/ws":
-        return "message", ""
-    if match := POST_PATH.fullmatch(path):
-        return match[4].lower(), urllib.parse.unquote(match[1])
-    if match := GET_PATH.fullmatch(path):
-        return match[4].lower() if match[4] else "status", urllib.parse.unquote(match[1] or "")
-    return "other", ""
-
-
-def escaped(label: str) -> str:
-    return label.replace("\\", r"\\").replace('"', r'\"').replace("\n", r"\n")
-
-
-# -- REST: from JSON to arrays -----------------------------------------------------------------------------------------
-
-RAPIDJSON_MESSAGES = {  # of Python's, in the words of TensorFlow Serving's parser
-    "Expecting value": "Invalid value.",
-    "Extra data": "The document root must not be followed by other values.",
-    "Expecting property name enclosed in double quotes": "Missing a name for object member.",
-    "Expecting ':' delimiter": "Missing a colon after a name of object member.",
-    "Expecting ',' delimiter": "Missing a comma or ']' or '}' after a value.",
-    "Unterminated string starting at": "Missing a closing quotation mark in string.",
-    "Invalid control character at": "Invalid encoding in string.",
-    "Invalid \\escape": "Invalid escape character in string.",
-    "Invalid \\uXXXX escape": "Incorrect hex digit after \\u escape in string."}
-
-
-def parse_json(body: bytes) -> dict[str, Any]:
-    """A JSON object, with NaN and Infinity as bare tokens. Raises InvalidRequest."""
-    try:
-        text = body.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise InvalidRequest(f"JSON Parse error: Invalid encoding in string. at offset: {error.start}") from None
-    if not text:
-        raise InvalidRequest("JSON Parse error: The document is empty")
-    try:
-        try:
-            document = json.loads(text)
-        except RecursionError:
-            document = json.loads(without_depths(text))
-    except json.JSONDecodeError as error:
-        message = RAPIDJSON_MESSAGES.get(error.msg, error.msg + ".") if text.strip() else "The document is empty."
-        raise InvalidRequest(f"JSON Parse error: {message} at offset: {error.pos}") from None
-    except (ValueError, RecursionError) as error:  # an integer of more digits than Python converts
-        raise InvalidRequest(f"JSON Parse error: {error or 'nested too deeply'}") from None
-    if not isinstance(document, dict):
-        raise InvalidRequest(f"JSON Value: {shown(document)} Is not object")
-    return document
-
-
-def without_depths(text: str, most: int = 200) -> str:
-    """JSON text with whatever is nested deeper replaced by null: no tensor has so many axes, and other keys are ignored."""
-    kept, start, depth = [], 0, 0
-    for token in re.finditer(r'"(?:[^"\\]|\\.)*"?|[][{}]', text, re.S):
-        if token[0] in "[{":
-            depth += 1
-            if depth == most:
-                kept.append(text[start:token.start()])
-        elif token[0] in "]}":
-            depth -= 1
-            if depth == most - 1:
-                kept.append("null")
-                start = token.end()
-    return "".join(kept) + (text[start:] if depth < most else "")
-
-
-def shown(value: Any) -> str:
-    """A JSON value in an error message, cut short."""
-    try:
-        text = json.dumps(value, ensure_ascii=False)
-    except (RecursionError, ValueError):
-        text = "(nested deeply)"
-    return text if len(text) <= 300 else text[:300] + "..."
-
-
-TYPE_NAMES = {"float32": "float", "float64": "double", "float16": "half", "object": "string"}  # TensorFlow's, where not numpy's
-# what TensorFlow Serving accepts for an integer tensor: the narrow ones take any int32, and wrap
-INTEGER_RANGES = {
-    **dict.fromkeys(("int8", "int16", "int32", "uint8"), (-(2**31), 2**31 - 1)),
-    "int64": (-(2**63), 2**63 - 1), "uint32": (0, 2**32 - 1), "uint64": (0, 2**64 - 1)}
-
-
-def parse_predict(document: dict[str, Any], signature: Signature) -> tuple[bool, list[np.ndarray]]:
-    """Is it row format, and one array for each input by sorted name. Raises InvalidRequest in TensorFlow Serving's words."""
-    if "instances" in document and "inputs" in document:
-        reason = "Not formatted correctly expecting only one of 'inputs' or 'instances' keys to exist"
-        raise InvalidRequest(f"JSON Value: {shown(document)} {reason} ")
-    if not signature.inputs:
-        raise InvalidRequest(f"Failed to get input map for signature: {signature.name}")
-    if "instances" in document:
-        return True, parse_rows(document["instances"], signature.inputs)
-    if "inputs" in document:
-        return False, parse_columns(document["inputs"], signature.inputs)
-    raise InvalidRequest("Missing 'inputs' or 'instances' key")
-
-
-def parse_rows(instances: Any, inputs: dict[str, TensorSpec]) -> list[np.ndarray]:
-    if not isinstance(instances, list):
-        raise InvalidRequest(f"JSON Value: {shown(instances)} Expecting 'instances' to be an list/array")
-    if not instances:
-        raise InvalidRequest("JSON Value: [] No values in 'instances' array")
-    if isinstance(instances[0], dict) and not is_base64(instances[0]):
-        for i, row in enumerate(instances):
-            if not isinstance(row, dict) or is_base64(row):
-                raise InvalidRequest(f"Expecting object but got list at item {i} of input list")
-            for name, value in row.items():
-                if name not in inputs:
-                    raise row_error(i, f"JSON object: does not have named input: {name}", name)
-            if row.keys() != inputs.keys():
-                keys = f"JSON object: {shown(row)} keys must be equal to: {','.join(inputs)}"
-                raise InvalidRequest(f"Failed to process element: {i} of 'instances' list. {keys}")
-        return [stack_rows([row[name] for row in instances], spec, name) for name, spec in inputs.items()]
-    if len(inputs) > 1:
-        raise InvalidRequest(
-            "instances is a plain list, but expecting list of objects as multiple input tensors required as per tensorinfo_map")
-    for i, row in enumerate(instances):
-        if isinstance(row, dict) and not is_base64(row):
-            raise InvalidRequest(f"Expecting value/list but got object at item {i} of input list")
-    return [stack_rows(instances, spec) for spec in inputs.values()]
-
-
-def stack_rows(rows: list[Any], spec: TensorSpec, name: str | None = None) -> np.ndarray:
-    """One tensor of all rows at once; where that fails, row by row, to say which one is wrong."""
-    try:
-        return parse_tensor(rows, spec)
-    except InvalidRequest:
-        first = None
-        for i, row in enumerate(rows):
-            try:
-                array = parse_tensor(row, spec)
-            except InvalidRequest as error:
-                raise row_error(i, error.message, name) from None
-            first = array if first is None else first
-            if array.size != first.size:
-                raise row_error(i, f"Expecting tensor size: {first.size} but got: {array.size}", name)
-            if array.shape != first.shape:
-                raise row_error(i, f"Expecting shape {shape_text(first.shape)} but got: {shape_text(array.shape)}", name)
-        raise
-
-
-def row_error(i: int, message: str, name: str | None) -> InvalidRequest:
-    key = f" key: {name}" if name is not None else ""
-    return InvalidRequest(f"Failed to process element: {i}{key} of 'instances' list. Error: INVALID_ARGUMENT: {message}")
-
-
-def parse_columns(value: Any, inputs: dict[str, TensorSpec]) -> list[np.ndarray]:
-    if not isinstance(value, dict) or is_base64(value):
-        if len(inputs) > 1:
-            raise InvalidRequest(
-                "inputs is a plain value/list, but expecting an object as multiple input tensors required as per tensorinfo_map")
-        return [parse_tensor(value, spec) for spec in inputs.values()]
-    for name in inputs:
-        if name not in value:
-            raise InvalidRequest(f"Missing named input: {name} in 'inputs' object.")
-    return [parse_tensor(value[name], spec) for name, spec in inputs.items()]
-
-
-def parse_tensor(value: Any, spec: TensorSpec) -> np.ndarray:
-    """A nested list, or a scalar, to an array of the spec's dtype; the shape is that of the first elements.
-
-    Goes level by level with few steps of Python for each list. Raises InvalidRequest in TensorFlow Serving's words.
-    """
-    shape, inner = [], value
-    while isinstance(inner, list):
-        shape.append(len(inner))
-        if not inner:
-            break
-        inner = inner[0]
-    if len(shape) > 64:
-        raise InvalidRequest(f"Encountered list at unexpected level: {len(shape)} expected < 64")
-    flat = [value]
-    for level, size in enumerate(shape):
-        for item in flat if set(map(type, flat)) > {list} else ():
-            if not isinstance(item, list):
-                place = f"found at incorrect level: {level + 1} in the JSON DOM. Expected at level: {len(shape)}"
-                raise InvalidRequest(f"JSON Value: {shown(item)} {place}")
-        for item in flat if set(map(len, flat)) > {size} else ():
-            if len(item) != size:
-                raise InvalidRequest(f"Encountered list at unexpected size: {len(item)} at level: {level} expected size: {size}")
-        flat = list(itertools.chain.from_iterable(flat))
-    if list in set(map(type, flat)):
-        raise InvalidRequest(f"Encountered list at unexpected level: {len(shape)} expected < {len(shape)}")
-    return parse_leaves(flat, spec.dtype).reshape(shape)
-
-
-def parse_leaves(values: list[Any], dtype: str) -> np.ndarray:
-    kinds = set(map(type, values))
-    if dtype in ("float32", "float64"):
-        check_leaves(values, dtype, kinds <= {int, float}, lambda v: type(v) in (int, float))
-        try:
-            array = np.array(values, np.float64)
-        except OverflowError:  # an integer beyond float64
-            array = np.array([float(str(v)) for v in values], np.float64)
-        with np.errstate(over="ignore"):
-            return array.astype(dtype)
-    if dtype in INTEGER_RANGES:
-        low, high = INTEGER_RANGES[dtype]
-        fine = kinds <= {int} and (not values or low <= min(values) and max(values) <= high)
-        check_leaves(values, dtype, fine, lambda v: type(v) is int and low <= v <= high)
-        return np.array(values, np.uint64 if low == 0 else np.int64).astype(dtype)
-    if dtype == "bool":
-        check_leaves(values, dtype, kinds <= {bool}, lambda v: type(v) is bool)
-        return np.array(values, bool)
-    if dtype == "object":
-        check_leaves(values, dtype, kinds <= {str, dict}, lambda v: type(v) in (str, dict))
-        array = np.empty(len(values), object)
-        array[:] = [parse_string(v) for v in values]
-        return array
-    if values:
-        raise InvalidRequest(f"Conversion of JSON Value: {shown(values[0])} to type: {TYPE_NAMES.get(dtype, dtype)}", 501)
-    return np.empty(0, np.float16)  # nothing, of whatever it was
-
-
-def check_leaves(values: list[Any], dtype: str, fine: bool, accepts: Callable[[Any], bool]) -> None:
-    for value in () if fine else values:
-        if not accepts(value):
-            types = f"Type: {json_type(value)} is not of expected type: {TYPE_NAMES.get(dtype, dtype)}"
-            raise InvalidRequest(f"JSON Value: {shown(value)} {types}")
-
-
-def json_type(value: Any) -> str:
-    """The type's name in TensorFlow Serving's messages."""
-    if isinstance(value, bool):
-        return str(value)
-    return {dict: "Object", list: "Array", str: "String", int: "Number", float: "Number"}.get(type(value), "Null")
-
-
-def parse_string(value: str | dict[str, Any]) -> bytes:
-    if isinstance(value, str):
-        try:
-            return value.encode()
-        except UnicodeEncodeError:
-            raise InvalidRequest("JSON Parse error: The surrogate pair in string is invalid.") from None
-    if not is_base64(value):
-        raise InvalidRequest(f"JSON Value: {shown(value)} not formatted correctly for base64 data")
-    text = re.sub(r"\s", "", value["b64"], flags=re.A)
-    try:
-        return base64.b64decode(text if "=" in text else text + "=" * (-len(text) % 4), validate=True)
-    except (binascii.Error, ValueError):
-        raise InvalidRequest("Unable to base64 decode") from None
-
-
-def is_base64(value: dict[str, Any]) -> bool:
-    return len(value) == 1 and isinstance(value.get("b64"), str)
-
-
-# -- REST: from arrays to JSON -----------------------------------------------------------------------------------------
-
-
-def encode_predict(signature: Signature, row: bool, outputs: list[np.ndarray]) -> Reply:
-    named = dict(zip(signature.outputs, outputs))
-    if not row:
-        parts = {name: json_texts(array, 0, name)[0] for name, array in named.items()}
-        text = next(iter(parts.values())) if len(parts) == 1 else json_object(parts)
-        return Reply(200, b'{"outputs": ' + to_bytes(text) + b"}")
-    for name, array in named.items():
-        if array.ndim == 0:
-            raise InvalidRequest(f"Tensor name: {name} has no shape information ")
-        if len(array) != len(outputs[0]):
-            raise InvalidRequest(f"Tensor name: {name} has inconsistent batch size: {len(array)} expecting: {len(outputs[0])}")
-    columns = {name: json_texts(array, 1, name) for name, array in named.items()}
-    if len(columns) == 1:
-        rows = next(iter(columns.values()))
-    else:
-        rows = [json_object(dict(zip(columns, texts))) for texts in zip(*columns.values())]
-    return Reply(200, b'{"predictions": [' + to_bytes(", ".join(rows)) + b"]}")
-
-
-def to_bytes(text: str) -> bytes:
-    return text.encode("utf-8", "surrogateescape")  # strings that are not UTF-8 pass as they are, as in TensorFlow Serving
-
-
-def json_object(texts: dict[str, str]) -> str:
-    return "{" + ", ".join(f"{json.dumps(name)}: {text}" for name, text in texts.items()) + "}"
-
-
-def json_texts(array: np.ndarray, axes: int, name: str) -> list[str]:
-    """The array as JSON, one text for each element of its first ``axes`` axes."""
-    kind, flat = array.dtype.kind, array.ravel()
-    if kind == "f" and array.itemsize >= 4:
-        texts = decimals(flat)
-    elif kind == "b":
-        texts = ["true" if value else "false" for value in flat.tolist()]
-    elif kind in "iu" and array.dtype.name != "uint16":
-        texts = list(map(str, flat.tolist()))
-    elif kind == "O":
-        if name.endswith("_bytes"):
-            texts = [f'{{"b64": "{base64.b64encode(value).decode()}"}}' for value in flat]
-        else:
-            texts = [json.dumps(value.decode("utf-8", "surrogateescape"), ensure_ascii=False) for value in flat]
-    else:
-        raise InvalidRequest(f"Failed to write JSON value for tensor type: {TYPE_NAMES.get(array.dtype.name, array.dtype.name)}")
-    for axis in range(array.ndim - 1, axes - 1, -1):
-        size = array.shape[axis]
-        texts = [f"[{', '.join(texts[i * size:(i + 1) * size])}]" for i in range(math.prod(array.shape[:axis]))]
-    return texts
-
-
-def decimals(flat: np.ndarray) -> list[str]:
-    """Floats as TensorFlow Serving writes them: six digits where that is exact, else as many as it takes (9 or 17).
-
-    So each text, read back as the same type, is the same number to the last bit.
-    """
-    values = flat.tolist()
-    texts = ("%g " * len(values) % tuple(values)).split()
-    digits = "%.9g" if flat.itemsize == 4 else "%.17g"
-    for i in np.flatnonzero(np.array(texts, np.float64).astype(flat.dtype) != flat).tolist():
-        texts[i] = digits % values[i]
-    tokens = {"nan": "NaN", "-nan": "NaN", "inf": "Infinity", "-inf": "-Infinity"}
-    return [text if "." in text or "e" in text else tokens.get(text) or text + ".0" for text in texts]
-
-
-# -- REST: classify and regress ----------------------------------------------------------------------------------------
-
-
-def find_example_signature(cluster: Cluster, name: str, version: int | None, signature_name: str, method: str) -> Signature:
-    """The signature, if it takes serialized ``tf.train.Example`` strings and answers to this method."""
-    signature = cluster.find_model(name, version).signatures.get(signature_name)
-    kind = {"classify": "classification", "regress": "regression"}[method]
-    if signature is None:
-        raise InvalidRequest(f"No signature was found with the name: {signature_name}")
-    if signature.method != f"tensorflow/serving/{method}":
-        raise InvalidRequest(f"Expected {kind} signature method_name to be tensorflow/serving/{method}. Was: {signature.method}")
-    if len(signature.inputs) != 1:
-        raise InvalidRequest("Expected one input Tensor.")
-    if "inputs" not in signature.inputs:
-        raise InvalidRequest(f"No {kind} inputs found in SignatureDef: {signature_name}")
-    if signature.inputs["inputs"].dtype != "object":
-        raise InvalidRequest(f"Expected a string input Tensor for the examples, but it is {signature.inputs['inputs'].dtype}.")
-    return signature
-
-
-def parse_examples(document: dict[str, Any]) -> np.ndarray:
-    """Serialized ``tf.train.Example`` protos, an object array [n]; a common context comes before each, and so is merged."""
-    context = serialize_example(document["context"]) if "context" in document else b""
-    if "examples" not in document:
-        raise InvalidRequest(f"JSON Value: {shown(document)} When method is classify, key 'examples' is expected and was not found")
-    examples = document["examples"]
-    if not isinstance(examples, list):
-        raise InvalidRequest(f"JSON Value: {shown(document)} Expecting 'examples' value to be an list/array")
-    if not examples:
-        raise InvalidRequest(f"JSON Value: {shown(document)} 'examples' value is an empty array")
-    array = np.empty(len(examples), object)
-    array[:] = [context + serialize_example(example) for example in examples]
-    return array
-
-
-def serialize_example(example: Any) -> bytes:
-    """A JSON object as a ``tf.train.Example``, in protobuf's wire format (tensorflow/core/example/feature.proto)."""
-    if not isinstance(example, dict):
-        raise InvalidRequest(f"Example must be JSON object but got JSON {json_type(example)}")
-    features = b"".join(  # map<string, Feature> feature = 1
-        wire(1, wire(1, name.encode()) + wire(2, serialize_feature(name, value))) for name, value in example.items())
-    return wire(1, features)
-
-
-def serialize_feature(name: str, value: Any) -> bytes:
-    values = value if isinstance(value, list) else [value]
-    kinds = []
-    for item in values:
-        if item is None or isinstance(item, list) or isinstance(item, dict) and not is_base64(item):
-            raise InvalidRequest(f"Feature: {name} has element with unexpected JSON type: {json_type(item)}")
-        is_float = isinstance(item, float) or not isinstance(item, (bool, str, dict)) and not -(2**63) <= item < 2**64
-        kinds.append("bytes" if isinstance(item, (str, dict)) else "float" if is_float else "int64")
-        if kinds[-1] == "int64" and item >= 2**63:
-            raise InvalidRequest(f"Feature: {name} has uint64_t element. Only int64_t is supported.")
-        if kinds[-1] != kinds[0]:
-            raise InvalidRequest(f"Unexpected element type in feature: {name} expecting type: {kinds[0]}")
-    if not values:
-        return b""
-    if kinds[0] == "bytes":
-        return wire(1, b"".join(wire(1, parse_string(item)) for item in values))
-    if kinds[0] == "float":
-        return wire(2, wire(1, parse_leaves(values, "float32").tobytes()))
-    return wire(3, wire(1, b"".join(varint(int(item) % 2**64) for item in values)))
-
-
-def wire(field: int, payload: bytes) -> bytes:
-    """A length-delimited field of a protobuf message."""
-    return varint(field << 3 | 2) + varint(len(payload)) + payload
-
-
-def varint(number: int) -> bytes:
-    parts = []
-    while number > 127:
-        parts.append(number & 127 | 128)
-        number >>= 7
-    return bytes([*parts, number])
-
-
-def encode_regress(signature: Signature, examples: int, outputs: list[np.ndarray]) -> Reply:
-    if len(outputs) != 1:
-        raise InvalidRequest("Expected one output Tensor.")
-    if "outputs" not in signature.outputs:
-        raise InvalidRequest(f"No regression outputs found in SignatureDef: {signature.name}")
-    values = check_output("output", outputs[0], "float32")
-    if values.ndim != 1 and values.shape[1:] != (1,):
-        shapes = f"either [batch_size] or [batch_size, 1] but got {shape_text(values.shape)}"
-        raise InvalidRequest(f"Expected output Tensor shape to be {shapes}")
-    if len(values) != examples:
-        raise InvalidRequest(f"Input batch size did not match output batch size: {examples} vs. {len(values)}")
-    return Reply(200, to_bytes(f'{{"results": {json_texts(values.reshape(-1), 0, "outputs")[0]}}}'))
-
-
-def encode_classify(signature: Signature, examples: int, outputs: list[np.ndarray]) -> Reply:
-    if len(outputs) > 2:
-        raise InvalidRequest(f"Expected one or two output Tensors, found {len(outputs)}")
-    named = dict(zip(signature.outputs, outputs))
-    texts = {}
-    for name, dtype in (("classes", "object"), ("scores", "float32")):
-        if name in named:
-            array = check_output(name, named[name], dtype)
-            if array.ndim != 2:
-                raise InvalidRequest(f"Expected Tensor shape: [batch_size num_classes] but got {shape_text(array.shape)}")
-            if len(array) != examples:
-                raise InvalidRequest(f"Expected {name} output batch size of {examples}. Got: {len(array)}")
-            texts[name] = [json_texts(row, 1, name) for row in array]
-    if not texts:
-        raise InvalidRequest('Expected classification signature outputs to contain at least one of "classes" or "scores"')
-    labels = texts.get("classes") or [['""'] * len(row) for row in texts["scores"]]
-    scores = texts.get("scores") or [["0.0"] * len(row) for row in texts["classes"]]
-    if len(labels[0]) != len(scores[0]):
-        counts = f"{len(labels[0])} vs. {len(scores[0])}"
-        raise InvalidRequest(f"Tensors class and score should match in num_classes. Got {counts}")
-    pairs = [", ".join(f"[{label}, {score}]" for label, score in zip(*row)) for row in zip(labels, scores)]
-    return Reply(200, to_bytes('{"results": [' + ", ".join(f"[{row}]" for row in pairs) + "]}"))
-
-
-def check_output(name: str, array: np.ndarray, dtype: str) -> np.ndarray:
-    if array.dtype != dtype:
-        types = [f"DT_{TYPE_NAMES.get(t, t).upper()}" for t in (dtype, array.dtype.name)]
-        raise InvalidRequest(f"Expected {name} Tensor of {types[0]}. Got: {types[1]}")
-    return array
-
-
-def shape_text(shape: tuple[int, ...]) -> str:
-    return f"[{','.join(map(str, shape))}]"
-
-
-# ======================================================================================================================
-# Whole files: predict .npy or .npz, larger than memory, into a file that appears whole or not at all
-# ======================================================================================================================
-
-
-async def predict_file(cluster: Cluster, model: str, source: str, target: str) -> None:
-    """Stream the rows of ``source`` through a model's default signature into ``target``, with progress on standard error."""
-    signature = cluster.find(model)
-    with contextlib.ExitStack() as stack:
-        columns = open_columns(source, signature, stack)
-        total = next(iter(columns.values())).rows
-        row_bytes = max(1, sum(column.row_bytes for column in columns.values()))
-        most = max(1, 2**22 // row_bytes)  # many batches are in flight at once, and the file is larger than memory
-        sizes = BatchSizes(min(cluster.options.max_batch, most), most, signature)
-
-        def batches():
-            left = total
-            while True:  # at least one batch: of no rows, the outputs' dtypes and shapes
-                rows = min(left, sizes.rows)
-                yield {name: column.read(rows) for name, column in columns.items()}
-                left -= rows
-                if not left:
-                    return
-
-        writer = stack.enter_context(ArrayWriter(target, signature, total))
-        progress = Progress(total)
-        async for outputs in cluster.map_async(batches(), model):
-            writer.write(outputs)
-            sizes.rate = progress.show(writer.rows)
-        writer.finish()
-    log.info("%s: %d rows", target, total)
-
-
-@dataclasses.dataclass
-class BatchSizes:
-    """How many rows go together: as the signature fixes it, or some tenths of a second of work where it makes no difference."""
-
-    least: int
-    most: int
-    signature: Signature
-    rate: float = 0.0  # rows a second, so far
-
-    @property
-    def rows(self) -> int:
-        fixed = [spec.shape[0] for spec in self.signature.inputs.values() if spec.shape and spec.shape[0]]
-        if fixed:
-            return fixed[0]
-        return min(self.most, max(self.least, int(self.rate / 5))) if self.signature.batched else self.least
-
-
-class Column:
-    """The rows of one array in .npy format, read one after another from a stream."""
-
-    def __init__(self, name: str, stream: BinaryIO):
-        self.name, self.stream = name, stream
-        version = np.lib.format.read_magic(stream)
-        read_header = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}.get(version)
-        if read_header is None:
-            raise InvalidRequest(f"{name} has .npy version {version}, which is not known")
-        shape, fortran, self.dtype = read_header(stream)
-        if not shape or self.dtype.hasobject or fortran and len(shape) > 1:
-            raise InvalidRequest(f"{name} must be an array with rows, in C order and without Python objects")
-        self.rows, self.shape = shape[0], shape[1:]
-        self.row_bytes = self.dtype.itemsize * math.prod(self.shape)
-
-    def read(self, rows: int) -> np.ndarray:
-        try:
-            data = self.stream.read(rows * self.row_bytes)
-        except (OSError, zipfile.BadZipFile, zlib.error) as error:
-            raise InvalidRequest(f"{self.name} cannot be read: {first_sentence(str(error))}") from None
-        if len(data) < rows * self.row_bytes:
-            raise InvalidRequest("The input file ends before its last row")
-        return np.frombuffer(data, self.dtype).reshape(rows, *self.shape)
-
-
-def open_columns(path: str, signature: Signature, stack: contextlib.ExitStack) -> dict[str, Column]:
-    """A Column for each input of the signature. Raises InvalidRequest when the file does not fit."""
-    try:
-        if path.endswith(".npz"):
-            archive = stack.enter_context(zipfile.ZipFile(path))
-            streams = {name.removesuffix(".npy"): stack.enter_context(archive.open(name)) for name in archive.namelist()}
-        else:
-            streams = {next(iter(signature.inputs)): stack.enter_context(open(path, "rb"))}
-        if streams.keys() != signature.inputs.keys():
-            inputs = f"the inputs are {sorted(signature.inputs)} (.npz holds several)"
-            raise InvalidRequest(f"{path} has {sorted(streams)}, but {inputs}")
-        columns = {name: Column(f"{path}: {name}", stream) for name, stream in streams.items()}
-    except (OSError, ValueError, zipfile.BadZipFile) as error:
-        raise InvalidRequest(f"{path} cannot be read: {first_sentence(str(error))}") from None
-    if len({column.rows for column in columns.values()}) > 1:
-        raise InvalidRequest(f"{path} has arrays with different numbers of rows")
-    return columns
-
-
-class ArrayWriter:
-    """Writes outputs row by row into hidden files beside the target, which takes its place in one step when all is there."""
-
-    def __init__(self, target: str, signature: Signature, total: int):
-        if target.endswith(".npy") and len(signature.outputs) > 1:
-            raise InvalidRequest(f"{target} holds one array, but the outputs are {sorted(signature.outputs)}: name it .npz")
-        self.target, self.total, self.rows = target, total, 0
-        folder, name = os.path.split(os.path.abspath(target))
-        try:
-            self.folder = tempfile.mkdtemp(prefix=f".{name}.", dir=folder)
-        except OSError as error:
-            raise InvalidRequest(f"{target} cannot be written: {error.strerror}") from None
-        self.paths = {name: os.path.join(self.folder, f"{i}.npy") for i, name in enumerate(signature.outputs)}
-        self.files: dict[str, BinaryIO] = {}
-        self.texts: dict[str, list[bytes]] = {}  # of string outputs, whose width is only known at the end
-
-    def __enter__(self) -> ArrayWriter:
-        return self
-
-    def __exit__(self, *exception) -> None:
-        for file in self.files.values():
-            file.close()
-        shutil.rmtree(self.folder, ignore_errors=True)
-
-    def write(self, outputs: dict[str, np.ndarray]) -> None:
-        counts = {array.shape[:1] for array in outputs.values()}
-        if len(counts) > 1 or counts == {()}:
-            raise InvalidRequest("The outputs cannot be written row by row: they have different numbers of rows, or none")
-        for name, array in outputs.items():
-            if array.dtype == object:
-                self.texts.setdefault(name, []).extend(array.tolist())
-                continue
-            if name not in self.files:
-                self.files[name] = open(self.paths[name], "wb")
-                shape = self.total, *array.shape[1:]
-                header = {"descr": np.lib.format.dtype_to_descr(array.dtype), "fortran_order": False, "shape": shape}
-                np.lib.format.write_array_header_2_0(self.files[name], header)
-            self.files[name].write(np.ascontiguousarray(array).data)
-        self.rows += counts.pop()[0]
-
-    def finish(self) -> None:
-        if self.rows != self.total:
-            raise InvalidRequest(f"The model made {self.rows} rows of {self.total}: its outputs are not row by row")
-        for name, texts in self.texts.items():
-            np.save(self.paths[name], np.array(texts, "S"))
-        whole = next(iter(self.paths.values()))
-        for file in self.files.values():
-            file.close()
-        if self.target.endswith(".npz"):
-            whole = os.path.join(self.folder, "whole.npz")
-            with zipfile.ZipFile(whole, "w", allowZip64=True) as archive:
-                for name, path in self.paths.items():
-                    archive.write(path, f"{name}.npy")
-        os.replace(whole, self.target)
-
-
-class Progress:
-    """Rows, rows a second and time left: in place on a terminal, else a line now and then."""
-
-    def __init__(self, total: int):
-        self.total, self.started = total, time.monotonic()
-        self.terminal = sys.stderr.isatty()
-        self.shown = self.started
-
-    def show(self, rows: int) -> float:
-        """Called after each batch; returns rows a second."""
-        now = time.monotonic()
-        rate = rows / max(now - self.started, 1e-9)
-        if now - self.shown >= (0.1 if self.terminal else 10) or rows == self.total:
-            self.shown = now
-            line = f"{rows}/{self.total} rows  {rate:.0f} rows/s  {(self.total - rows) / max(rate, 1e-9):.0f} s left"
-            end = "\n" if not self.terminal or rows == self.total else ""
-            print(f"\r\x1b[K{line}" if self.terminal else line, end=end, file=sys.stderr, flush=True)
-        return rate
-
-
-# ======================================================================================================================
-# The command
-# ======================================================================================================================
-
-
-def start_logging() -> None:
-    """One line an event, on standard error."""
+        loaded = np.load(source, mmap_mode="r")
+        inputs = loaded if isinstance(loaded, np.ndarray) else {name: loaded[name] for name in loaded.files}
+        [total] = {len(array) for array in (inputs.values() if isinstance(inputs, dict) else [inputs])}
+    except (OSError, ValueError, TypeError, EOFError) as error:
+        raise InvalidRequest(f"{source} cannot be read as arrays of as many rows each: {first_sentence(error)}") from None
+    slices = (slice(i, i + rows) for i in range(0, max(total, 1), rows))  # of no rows, too: the outputs' types and shapes
+    batches = ({k: v[s] for k, v in inputs.items()} if isinstance(inputs, dict) else inputs[s] for s in slices)
+    started, done, shown = time.monotonic(), 0, 0.0
+    written: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory(prefix=f".{os.path.basename(target)}.", dir=os.path.dirname(target) or ".") as folder:
+        for outputs in cluster.map(batches, model):
+            count = min(rows, total - done)
+            for name, array in outputs.items():
+                if array.shape[:1] != (count,):
+                    raise InvalidRequest(f"Output {name!r} has not one row for each of the input: it is {list(array.shape)}")
+                if array.dtype == object:  # texts, whose width is only known at the end
+                    written.setdefault(name, []).extend(array.tolist())
+                    continue
+                if name not in written:
+                    path, shape = os.path.join(folder, f"{len(written)}.npy"), (total, *array.shape[1:])
+                    written[name] = np.lib.format.open_memmap(path, "w+", array.dtype, shape) if total else array
+                written[name][done:done + count] = array
+            done += count
+            if time.monotonic() - shown > 1 or done == total:
+                shown, rate = time.monotonic(), done / (time.monotonic() - started)
+                print(f"{done}/{total} rows  {rate:.0f} rows/s  {(total - done) / max(rate, 1e-9):.0f} s left",
+                      file=sys.stderr, flush=True)
+        if target.endswith(".npy") and len(written) > 1:
+            raise InvalidRequest(f"{target} holds one array, but the outputs are {sorted(written)}: name it .npz")
+        arrays = {name: np.array(value, "S") if isinstance(value, list) else value for name, value in written.items()}
+        whole = os.path.join(folder, "whole" + target[-4:])
+        np.savez(whole, **arrays) if target.endswith(".npz") else np.save(whole, next(iter(arrays.values())))
+        os.replace(whole, target)
+
+
+def start_program() -> None:
+    """One log line an event, on standard error; as many open files as the system allows, since each client needs one."""
+    most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(most, 2**16), most))
     logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr)
     log.setLevel(logging.INFO)
 
 
-def allow_connections() -> None:
-    """As many open files as the system allows: each client needs one, and many systems give 1,024 unless asked."""
-    now, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (max(now, min(most, 2**16)), most))
-
-
 async def run_command(options: Options) -> int:
-    """Worker i adds the value i to the shared sum, all at once; or a file is predicted. Returns the exit status: 128 + n after
-    signal n."""
+    """Worker i adds the value i to the shared sum, all at once; or a file is predicted. Returns the exit status: 128 + n
+    after signal n."""
     ended_by: list[int] = []
 
     def end(number: int, task: asyncio.Task) -> None:
@@ -3650,21 +2831,22 @@ async def run_command(options: Options) -> int:
     for number in (signal.SIGINT, signal.SIGTERM):
         asyncio.get_running_loop().add_signal_handler(number, end, number, asyncio.current_task())
     cluster = Cluster(options)
+
+    async def add(worker: int) -> None:
+        started = time.monotonic()
+        total = await cluster.add_async(worker, worker)
+        print(f"worker {worker}: added {worker}, sum {total}, {time.monotonic() - started:.3f} s", flush=True)
+
     try:
         started = time.monotonic()
         await asyncio.to_thread(cluster.start, options.workers)
-        print(f"started: 1 parameter server, {options.workers} workers, {time.monotonic() - started:.1f} s", flush=True)
-
-        async def add(worker: int) -> None:
-            started = time.monotonic()
-            total = await cluster.add_async(worker, worker)
-            print(f"worker {worker}: added {worker}, sum {total}, {time.monotonic() - started:.3f} s", flush=True)
-
+        counts = f"{options.parameter_servers} parameter server, {options.workers} workers"
+        print(f"started: {counts}, {time.monotonic() - started:.1f} s", flush=True)
         if options.input:
-            await predict_file(cluster, options.model[0].name, options.input, options.output)
-            return 0
-        await asyncio.gather(*map(add, range(options.workers)))
-        print(f"sum: {await cluster.add_async(0)}", flush=True)
+            await asyncio.to_thread(predict_file, cluster, options.model[0].name, options.input, options.output)
+        else:
+            await asyncio.gather(*map(add, range(options.workers)))
+            print(f"sum: {await cluster.add_async(0)}", flush=True)
         return 0
     except asyncio.CancelledError:
         return 128 + ended_by[0]
@@ -3673,8 +2855,8 @@ async def run_command(options: Options) -> int:
 
 
 def main() -> None:
-    options = Options.from_command_line("Add the workers' numbers up in one shared graph, or predict a whole file.", COMMAND)
-    start_logging()
+    options = Options.from_command_line("Add the workers' numbers up in one shared graph, or predict a file.", COMMAND)
+    start_program()
     try:
         sys.exit(asyncio.run(run_command(options)))
     except (Error, OSError) as error:

@@ -7,75 +7,98 @@
 Or any WSGI server on ``ray_tensorflow_flask:app``: the cluster starts with the first request.
 """
 
-import contextlib
+import concurrent.futures
+import json
 import logging
-import queue
 import re
-import select
 import signal
-import socket
-import sys
 import threading
 import time
 import urllib.parse
-from collections.abc import Callable
 
 from flask import Flask, Response, g, request
-from werkzeug.exceptions import HTTPException, RequestEntityTooLarge
+from werkzeug.exceptions import HTTPException
 from werkzeug.serving import ThreadedWSGIServer, WSGIRequestHandler
 
 from ray_tensorflow import (
-    FRONT_END, MAX_BODY_BYTES, Cluster, Error, Metrics, Options, Pending, Reply, allow_connections, answer, reply_error,
-    start_logging, too_large)
+    FRONT_END, MAX_BODY_BYTES, METHODS, Cluster, Error, InvalidRequest, Metrics, Options, Unavailable, log, match_path,
+    parse_value, start_program)
+
+THREADS = 128  # which wait for answers; connections beyond these wait for a thread
+accepted = threading.local()  # when this thread's connection was
 
 
 def create_app(options: Options | None = None) -> Flask:
     """The WSGI application. Without ``options`` they are read from the environment when the cluster starts."""
+    cluster, metrics, starting = None, Metrics(), threading.Lock()
     app = Flask(__name__, static_folder=None)
     app.config["MAX_CONTENT_LENGTH"] = MAX_BODY_BYTES + 1  # a chunked body is cut there without a word
-    starting, metrics = threading.Lock(), Metrics()
-    clusters: list[Cluster] = []
+    app.url_map.merge_slashes = False
 
     def start() -> Cluster:
         """The cluster of this process, started when first asked for: after any fork of the server's."""
+        nonlocal cluster
         with starting:
-            if not clusters:
-                clusters.append(Cluster(options or Options.from_environment()))
-                clusters[0].begin(one_of_many=options is None)
-            return clusters[0]
+            cluster = cluster or Cluster(options or Options.from_environment()).begin()
+        return cluster
 
-    @app.before_request  # not a route: TensorFlow Serving's rules match the path before it is decoded, and any method
-    def handle() -> Response:
-        g.started = time.monotonic()
-        cluster, body = start(), request.get_data(cache=False)
+    @app.before_request
+    def begin() -> None:
+        g.started = getattr(accepted, "at", time.monotonic())
+        if time.monotonic() - g.started > start().options.timeout_s:
+            raise Unavailable("Too many connections are waiting already; try again later.")
+
+    @app.get("/")
+    def add() -> Response:
+        if request.environ["SERVER_PROTOCOL"] == "HTTP/0.9":  # a request cut short may look like it
+            raise InvalidRequest("HTTP 0.9 is not spoken here")
+        return answer({"result": cluster.add(parse_value(request.query_string.decode("latin-1")))})
+
+    @app.get("/health")
+    def health() -> Response:
+        health = cluster.health()
+        return answer(health, 200 if health["status"] == "ready" else 503)
+
+    @app.get("/metrics")
+    def tell_metrics() -> Response:
+        return Response(metrics.text(cluster.health()), mimetype="text/plain; version=0.0.4")
+
+    @app.route("/<path:path>", methods=METHODS)  # TensorFlow Serving's rules match the path as it was sent
+    def rest(path: str) -> Response:
+        name, version, verb = match_path(request.method, raw_path())
+        if request.method == "GET":
+            return answer(cluster.describe(name, version, verb))
+        cluster.find(name, version)
+        body = request.get_data(cache=False)
         if len(body) > MAX_BODY_BYTES:
-            raise too_large()
-        reply = answer(cluster, metrics, request.environ["REQUEST_METHOD"], raw_path(), request.query_string.decode("latin-1"),
-                       request.headers.get("Content-Encoding", ""), body)
-        if isinstance(reply, Pending):
-            reply = reply.encode(cluster.run(reply.call, client_gone(request.environ)))
-        return response(reply)
+            raise InvalidRequest(f"The body is larger than {MAX_BODY_BYTES // 2**20} MiB", 413)
+        is_gzip = "gzip" in request.headers.get("Content-Encoding", "")
+        return answer(cluster.rest(name, version, verb, body, is_gzip))
 
-    @app.errorhandler(Error)
-    def error(error: Error) -> Response:
-        return response(reply_error(error))
-
-    @app.errorhandler(RequestEntityTooLarge)
-    def body_too_large(_) -> Response:
-        return response(reply_error(too_large()))
-
-    @app.errorhandler(HTTPException)
-    def http_error(error: HTTPException) -> Response:
-        return response(reply_error(Error(f"{error.name}: {request.method} {request.path[:100]}", error.code or 500)))
+    @app.errorhandler(Exception)
+    def refuse(error: Exception) -> Response:
+        """Every error is JSON: ours, the framework's, and what nobody foresaw."""
+        if isinstance(error, HTTPException):
+            error = Error(f"{error.name}: {request.method} {request.path[:100]}", error.code or 500)
+        elif not isinstance(error, Error):
+            log.exception("a request failed")
+            error = Error("Internal error")
+        return answer({"error": error.message}, error.status, error.headers)
 
     @app.after_request
-    def count(answered: Response) -> Response:
-        for cluster in clusters:
-            metrics.observe(cluster, raw_path(), answered.status_code, time.monotonic() - g.started)
-        return answered
+    def count(response: Response) -> Response:
+        """What is answered, and how long that took, for ``/metrics``."""
+        seconds = time.monotonic() - g.started
+        metrics.observe(cluster.models, request.method, raw_path(), response.status_code, seconds)
+        return response
 
     app.start = start
     return app
+
+
+def answer(content: bytes | dict, status: int = 200, headers: dict | None = None) -> Response:
+    body = content if isinstance(content, bytes) else json.dumps(content)
+    return Response(body, status, headers, mimetype="application/json")
 
 
 def raw_path() -> str:
@@ -85,129 +108,37 @@ def raw_path() -> str:
     return re.sub("^https?://[^/?]*", "", target, flags=re.I).partition("?")[0]
 
 
-def client_gone(environ: dict) -> Callable[[], bool] | None:
-    """Asks whether the client has closed its connection, where the server tells which one that is."""
-    connection = environ.get("werkzeug.socket") or environ.get("gunicorn.socket")
-    if connection is None:
-        return None
-
-    def gone() -> bool:
-        poll = select.poll()
-        poll.register(connection, select.POLLRDHUP)
-        return bool(poll.poll(0))
-
-    return gone
-
-
-def response(reply: Reply) -> Response:
-    return Response(reply.body, reply.status, reply.headers)
-
-
 app = create_app()
 
 
-WAKES_PER_S = 10_000  # of all threads that wait for Python's lock: each looks once an interval, and thousands do little else
-
-
 class Server(ThreadedWSGIServer):
-    """Werkzeug's threaded server, but threads that are done wait for more work, since starting one takes as long as a request;
-    and in the end the requests that are under way are answered."""
+    """Werkzeug's threaded server, with a bounded number of threads; in the end those that are busy are waited for."""
 
     request_queue_size = 2048  # clients that wait to be let in
 
-    def __init__(self, host: str, port: int, app: Flask):
-        self.busy: set[RequestThread] = set()
-        self.idle: list[RequestThread] = []  # the last one is the next to work
-        self.draining = False
-        super().__init__(host, port, app, RequestHandler)
+    def process_request(self, connection, address) -> None:
+        self.pool.submit(self.process_in_thread, connection, address, time.monotonic())
 
-    def process_request(self, connection: socket.socket, client_address) -> None:
-        try:
-            thread = self.idle.pop()
-        except IndexError:
-            thread = RequestThread(self)
-            thread.start()
-        thread.connection = connection
-        self.busy.add(thread)
-        sys.setswitchinterval(max(0.005, len(self.busy) / WAKES_PER_S))
-        thread.inbox.put((connection, client_address))
-
-    def drain(self, seconds: float) -> None:
-        """Wait until all requests are answered, so long at most; who has not asked for anything is not waited for."""
-        self.draining = True
-        end, busy = time.monotonic() + seconds, list(self.busy)
-        for thread in busy:
-            if connection := thread.connection:
-                with contextlib.suppress(OSError):
-                    connection.shutdown(socket.SHUT_RD)  # what has arrived is still read
-        for thread in busy:
-            thread.join(max(0, end - time.monotonic()))
-
-
-class RequestThread(threading.Thread):
-    """Handles one connection after another, until there is none for a while."""
-
-    IDLE_S = 5.0
-
-    def __init__(self, server: Server):
-        super().__init__(daemon=True)
-        self.server, self.inbox = server, queue.SimpleQueue()
-        self.connection: socket.socket | None = None  # on which no request has come yet
-
-    def run(self) -> None:
-        while not (self.server.draining and self not in self.server.busy):
-            try:
-                connection, client_address = self.inbox.get(timeout=self.IDLE_S)
-            except queue.Empty:
-                try:
-                    self.server.idle.remove(self)
-                    return
-                except ValueError:  # a connection is on its way to this very thread
-                    continue
-            self.server.process_request_thread(connection, client_address)
-            self.server.busy.discard(self)
-            self.server.idle.append(self)
-
-
-class RequestHandler(WSGIRequestHandler):
-    """Werkzeug's, but what is not even HTTP is refused in JSON as well."""
-
-    error_content_type = "application/json"
-    error_message_format = '{"error": "This is not a request that HTTP allows here (%(code)d)"}'
-    default_request_version = "HTTP/1.0"  # in which it is refused: 0.9 has no status
-
-    def parse_request(self) -> bool:
-        line = self.raw_requestline.decode("latin-1")
-        try:
-            _, target, _ = line.split()  # two may be HTTP 0.9, or cut short: "GET /" would be an add
-            urllib.parse.urlsplit(target)  # as Werkzeug will
-        except ValueError:
-            self.raw_requestline = b"-"  # which is refused
-        return super().parse_request()
-
-    def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
-        super().send_error(code if code < 500 else 400, message, explain)  # 505: a wrong version is the client's error, too
-
-    def run_wsgi(self) -> None:
-        threading.current_thread().connection = None
-        super().run_wsgi()
+    def process_in_thread(self, connection, address, now: float) -> None:
+        accepted.at = now
+        self.process_request_thread(connection, address)
 
 
 def main() -> None:
     options = Options.from_command_line(__doc__.partition("\n")[0], FRONT_END)
-    start_logging()
-    allow_connections()
-    logging.getLogger("werkzeug").setLevel(logging.ERROR)  # no line for each request
+    start_program()
     host, port = options.listen
+    log.info("starting; http://%s:%d answers 503 until a worker is ready", host, port)
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)  # no line for each request
+    WSGIRequestHandler.timeout = options.timeout_s  # of a client that stops in the middle
     app = create_app(options)
-    RequestHandler.timeout = options.timeout_s  # of a client that stops in the middle
     server = Server(host, port, app)
+    server.pool = concurrent.futures.ThreadPoolExecutor(THREADS)
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: threading.Thread(target=server.shutdown).start())
     cluster = app.start()
-    logging.getLogger("ray_tensorflow").info("listening on http://%s:%d", host, server.port)
     server.serve_forever(poll_interval=0.1)
-    server.drain(options.timeout_s + 1)
+    server.pool.shutdown()
     cluster.close()
 
 

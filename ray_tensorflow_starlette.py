@@ -9,84 +9,78 @@ Or any ASGI server on ``ray_tensorflow_starlette:app``: the cluster starts and e
 
 import asyncio
 import contextlib
-import gc
-import logging
+import json
 import math
-import signal
 import time
 
 import uvicorn
 from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
-from starlette.routing import WebSocketRoute
-from starlette.types import ASGIApp, Receive, Scope, Send
-from starlette.websockets import WebSocket, WebSocketDisconnect, WebSocketDisconnected
-from uvicorn.protocols.http.auto import AutoHTTPProtocol
+from starlette.routing import Route, WebSocketRoute
+from starlette.websockets import WebSocket, WebSocketDisconnect
 
 from ray_tensorflow import (
-    FRONT_END, MAX_BODY_BYTES, Cluster, Error, InvalidRequest, Metrics, Options, Pending, Reply, Unavailable, allow_connections,
-    answer, answer_message, reply_error, start_logging, too_large, with_id)
-
-log = logging.getLogger("ray_tensorflow")
-LARGE_BYTES = 2**16  # JSON from here on is read and written in a thread, since the loop would stand still meanwhile
+    FRONT_END, MAX_BODY_BYTES, METHODS, Cluster, Error, InvalidRequest, Metrics, Options, log, match_path, parse_json,
+    parse_value, start_program)
 
 
 def create_app(options: Options | None = None) -> Starlette:
     """The ASGI application. Without ``options`` they are read from the environment when the cluster starts."""
-    metrics = Metrics()
-    waiting: dict[Request, asyncio.Task] = {}
+    cluster, metrics = None, Metrics()
 
     @contextlib.asynccontextmanager
     async def lifespan(app: Starlette):
-        app.state.cluster = cluster = Cluster(options or Options.from_environment())
-        cluster.begin(one_of_many=options is None)
-        gc.freeze()  # what has been imported stays: no need to look through it for garbage every few hundred requests
-        gc.set_threshold(20_000, 20, 20)
-        sweeper = asyncio.create_task(give_up_on_the_gone(waiting))
+        nonlocal cluster
+        cluster = Cluster(options or Options.from_environment()).begin(asyncio.get_running_loop())
         yield
-        sweeper.cancel()
         await asyncio.to_thread(cluster.close)
 
-    async def handle(request: Request) -> Response:
-        started, cluster = time.monotonic(), request.app.state.cluster
-        path, query = (request.scope[part].decode("latin-1") for part in ("raw_path", "query_string"))  # as they were sent
+    async def add(request: Request) -> Response:
+        if request.scope["http_version"] == "0.9":  # a request cut short may look like it
+            raise InvalidRequest("HTTP 0.9 is not spoken here")
+        return answer({"result": await cluster.add_async(parse_value(request.scope["query_string"].decode("latin-1")))})
+
+    async def health(request: Request) -> Response:
+        health = cluster.health()
+        return answer(health, 200 if health["status"] == "ready" else 503)
+
+    async def tell_metrics(request: Request) -> Response:
+        return Response(metrics.text(cluster.health()), media_type="text/plain; version=0.0.4")
+
+    async def rest(request: Request) -> Response:
+        name, version, verb = match_path(request.method, request.scope["raw_path"].decode("latin-1"))
+        if request.method == "GET":
+            return answer(cluster.describe(name, version, verb))
+        cluster.find(name, version)
+        body = await read_body(request, cluster.options.timeout_s)
+        is_gzip = "gzip" in request.headers.get("Content-Encoding", "")
+        return answer(await cluster.rest_async(name, version, verb, body, is_gzip))
+
+    async def answer_message(message: bytes) -> str:
+        """One message of a WebSocket, answered with its id."""
+        identity = None
         try:
-            if request.scope["http_version"] == "0.9":  # a request cut short may look like it: "GET /" would be an add
-                raise InvalidRequest("HTTP 0.9 is not spoken here")
-            body = await read_body(request, cluster.options.timeout_s) if has_body(request) else b""
-            encoding = request.headers.get("Content-Encoding", "") if body else ""
-            reply = await off_loop(len(body), answer, cluster, metrics, request.method, path, query, encoding, body)
-            waiting[request] = asyncio.current_task()
-            reply = await finish(cluster, reply)
+            document = parse_json(message)
+            identity, model = document.get("id"), document.get("model")
+            if ("value" in document) == isinstance(model, str):
+                raise InvalidRequest("A message has either a value to add or the name of a model to run")
+            if isinstance(model, str):
+                text = (await cluster.rest_async(model, None, "predict", message, False)).decode("utf-8", "replace")
+            else:
+                text = json.dumps({"result": await cluster.add_async(document["value"])})
         except Error as error:
-            reply = reply_error(error)
-        except (ClientDisconnect, asyncio.CancelledError):
-            gone = await request.is_disconnected()
-            reply = reply_error(Unavailable("The client went away.", 499) if gone else Unavailable("The server is shutting down."))
-        except Exception:
-            log.exception("a request failed")
-            reply = reply_error(Error("Internal error"))
-        finally:
-            waiting.pop(request, None)
-        metrics.observe(cluster, path, reply.status, time.monotonic() - started)
-        return response(reply)
+            text = json.dumps({"error": error.message})
+        return f'{{"id": {json.dumps(identity)}, {text[1:]}'
 
     async def push(socket: WebSocket) -> None:
         """Many requests at once on one WebSocket, each answered with its id as soon as it is done."""
-        cluster = socket.app.state.cluster
-        places, sending = asyncio.Semaphore(cluster.options.max_queue), asyncio.Lock()
+        places = asyncio.Semaphore(cluster.options.max_queue)
 
-        async def serve(message: str | bytes) -> None:
-            started = time.monotonic()
-            identity, reply = await off_loop(len(message), answer_message, cluster, message)
-            try:
-                reply = await finish(cluster, reply)
-            except Error as error:
-                reply = reply_error(error)
-            metrics.observe(cluster, "/ws", reply.status, time.monotonic() - started)
-            async with sending:
-                await socket.send_text(with_id(identity, reply))
+        async def serve(message: bytes) -> None:
+            await socket.send_text(await answer_message(message))
             places.release()
 
         await socket.accept()
@@ -97,120 +91,66 @@ def create_app(options: Options | None = None) -> Starlette:
                     event = await socket.receive()
                     if event["type"] == "websocket.disconnect":
                         raise WebSocketDisconnect
-                    requests.create_task(serve(event.get("text") or event.get("bytes") or ""))
-        except* (WebSocketDisconnect, WebSocketDisconnected):
+                    requests.create_task(serve(event.get("bytes") or event["text"].encode("utf-8", "surrogatepass")))
+        except* WebSocketDisconnect:
             pass
 
-    async def default(scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http":
-            await (await handle(Request(scope, receive, send)))(scope, receive, send)
-        else:
-            nothing = InvalidRequest(f"There is no WebSocket at {scope['path'][:100]}: try /ws", 404)
-            await WebSocket(scope, receive, send).send_denial_response(response(reply_error(nothing)))
+    async def refuse(request: Request, error: Exception) -> Response:
+        """Every error is JSON: ours, the framework's, and what nobody foresaw, which is logged by the server."""
+        if isinstance(error, HTTPException):
+            error = Error(f"{error.detail}: {request.method} {request.url.path[:100]}", error.status_code)
+        elif not isinstance(error, Error):
+            error = Error("The client went away" if isinstance(error, ClientDisconnect) else "Internal error")
+        return answer({"error": error.message}, error.status, error.headers)
 
-    app = Application(routes=[WebSocketRoute("/ws", push)], lifespan=lifespan)
-    # not a route: TensorFlow Serving's rules match the path before it is decoded, and any method
-    app.router.default = default
-    return app
+    def count(app):
+        """What is answered, and how long that took, for ``/metrics``."""
+        async def counting(scope, receive, send):
+            started = time.monotonic()
 
+            async def sending(message):
+                if message["type"] == "http.response.start":
+                    path, seconds = scope["raw_path"].decode("latin-1"), time.monotonic() - started
+                    metrics.observe(cluster.models, scope["method"], path, message["status"], seconds)
+                await send(message)
 
-class Application(Starlette):
-    """Starlette's, but without the two layers around each request and answer that turn exceptions into responses: here none is left."""
+            await app(scope, receive, sending)
+        return counting
 
-    def build_middleware_stack(self) -> ASGIApp:
-        stack = self.router
-        for kind, arguments, named in reversed(self.user_middleware):
-            stack = kind(stack, *arguments, **named)
-        return stack
-
-
-async def give_up_on_the_gone(waiting: dict[Request, asyncio.Task]) -> None:
-    """Each second, cancel the requests that have waited for one and whose client has gone away."""
-    before: set[Request] = set()
-    while True:
-        await asyncio.sleep(1)
-        for request in before & waiting.keys():
-            if await request.is_disconnected() and request in waiting:
-                waiting[request].cancel()
-        before = set(waiting)
+    routes = [Route("/", add), Route("/health", health), Route("/metrics", tell_metrics), WebSocketRoute("/ws", push),
+              Route("/{path:path}", rest, methods=METHODS)]  # TensorFlow Serving's rules match the path as it was sent
+    handlers = dict.fromkeys((Error, HTTPException, ClientDisconnect, Exception), refuse)
+    return Starlette(routes=routes, middleware=[Middleware(count)], exception_handlers=handlers, lifespan=lifespan)
 
 
-def has_body(request: Request) -> bool:
-    return any(name == b"transfer-encoding" or name == b"content-length" and value != b"0" for name, value in request.scope["headers"])
+def answer(content: bytes | dict, status: int = 200, headers: dict | None = None) -> Response:
+    body = content if isinstance(content, bytes) else json.dumps(content)
+    return Response(body, status, headers, media_type="application/json")
 
 
 async def read_body(request: Request, timeout_s: float) -> bytes:
-    parts, size = [], 0
+    body = bytearray()
     try:
         async with asyncio.timeout(timeout_s):
             async for part in request.stream():
-                parts.append(part)
-                size += len(part)
-                if size > MAX_BODY_BYTES:
-                    raise too_large()
+                body += part
+                if len(body) > MAX_BODY_BYTES:
+                    raise InvalidRequest(f"The body is larger than {MAX_BODY_BYTES // 2**20} MiB", 413)
     except TimeoutError:
         raise InvalidRequest(f"The body did not arrive within the deadline of {timeout_s:g} s", 408) from None
-    return b"".join(parts)
-
-
-async def off_loop(size_bytes: int, function, *arguments):
-    return await asyncio.to_thread(function, *arguments) if size_bytes > LARGE_BYTES else function(*arguments)
-
-
-async def finish(cluster: Cluster, reply: Reply | Pending) -> Reply:
-    """The reply, once the cluster has done what there is to do for it."""
-    if isinstance(reply, Reply):
-        return reply
-    outputs = await cluster.run_async(reply.call)
-    return await off_loop(sum(output.nbytes for output in outputs), reply.encode, outputs)
-
-
-def response(reply: Reply) -> Response:
-    return Response(reply.body, reply.status, reply.headers)
+    return bytes(body)
 
 
 app = create_app()
 
 
-class Protocol(AutoHTTPProtocol):
-    """uvicorn's, but what is not even HTTP is refused in JSON as well, and each request learns that its client went away."""
-
-    def send_400_response(self, msg: str) -> None:
-        body = reply_error(Error(msg)).body
-        self.transport.write(b"HTTP/1.1 400 Bad Request\r\nContent-Type: application/json\r\n"
-                             b"Content-Length: %d\r\nConnection: close\r\n\r\n%b" % (len(body), body))
-        self.transport.close()
-
-    def _start_asgi_task(self, cycle, app) -> None:
-        self.answering = cycle
-        super()._start_asgi_task(cycle, app)
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        if answering := getattr(self, "answering", None):  # uvicorn tells only the last of pipelined requests
-            answering.disconnected = True
-            answering.message_event.set()
-        super().connection_lost(exc)
-
-
-class Server(uvicorn.Server):
-    """uvicorn's, but a signal is a wish to end well, however often it comes, and not a failure."""
-
-    def handle_exit(self, *_) -> None:
-        self.should_exit = True
-
-
 def main() -> None:
     options = Options.from_command_line(__doc__.partition("\n")[0], FRONT_END)
-    start_logging()
-    allow_connections()
+    start_program()
     host, port = options.listen
-    log.info("listening on http://%s:%d", host, port)
-    server = Server(uvicorn.Config(
-        create_app(options), host=host, port=port, http=Protocol, lifespan="on", log_level="warning", access_log=False, proxy_headers=False,
-        timeout_graceful_shutdown=math.ceil(options.timeout_s) + 1))
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, server.handle_exit)  # uvicorn does so itself, but only between its start and its end
-    server.run()
+    log.info("starting; http://%s:%d answers 503 until a worker is ready", host, port)
+    uvicorn.run(create_app(options), host=host, port=port, log_level="warning", access_log=False, proxy_headers=False,
+                timeout_graceful_shutdown=math.ceil(options.timeout_s) + 1)
 
 
 if __name__ == "__main__":

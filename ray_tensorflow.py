@@ -1,15 +1,15 @@
 """TensorFlow graphs, shared by many processes through Ray, served to many requests at once.
 
-A Ray *parameter server* actor holds the only copy of a ``tf.compat.v1`` graph's variables. *Worker* actors each build the
-same graph against it (between-graph replication) and run it asynchronously. A *front end* (this command, or the Flask and
-Starlette apps beside it) gathers concurrent requests into batches and hands them round-robin to the workers.
+A Ray *parameter server* actor holds the only copy of a ``tf.compat.v1`` graph's variables. *Worker* actors each build
+the same graph against it (between-graph replication) and run it asynchronously. A *front end* (this command, or the
+Flask and Starlette apps beside it) gathers concurrent requests into batches and hands them round-robin to the workers.
 
     front end ──> Cluster ──> Batcher ──> round robin ──> Worker actor ──> session.run ──> ParameterServer actor(s)
     HTTP in and out           gathers what        decodes, merges, runs,           variables, tables, kernels;
                               queued up           splits, encodes                  the first one loads and keeps
 
     python ray_tensorflow.py                                 # worker i adds i to the shared sum
-    python ray_tensorflow_starlette.py --model DIR           # serve SavedModels beside it: curl '127.0.0.1:8080/?value=3'
+    python ray_tensorflow_starlette.py --model DIR           # serve a SavedModel beside it
     python ray_tensorflow_flask.py --model module:function   # or a graph of one's own
 
 The process that imports this file never imports tensorflow, and nothing starts before a ``Cluster`` does.
@@ -26,11 +26,8 @@ import concurrent.futures
 import contextlib
 import copy
 import dataclasses
-import errno
 import fcntl
-import functools
 import hashlib
-import hmac
 import http.client
 import importlib
 import itertools
@@ -44,7 +41,6 @@ import resource
 import secrets
 import shutil
 import signal
-import socket
 import struct
 import sys
 import tempfile
@@ -96,25 +92,21 @@ class OptionError(Error):
 
 class InvalidRequest(Error):
     """The request can never succeed as it is: it is wrong in itself, or names what does not exist."""
-
     status = 400
 
 
 class Unavailable(Error):
     """Not now, but perhaps soon: the cluster is starting, stopping, or has too much to do."""
-
     status = 503
 
 
 class WorkerLost(Error):
-    """A worker or its parameter server went away during the request; a change that it asked for may have been applied."""
-
+    """A worker or its parameter server went away meanwhile; a change that was asked for may have been applied."""
     status = 502
 
 
 class DeadlineExceeded(Error):
     """The request's deadline passed before its answer came."""
-
     status = 504
 
 
@@ -123,7 +115,7 @@ class ModelError(Error):
 
 
 def first_sentence(error: BaseException | str) -> str:
-    """A message without what TensorFlow and Ray put around it: "From /job:...", the nodes, the traces."""
+    """A message without what TensorFlow puts around it: "From /job:...", the nodes, the traces."""
     lines = [line.strip() for line in str(error).splitlines()]
     lines = [line for line in lines if line and not line.startswith(("From /job:", "[[", "Graph execution error:"))]
     return re.sub(r"\s*\[\[.*?\]\]", "", lines[0]) if lines else type(error).__name__
@@ -169,17 +161,11 @@ def text(value) -> str:
 
 def one_of(*values: str) -> Callable[[Any], str]:
     def parse(value):
-        if value not in values:
+        if str(value).lower() not in values:
             raise ValueError(" or ".join(values))
-        return value
+        return str(value).lower()
 
     return parse
-
-
-def switch(value) -> bool:
-    if str(value).lower() not in ("1", "true", "0", "false"):
-        raise ValueError("1 or 0")
-    return str(value).lower() in ("1", "true")
 
 
 def array_file(value) -> str:
@@ -210,10 +196,7 @@ def model_source(value) -> ModelSource:
         return value
     if not isinstance(value, (str, os.PathLike)):
         raise ValueError("[NAME=]DIR or [NAME=]module:function")
-    value = os.fspath(value)
-    name, equals, where = value.partition("=")
-    if not (equals and re.fullmatch(r"[\w.-]+", name)):
-        name, where = "", value
+    name, where = re.fullmatch(r"(?:([\w.-]+)=)?(.*)", os.fspath(value), re.S).groups()
     folder = os.path.abspath(where)
     if not where or not os.path.isdir(folder):
         if re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", where):
@@ -233,11 +216,10 @@ def model_source(value) -> ModelSource:
 
 def model_sources(values) -> tuple[ModelSource, ...]:
     values = values.split(",") if isinstance(values, str) else values if isinstance(values, (list, tuple)) else [values]
-    sources = tuple(model_source(value) for value in values)
-    names = [ADDER] + [source.name for source in sources]
-    for name in names:
-        if names.count(name) > 1:
-            raise ValueError(f"one model for each name, but {name!r} stands for two (NAME=... gives another name)")
+    sources = tuple(map(model_source, values))
+    [(name, count)] = collections.Counter([ADDER, *(source.name for source in sources)]).most_common(1)
+    if count > 1:
+        raise ValueError(f"one model for each name, but {name!r} stands for two (NAME=... gives another name)")
     return sources
 
 
@@ -252,7 +234,7 @@ class Options:
     threads: int = option(1, "CPUs of the Ray that is started, and threads of each TensorFlow server", number(int, 1))
     model: tuple[ModelSource, ...] = option(
         (), "a model to serve beside the adder: [NAME=]DIR (a SavedModel, or a folder of numbered versions) or"
-        " [NAME=]module:function (a graph of your own); repeatable, in the environment separated by commas", model_sources)
+        " [NAME=]module:function (a graph of your own); repeatable, in the environment with commas", model_sources)
     parameter_servers: int = option(1, "TensorFlow ps tasks, over which variables are spread", number(int, 1))
     placement: str = option(
         "shared", "shared: models live and run on the parameter server, one copy in all; mirrored: each worker keeps a"
@@ -262,16 +244,19 @@ class Options:
     max_queue: int = option(1024, "waiting requests past which new ones are refused", number(int, 1))
     timeout_s: float = option(30.0, "deadline of one request, in seconds", number(float, 0, above=True))
     exact: bool = option(
-        False, "merge rows of several requests only where every answer stays the same to the last bit", switch)
+        False, "merge rows of several requests only where every answer stays the same to the last bit",
+        lambda value: one_of("1", "true", "0", "false")(value) in ("1", "true"))
     checkpoint_dir: str | None = option(
-        None, "folder in which the sum and changed variables are kept, through power cuts and for the next start; without"
-        " it they are kept as long as the program runs", text)
-    address: str | None = option(None, "Ray cluster to join ('auto': the one that runs here), else one is started", text)
+        None, "folder in which the sum and changed variables are kept, through power cuts and for the next start;"
+        " without it they are kept as long as the program runs", text)
+    address: str | None = option(
+        None, "Ray cluster to join ('auto': the one that runs here), else one is started", text)
     host: str | None = option(
         None, "address to listen on: 0.0.0.0 where the platform sets PORT, else 127.0.0.1", text, FRONT_END)
     port: int | None = option(
         None, "port to listen on: PORT where the platform sets it, else 8080", number(int, 0, 65535), FRONT_END)
-    input: str | None = option(None, "rows to predict with the one --model: .npy, or .npz by input", array_file, COMMAND)
+    input: str | None = option(
+        None, "rows to predict with the one --model: .npy, or .npz by input name", array_file, COMMAND)
     output: str | None = option(None, "where predictions go: .npy, or .npz by output name", array_file, COMMAND)
 
     def __post_init__(self):
@@ -293,11 +278,9 @@ class Options:
     @classmethod
     def from_environment(cls, **changes) -> Options:
         """Options from ``RAY_TENSORFLOW_<NAME>`` variables; ``changes`` beat them."""
-        for field in dataclasses.fields(cls):
-            value = os.environ.get(f"RAY_TENSORFLOW_{field.name.upper()}")
-            if value and field.name not in changes:
-                changes[field.name] = value
-        return cls(**changes)
+        names = [field.name for field in dataclasses.fields(cls)]
+        variables = {name: os.environ.get(f"RAY_TENSORFLOW_{name.upper()}") for name in names}
+        return cls(**{name: value for name, value in variables.items() if value} | changes)
 
     @classmethod
     def from_command_line(cls, description: str, kind: str, arguments: list[str] | None = None) -> Options:
@@ -306,9 +289,8 @@ class Options:
         for field in dataclasses.fields(cls):
             if field.metadata["only"] in (None, kind):
                 default = "" if field.default in (None, (), False) else f" (default: {field.default})"
-                how = {"action": "append" if field.name == "model" else "store", "metavar": field.name.upper()}
-                if field.default is False:
-                    how = {"action": "store_true"}
+                how = {"action": "append"} if field.name == "model" else {}
+                how = {"action": "store_true"} if field.default is False else how | {"metavar": field.name.upper()}
                 parser.add_argument(f"--{field.name.replace('_', '-')}", help=field.metadata["help"] + default,
                                     default=argparse.SUPPRESS, **how)
         try:
@@ -320,10 +302,14 @@ class Options:
             parser.exit(2, f"{parser.prog}: error: {error}\n")
 
     @property
-    def shared(self) -> dict[str, Any]:
-        """Those that all front ends of one shared cluster must have in common."""
-        names = ("workers", "threads", "model", "parameter_servers", "placement", "max_batch", "exact", "checkpoint_dir")
-        return {name: getattr(self, name) for name in names}
+    def shared(self) -> dict[str, str]:
+        """What all front ends of one shared cluster must have in common, as text."""
+        with open(__file__, "rb") as file:
+            texts = {"ray_tensorflow.py": hashlib.sha256(file.read()).hexdigest()}
+        for name in "workers threads model parameter_servers placement max_batch exact checkpoint_dir".split():
+            value = getattr(self, name)
+            texts[f"--{name.replace('_', '-')}"] = ",".join(map(str, value)) if name == "model" else str(value)
+        return texts
 
     @property
     def listen(self) -> tuple[str, int]:
@@ -342,10 +328,8 @@ class Options:
 
 
 class TensorSpec(NamedTuple):
-    """``dtype`` is numpy's name for it ("object": strings, as bytes); ``shape`` has None for a free axis, or is None."""
-
-    dtype: str
-    shape: tuple[int | None, ...] | None
+    dtype: str  # numpy's name for it; "object": strings, as bytes
+    shape: tuple[int | None, ...] | None  # None is a free axis
 
     @property
     def has_rows(self) -> bool:
@@ -381,7 +365,7 @@ def build_adder(tf):
 
     Read, cumulative sum and assignment are one critical section of one ``session.run``, so that no other worker's add
     slips between (tensorflow#6360). The new sum is checked, and kept, before it is assigned: a run that fails changes
-    nothing, and no sum is ever answered that is not on disk. float64, because a float32 sum stops counting at 2**24.
+    nothing, and no sum is answered that is not on disk. float64, because a float32 sum stops counting at 2**24.
     """
     value = tf.placeholder(tf.float64, [None], name="value")
     total = tf.get_variable("sum", [], tf.float64, tf.zeros_initializer())
@@ -389,13 +373,12 @@ def build_adder(tf):
     def add():
         sums = tf.cumsum(tf.concat([[total.read_value()], value], axis=0))
         sums = tf.debugging.check_numerics(sums, "the sum would not be finite")
-        kept = tf.numpy_function(keep_sum, [sums[-1]], tf.float64)  # runs where the variable is: in the parameter server
+        kept = tf.numpy_function(keep_sum, [sums[-1]], tf.float64)  # runs in the parameter server, as the variable does
         kept.set_shape([])
         with tf.control_dependencies([total.assign(kept, read_value=False)]):
             return sums[1:]
 
-    sums = tf.CriticalSection(shared_name="sum").execute(add)
-    return {"serving_default": ({"value": value}, {"sum": sums})}
+    return {"serving_default": ({"value": value}, {"sum": tf.CriticalSection(shared_name="sum").execute(add)})}
 
 
 # Rows are applied in order, and a run that fails has changed nothing: so requests may share a run although it writes.
@@ -407,11 +390,11 @@ def import_tensorflow():
     """``tensorflow.compat.v1``, imported here and nowhere else, in the actors alone."""
     if "tensorflow" not in sys.modules:
         os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-        for name in ("http_proxy", "https_proxy", "all_proxy", "grpc_proxy"):  # they break loopback gRPC (tensorflow#50626)
+        for name in ("http_proxy", "https_proxy", "all_proxy", "grpc_proxy"):  # break loopback gRPC (tensorflow#50626)
             os.environ.pop(name, None)
             os.environ.pop(name.upper(), None)
         if ray.is_initialized() and not ray.get_gpu_ids():
-            os.environ["CUDA_VISIBLE_DEVICES"] = ""  # Ray leaves all GPUs visible to actors that asked for none (ray#28215)
+            os.environ["CUDA_VISIBLE_DEVICES"] = ""  # Ray shows all GPUs to actors that asked for none (ray#28215)
     import tensorflow.compat.v1 as tf
 
     tf.disable_eager_execution()  # and not disable_v2_behavior(), which brings reference variables back
@@ -423,8 +406,7 @@ def session_config(tf, addresses: list[str], timeout_s: float):
     """The one session config: variables live on the ``ps`` tasks and are shared by all sessions made with it.
 
     The TF servers know nothing of each other; each session brings the cluster along. Without ``share_session_state``
-    every session would get a private copy of the parameter server's state. Without a timeout a run on a server that died
-    would never return.
+    each would get a private copy of the server's state. Without a timeout a run on a server that died would never end.
     """
     config = tf.ConfigProto(
         allow_soft_placement=True, operation_timeout_in_ms=round(timeout_s * 1000),
@@ -438,7 +420,7 @@ def session_config(tf, addresses: list[str], timeout_s: float):
 def server_config(tf, options: Options, calls_out: bool):
     """Thread and GPU limits, for a server or a local session; a session on a server ignores them (tensorflow#4455).
 
-    Python functions that wait for another server get threads beside those that compute, else they would wait for themselves.
+    Python functions that wait for another server get threads beside those that compute, else they wait for themselves.
     """
     waiting = PLACES * options.workers if calls_out else 0
     return tf.ConfigProto(
@@ -449,26 +431,20 @@ def server_config(tf, options: Options, calls_out: bool):
 class Graph:
     """A model's graph in one process: ``connect`` it to where it runs, ``restore`` it where it is held, then ``run``.
 
-    All operations are made here, once; then the graph is finalized (tensorflow#4151). Stateful nodes get the model's name
-    as their container, since equal names in two models would otherwise be one variable on the parameter server.
-
-    The device rule, for task ``home`` of ``tasks`` parameter servers: a graph of one's own runs at home, and its variables
-    are spread over all of them; a SavedModel is at home as a whole. A mirror (``tasks`` 0) is on this process's own device.
+    All operations are made here, once; then the graph is finalized (tensorflow#4151). The device rule, for task
+    ``home`` of ``tasks`` parameter servers: a graph of one's own runs at home, and its variables are spread over all of
+    them; a SavedModel is at home as a whole. A mirror (``tasks`` 0) is on this process's own device.
     """
 
     def __init__(self, tf, source: ModelSource, home: int = 0, tasks: int = 1):
         from tensorflow.python.saved_model import loader_impl
 
-        self.source, self.home = source, home
+        self.source, self.home, self.atomic = source, home, False
         self._loader = loader_impl.SavedModelLoader(source.folder) if source.folder else None
-        if self._loader:
-            meta_graph, self.atomic = copy.deepcopy(self._loader.get_meta_graph_def_from_tags(["serve"])), False
-        else:
-            meta_graph = self._build(tf)
-        self._signature_defs = meta_graph.signature_def
-        # Inputs lose their static shapes: like TensorFlow Serving, we leave the judgement to the kernels.
-        inputs = {info.name.partition(":")[0] for d in self._signature_defs.values() for info in d.inputs.values()}
-        prepare_nodes(meta_graph.graph_def, f"{source.name}/{source.version}".encode().hex(), inputs)
+        meta_graph = self._build(tf) if self._loader is None else copy.deepcopy(
+            self._loader.get_meta_graph_def_from_tags(["serve"]))
+        self._signature_defs = definitions = meta_graph.signature_def
+        prepare_nodes(meta_graph, container=f"{source.name}/{source.version}".encode().hex())
         self.fingerprint = hashlib.sha256(meta_graph.SerializeToString(deterministic=True)).hexdigest()
 
         device = f"/job:ps/task:{home}" if tasks else None
@@ -477,21 +453,21 @@ class Graph:
         self.graph = tf.Graph()
         with self.graph.as_default(), tf.device(device):
             self._saver = tf.train.import_meta_graph(meta_graph)
-            names = {t.name for d in self._signature_defs.values() for t in d.outputs.values() if t.dtype and t.name}
+            names = {info.name for d in definitions.values() for info in d.outputs.values() if info.dtype and info.name}
             self.variables = TensorFlowVariables([self.graph.get_tensor_by_name(name) for name in sorted(names)])
         self.graph.finalize()
 
         self.session, self._callables, self._places = None, {}, {}
         self.signatures: dict[str, Signature] = {}
-        for name, definition in self._signature_defs.items():
-            tensors = [*definition.inputs.values(), *definition.outputs.values()]
-            if definition.outputs and all(t.WhichOneof("encoding") == "name" and t.dtype for t in tensors):
-                specs = [{k: tensor_spec(self.graph, side[k]) for k in sorted(side)}
-                         for side in (definition.inputs, definition.outputs)]
-                types = operation_types(meta_graph.graph_def, [t.name for t in definition.outputs.values()])
-                writes = any(map(STATE_CHANGING.fullmatch, types))
-                calls_out = not self.atomic and any(map(PYTHON_FUNCTION.fullmatch, types))
-                self.signatures[name] = Signature(name, *specs, definition.method_name, writes, calls_out)
+        for name, definition in definitions.items():
+            sides = definition.inputs, definition.outputs
+            infos = [info for side in sides for info in side.values()]
+            if definition.outputs and all(info.WhichOneof("encoding") == "name" and info.dtype for info in infos):
+                types = operation_types(meta_graph.graph_def, [info.name for info in definition.outputs.values()])
+                self.signatures[name] = Signature(
+                    name, *({k: tensor_spec(self.graph, side[k]) for k in sorted(side)} for side in sides),
+                    method=definition.method_name, writes=any(map(STATE_CHANGING.fullmatch, types)),
+                    calls_out=not self.atomic and any(map(PYTHON_FUNCTION.fullmatch, types)))
         self.writes = any(signature.writes for signature in self.signatures.values())
         self.calls_out = any(signature.calls_out for signature in self.signatures.values())
 
@@ -512,15 +488,13 @@ class Graph:
         meta_graph = meta_graph_pb2.MetaGraphDef(graph_def=self._builder.as_graph_def())
         for signature, sides in signatures.items():
             infos = [{k: tf.saved_model.build_tensor_info(tensor) for k, tensor in side.items()} for side in sides]
-            meta_graph.signature_def[signature].CopyFrom(
-                tf.saved_model.build_signature_def(*infos, method_name=tf.saved_model.PREDICT_METHOD_NAME))
+            definition = tf.saved_model.build_signature_def(*infos, tf.saved_model.PREDICT_METHOD_NAME)
+            meta_graph.signature_def[signature].CopyFrom(definition)
         return meta_graph
 
     def connect(self, tf, addresses: list[str], options: Options, timeout_s: float = 0) -> None:
-        """Make the session, on the parameter servers at these addresses or in this process, and a callable for each signature.
-
-        Called again it makes another session, and leaves the first one behind, which may wait for a server that is gone.
-        """
+        """Make the session, on the parameter servers at these addresses or in this process, and a callable for each
+        signature. The session before it is left behind, since its end may wait for a server that is gone."""
         from tensorflow.core.protobuf import config_pb2
 
         target = f"grpc://{addresses[self.home]}" if addresses else ""
@@ -532,12 +506,12 @@ class Graph:
             feed = [definition.inputs[alias].name for alias in signature.inputs]
             fetch = [definition.outputs[alias].name for alias in signature.outputs]
             once = list(dict.fromkeys(tensor for tensor in fetch if tensor not in feed))  # TensorFlow wants it so
-            # half the time of session.run, and no check against static shapes; make_callable is session.run in disguise
-            self._callables[name] = self.session._make_callable_from_options(
-                config_pb2.CallableOptions(feed=feed, fetch=once))
             self._places[name] = [(feed + once).index(tensor) for tensor in fetch]  # an output may be an input itself
+            # half the time of session.run, and no check against static shapes; make_callable is session.run in disguise
+            call = config_pb2.CallableOptions(feed=feed, fetch=once)
+            self._callables[name] = self.session._make_callable_from_options(call)
         self.variables.set_session(self.session)
-        threading.Thread(target=left.clear, daemon=True).start()  # the end of a session waits for its server as well
+        threading.Thread(target=left.clear, daemon=True).start()
 
     def run(self, signature: str, feed: list[np.ndarray]) -> list[np.ndarray]:
         """The one ``session.run``: arrays in the order of the sorted input names to arrays in that of the outputs.
@@ -558,72 +532,73 @@ class Graph:
 
     def restore(self, variables: bool = True) -> None:
         """Put the variables' (unless they come from elsewhere) and tables' first values in place."""
-        if self._loader:
-            if variables:
-                self._loader.restore_variables(self.session, self._saver)
-            self._loader.run_init_ops(self.session, ["serve"])
-        else:
+        if self._loader is None:
             self.session.run(self.graph.get_operation_by_name(self._initializer))
+            return
+        if variables:
+            self._loader.restore_variables(self.session, self._saver)
+        self._loader.run_init_ops(self.session, ["serve"])
 
     def metadata(self) -> dict[str, Any]:
         from google.protobuf import json_format
 
-        convert = functools.partial(
-            json_format.MessageToDict, always_print_fields_with_no_presence=True, preserving_proto_field_name=True)
-        return {"signature_def": {"signature_def": {k: convert(d) for k, d in sorted(self._signature_defs.items())}}}
+        how = {"always_print_fields_with_no_presence": True, "preserving_proto_field_name": True}
+        definitions = {k: json_format.MessageToDict(d, **how) for k, d in sorted(self._signature_defs.items())}
+        return {"signature_def": {"signature_def": definitions}}
 
     def find_merged(self, options: Options) -> list[str]:
         """The signatures of which several requests may share a run, found by experiment."""
-        return [name for name, signature in self.signatures.items()
-                if all(spec.has_rows for spec in [*signature.inputs.values(), *signature.outputs.values()])
-                and signature.inputs and not signature.calls_out
-                and (self.atomic if signature.writes else self._rows_are_independent(signature, options))]
+        return [
+            name for name, signature in self.signatures.items()
+            if all(spec.has_rows for spec in [*signature.inputs.values(), *signature.outputs.values()])
+            and signature.inputs and not signature.calls_out
+            and (self.atomic if signature.writes else self._rows_are_independent(signature, options))]
 
     def _rows_are_independent(self, signature: Signature, options: Options, rows: int = 8, seconds: float = 10) -> bool:
         """Is each row's answer the same, whatever rows it shares a run with? Tried on random rows.
 
-        Not a matter of course: a softmax over the batch, its mean or its length are other numbers in other company. Matrix
-        products and convolutions of several rows add in another order than those of one, and so differ in the last digits:
-        that is allowed, unless ``--exact``. oneDNN picks its kernels by shape, hence many sizes then.
+        Not a matter of course: a softmax over the batch, its mean or its length are other numbers in other company.
+        Matrix products of several rows add in another order than those of one, and so differ in the last digits: that
+        is allowed, unless ``--exact``; many sizes then, since kernels are picked by shape.
         """
         sizes = {2, 3, 5, 8, 13, 16, 32, options.max_batch} if options.exact else {2, 8, 16}
-        sample = sample_rows(signature, max(rows, options.max_batch))
-        deadline = time.monotonic() + seconds
+        sample, deadline = sample_rows(signature, max(rows, *sizes)), time.monotonic() + seconds
         try:
             alone = [self.run(signature.name, [array[i:i + 1] for array in sample]) for i in range(rows)]
             for size in sorted(size for size in sizes if size <= options.max_batch):
                 if time.monotonic() > deadline:
-                    raise TimeoutError(f"{signature.name} takes too long to be tried")
+                    raise TimeoutError(f"it takes more than {seconds} s to be tried")
                 together = self.run(signature.name, [array[:size] for array in sample])
                 for result, *singles in zip(together, *alone[:size]):
                     if len(result) != size or not same(result[:rows], np.concatenate(singles), options.exact):
                         return False
         except Exception as error:  # it does not like our random rows, and we cannot know what it likes
-            log.info("model %s: signature %r is not merged: %s", self.source.name, signature.name, first_sentence(error))
+            log.info("model %s: %r is not merged: %s", self.source.name, signature.name, first_sentence(error))
             return False
         return True
 
     def warm_up(self) -> None:
-        """The first run of a signature is slow (tensorflow/serving#385): do it before anybody waits, changing nothing."""
+        """The first run of a signature is slow (tensorflow/serving#385): do it early, changing nothing."""
         for signature in self.signatures.values():
             if not signature.calls_out and (not signature.writes or self.atomic):
                 with contextlib.suppress(ModelError):  # a sample that the model refuses has warmed it up as well
                     self.run(signature.name, sample_rows(signature, 0 if self.atomic else 1))
 
 
-def prepare_nodes(graph_def, container: str, inputs: set[str]) -> None:
+def prepare_nodes(meta_graph, container: str) -> None:
     """Make a graph's nodes, those of its functions included, ready to be imported beside other models'."""
     from tensorflow.python.framework import op_def_registry
 
-    for node in graph_def.node:
-        if node.name in inputs and node.op in ("Placeholder", "PlaceholderV2"):
-            node.attr["shape"].shape.Clear()
-            node.attr["shape"].shape.unknown_rank = True
-    for node in itertools.chain(graph_def.node, *(function.node_def for function in graph_def.library.function)):
+    inputs = {info.name.partition(":")[0] for d in meta_graph.signature_def.values() for info in d.inputs.values()}
+    functions = meta_graph.graph_def.library.function
+    for node in itertools.chain(meta_graph.graph_def.node, *(function.node_def for function in functions)):
         node.device = ""  # of the machine that saved it (tensorflow#4011)
         definition = op_def_registry.get(node.op)
         attributes = {attribute.name for attribute in definition.attr} if definition else ()
-        if "container" in attributes:
+        if node.name in inputs and node.op in ("Placeholder", "PlaceholderV2"):
+            node.attr["shape"].shape.Clear()  # like TensorFlow Serving, we leave the judgement to the kernels
+            node.attr["shape"].shape.unknown_rank = True
+        if "container" in attributes:  # else equal names in two models would be one variable
             own = node.attr["container"].s
             node.attr["container"].s = container.encode() + (b"/" + own if own else b"")
         if "use_locking" in attributes:  # else two runs at once lose updates
@@ -659,49 +634,45 @@ def operation_types(graph_def, outputs: list[str]) -> set[str]:
 
 def tensor_spec(graph, info) -> TensorSpec:
     """The declared shape, and the dtype that the tensor has: there are SavedModels that declare another one."""
-    shape = None if info.tensor_shape.unknown_rank else tuple(
-        None if d.size < 0 else d.size for d in info.tensor_shape.dim)
-    return TensorSpec(np.dtype(graph.get_tensor_by_name(info.name).dtype.as_numpy_dtype).name, shape)
+    shape = [None if d.size < 0 else d.size for d in info.tensor_shape.dim]
+    dtype = np.dtype(graph.get_tensor_by_name(info.name).dtype.as_numpy_dtype)
+    return TensorSpec(dtype.name, None if info.tensor_shape.unknown_rank else tuple(shape))
 
 
 def sample_rows(signature: Signature, rows: int) -> list[np.ndarray]:
     """Random inputs with this many rows, by sorted name: numbers of several magnitudes, zeros and ones, words."""
-    random = np.random.default_rng(0)
-    arrays = []
+    random, arrays = np.random.default_rng(0), []
+    words = b"the of and to in is good bad new film music price 7 2024 London ! ? :-)".split()
     for spec in signature.inputs.values():
         shape = tuple(3 if n is None else n for n in spec.shape or ())
         shape = (rows, *shape[1:]) if spec.has_rows else shape
         if spec.dtype == "object":
-            words = b"the of and to in is good bad new film music price 7 2024 London ! ? :-)".split()
-            texts = [b" ".join(random.choice(words, random.integers(0, 12))) for _ in range(math.prod(shape))]
-            array = np.empty(len(texts), object)
-            array[:] = texts
-            arrays.append(array.reshape(shape))
+            array = np.empty(shape, object)
+            array.flat = [b" ".join(random.choice(words, random.integers(0, 12))) for _ in range(array.size)]
         elif np.dtype(spec.dtype).kind in "biu":
-            arrays.append(random.integers(0, 2, shape).astype(spec.dtype))  # an index must be within its table
+            array = random.integers(0, 2, shape)  # an index must be within its table
         else:
-            magnitudes = 10 ** random.uniform(-2, 2, shape[:1] + (1,) * (len(shape) - 1))
-            arrays.append((random.standard_normal(shape) * magnitudes).astype(spec.dtype))
+            array = random.standard_normal(shape) * 10 ** random.uniform(-2, 2, shape[:1] + (1,) * len(shape[1:]))
+        arrays.append(array.astype(spec.dtype))
     return arrays
 
 
 def same(a: np.ndarray, b: np.ndarray, exact: bool) -> bool:
-    """Are two answers equal: floats to rounding, relative to the largest number of the row, all else to the last bit?"""
-    if a.shape != b.shape or a.dtype == object or exact:
-        return a.shape == b.shape and (a.tolist() == b.tolist() if a.dtype == object else a.tobytes() == b.tobytes())
-    if a.dtype.kind in "biu" or not a.size:
-        return bool(np.array_equal(a, b))
-    digits = {2: 2**-7 if a.dtype.name == "bfloat16" else 2**-10, 4: 2**-23, 8: 2**-52}.get(a.dtype.itemsize, 2**-23)
-    a, b = (array.astype(np.complex128 if array.dtype.kind == "c" else np.float64).reshape(len(array), -1)
-            for array in (a, b))
-    largest = np.nanmax(np.where(np.isfinite(b), np.abs(b), 0), axis=1, keepdims=True)
+    """Are two answers equal: floats to rounding, relative to the largest number of their row, all else exactly?"""
+    if a.shape != b.shape or a.dtype == object or a.dtype.kind in "biu":
+        return np.array_equal(a, b)
+    if exact or not a.size:
+        return a.tobytes() == b.tobytes()
+    epsilon = 2**-7 if a.dtype.name == "bfloat16" else np.finfo(a.dtype).eps
+    a, b = (array.astype(np.result_type(array, np.float64)).reshape(len(array), -1) for array in (a, b))
+    largest = np.max(np.abs(b), axis=1, keepdims=True, where=np.isfinite(b), initial=0)
     with np.errstate(invalid="ignore"):
-        close = (a == b) | (np.abs(a - b) <= 128 * digits * largest) | np.isnan(a) & np.isnan(b)
-    return bool(close.all())
+        return bool(np.all((a == b) | (np.abs(a - b) <= 128 * epsilon * largest) | np.isnan(a) & np.isnan(b)))
 
 
 # tensorflow::error::Code to HTTP status, as TensorFlow Serving has it; any other is 500
-HTTP_STATUS = {1: 499, 3: 400, 4: 504, 5: 404, 6: 409, 7: 403, 8: 429, 9: 400, 10: 409, 11: 400, 12: 501, 14: 503, 16: 401}
+HTTP_STATUS = {1: 499, 3: 400, 4: 504, 5: 404, 6: 409, 7: 403, 8: 429, 9: 400, 10: 409, 11: 400, 12: 501, 14: 503,
+               16: 401}
 DISCONNECTED = (4, 10, 14)  # what a run fails with when its parameter server is gone, or another one is in its place
 
 
@@ -731,8 +702,8 @@ class TensorFlowVariables:
     """Gets and sets the variables behind an output: by name, as Ray's users know it, or as one flat vector.
 
     ``output`` is a tensor or an operation, or a list of them; found are the variables that it depends on in any way,
-    control dependencies included, and ``input_variables`` beside them. With ``prefix=True`` names lack the scope that all
-    have in common, so that two copies of a network under two scopes can exchange weights. All operations are made here.
+    and ``input_variables`` beside them. With ``prefix=True`` names lack the scope that all have in common, so that two
+    copies of a network under two scopes can exchange weights. All operations are made here.
 
     ``variables``, ``placeholders`` and ``assignment_nodes`` are dicts by name. After ray.experimental.tf_utils.
     """
@@ -745,8 +716,8 @@ class TensorFlowVariables:
         found = variable_operations([getattr(o, "op", o) for o in outputs] + [v.op for v in input_variables or ()])
         if not found:
             return
-        scope = os.path.commonprefix([op.name.rpartition("/")[0] + "/" for op in found]).rpartition("/")[0] if prefix else ""
-        graph = found[0].graph
+        graph, scopes = found[0].graph, [op.name.rpartition("/")[0] + "/" for op in found]
+        scope = os.path.commonprefix(scopes).rpartition("/")[0] if prefix else ""
         objects = {v.op.name: v for v in graph.get_collection(tf.GraphKeys.GLOBAL_VARIABLES)}
         for operation in found:
             name = operation.name[len(scope) + 1:] if scope else operation.name
@@ -783,7 +754,7 @@ class TensorFlowVariables:
         self.set_weights({name: part.reshape(p.shape).astype(p.dtype.as_numpy_dtype) for part, (name, p) in parts})
 
     def get_weights(self) -> dict[str, np.ndarray]:
-        """The variables' values by name, one at a time: together they may be too much for a protobuf (tensorflow#2233)."""
+        """The variables' values by name; one at a time, since a protobuf has 2 GiB at most (tensorflow#2233)."""
         return {name: np.asarray(self._session().run(value)) for name, value in self._values.items()}
 
     def set_weights(self, new_weights: dict[str, np.ndarray]) -> None:
@@ -823,15 +794,13 @@ def variable_operations(operations: list) -> list:
 
 
 def to_array(what: str, value: Any, dtype: np.dtype) -> np.ndarray:
-    """Cast to ``dtype`` without loss of kind: ints to floats, not floats to ints. Strings are bytes. Raises InvalidRequest."""
+    """Cast without loss of kind: ints to floats, not floats to ints; text to bytes. Raises InvalidRequest."""
     array = np.asarray(value)
     if dtype == object:
         flat = [v.encode() if isinstance(v, str) else v for v in array.astype(object).ravel().tolist()]
         if not all(isinstance(v, bytes) for v in flat):
             raise InvalidRequest(f"{what} takes text or bytes, not {array.dtype}")
-        result = np.empty(len(flat), object)
-        result[:] = flat
-        return result.reshape(array.shape)
+        return objects(flat).reshape(array.shape)
     if array.dtype == dtype:
         return array
     if not (np.can_cast(array.dtype, dtype, "same_kind") or array.size == 0):
@@ -841,6 +810,14 @@ def to_array(what: str, value: Any, dtype: np.dtype) -> np.ndarray:
     if dtype.kind in "iu" and not np.array_equal(result, array):
         raise InvalidRequest(f"{what} has a value outside the range of {dtype}")
     return result
+
+
+
+def objects(values: list) -> np.ndarray:
+    """A vector of these, whatever they are."""
+    array = np.empty(len(values), object)
+    array[:] = values
+    return array
 
 
 # ======================================================================================================================
@@ -854,14 +831,14 @@ ERROR_CODES = {400: 3, 401: 16, 403: 7, 404: 5, 409: 10, 413: 3, 429: 8, 499: 1,
 def remote_predict(
     input_tensor_aliases: list[str], input_tensors: list, output_tensor_aliases: list[str], target_address: str,
     model_name: str, model_version: int = -1, max_rpc_deadline_millis: int = 3000, output_types: list | None = None,
-    name: str | None = None, signature_name: str = "serving_default", fail_op_on_rpc_error: bool = True
+    name: str = "remote_predict", signature_name: str = "serving_default", fail_op_on_rpc_error: bool = True
 ):
-    """In a graph: the outputs of a model at ``target_address`` ("host:port"), a server of TensorFlow Serving's REST API.
+    """In a graph: the outputs of a model at ``target_address`` ("host:port"), a server of TensorFlow Serving's REST.
 
     Returns the output tensors, of ``output_types`` (float32 if not given) and unknown shape; a run fails when the call
-    does. With ``fail_op_on_rpc_error=False`` returns (status_code, status_error_message, output tensors) and never fails
-    because of the call: the code is an int32 ``tensorflow::error::Code``, 0 for success, and the outputs are empty scalars
-    after an error. ``model_version`` -1 is the latest. The deadline is for the whole call, in milliseconds.
+    does. With ``fail_op_on_rpc_error=False`` returns (status_code, status_error_message, output tensors) and never
+    fails because of the call: the code is an int32 ``tensorflow::error::Code``, 0 for success, and outputs are empty
+    scalars after an error. ``model_version`` -1 is the latest. The deadline counts from the last byte that came.
 
     Source: tensorflow_serving/experimental/tensorflow/ops/remote_predict. Raises ValueError when lengths do not agree.
     """
@@ -869,18 +846,19 @@ def remote_predict(
     types = [tf.as_dtype(dtype) for dtype in output_types or [tf.float32] * len(output_tensor_aliases)]
     if not model_name:
         raise ValueError("model_name must be specified.")
-    for what, aliases, others in (("input_tensors", input_tensor_aliases, input_tensors),
-                                  ("output_types", output_tensor_aliases, types)):
-        if len(aliases) != len(others):
-            raise ValueError(f"{len(aliases)} aliases do not fit {len(others)} {what}")
+    for kind, aliases, there in (("input_tensors", input_tensor_aliases, input_tensors),
+                                 ("output_types", output_tensor_aliases, types)):
+        if len(aliases) != len(there):
+            raise ValueError(f"{len(aliases)} aliases do not fit {len(there)} {kind}")
     dtypes = {alias: np.dtype(t.as_numpy_dtype) for alias, t in zip(output_tensor_aliases, types)}
     path = f"/v1/models/{urllib.parse.quote(model_name, safe='')}"
     path += f"/versions/{model_version}" if model_version >= 0 else ""
 
     def call(*inputs):
-        code, message, outputs = 0, "", [np.array(b"", object) if d == object else np.zeros((), d) for d in dtypes.values()]
+        code, message = 0, ""
+        outputs = [np.array(b"", object) if dtype == object else np.zeros((), dtype) for dtype in dtypes.values()]
+        named = {alias: np.asarray(value) for alias, value in zip(input_tensor_aliases, inputs)}
         try:
-            named = {alias: np.asarray(value) for alias, value in zip(input_tensor_aliases, inputs)}
             outputs = call_remote(target_address, path, signature_name, named, dtypes, max_rpc_deadline_millis / 1000)
         except Error as error:
             code, message = ERROR_CODES.get(error.status, 13), error.message
@@ -894,15 +872,15 @@ def remote_predict(
             raise PythonFailure(code, message)
         return [np.int32(code), message.encode(), *outputs]
 
-    code, message, *outputs = tf.numpy_function(
-        call, input_tensors, [tf.int32, tf.string, *types], name=name or "remote_predict")
-    for scalar in (code, message):
-        scalar.set_shape([])
+    code, message, *outputs = tf.numpy_function(call, input_tensors, [tf.int32, tf.string, *types], name=name)
+    code.set_shape([])
+    message.set_shape([])
     return outputs if fail_op_on_rpc_error else (code, message, outputs)
 
 
 def call_remote(
-    address: str, path: str, signature_name: str, inputs: dict[str, np.ndarray], dtypes: dict[str, np.dtype], seconds: float
+    address: str, path: str, signature_name: str, inputs: dict[str, np.ndarray], dtypes: dict[str, np.dtype],
+    seconds: float
 ) -> list[np.ndarray]:
     """The outputs of one predict over REST. Raises Error with the server's answer, TimeoutError, OSError."""
     deadline = time.monotonic() + seconds
@@ -910,10 +888,9 @@ def call_remote(
     signature = document["metadata"]["signature_def"]["signature_def"].get(signature_name)
     if signature is None:
         raise InvalidRequest(f'Serving signature name: "{signature_name}" not found in signature def')
-    if inputs.keys() != signature["inputs"].keys():
-        raise InvalidRequest(f"input aliases {sorted(inputs)} do not match the signature's {sorted(signature['inputs'])}")
-    if missing := dtypes.keys() - signature["outputs"].keys():
-        raise InvalidRequest(f"output alias {min(missing)!r} is not among the signature's {sorted(signature['outputs'])}")
+    if inputs.keys() != signature["inputs"].keys() or dtypes.keys() - signature["outputs"].keys():
+        there = [sorted(signature[side]) for side in ("inputs", "outputs")]
+        raise InvalidRequest(f"aliases {sorted(inputs)} and {sorted(dtypes)} do not fit {there[0]} and {there[1]}")
     columns = ", ".join(f"{json.dumps(name)}: {json_text(array, f'{name}_bytes')}" for name, array in inputs.items())
     body = f'{{"signature_name": {json.dumps(signature_name)}, "inputs": {{{columns}}}}}'.encode()
     outputs = json.loads(request_http(address, "POST", f"{path}:predict", body, deadline))["outputs"]
@@ -922,24 +899,13 @@ def call_remote(
 
 
 def request_http(address: str, method: str, path: str, body: bytes | None, deadline: float) -> bytes:
-    """The body of a 200 answer. Raises Error with status and message of another, TimeoutError at the deadline, OSError."""
+    """The body of a 200 answer. Raises Error with status and message of another, TimeoutError, OSError."""
     host, _, port = address.rpartition(":")
     left = max(0.001, deadline - time.monotonic())
-    connection = http.client.HTTPConnection(host, int(port), timeout=left)
-    with contextlib.closing(connection):
-        connection.connect()
-        # the socket's own timeout starts anew with each byte that arrives
-        end = threading.Timer(left, connection.sock.shutdown, [socket.SHUT_RDWR])
-        end.start()
-        try:
-            connection.request(method, path, body)
-            response = connection.getresponse()
-            text = response.read()
-        except (OSError, http.client.HTTPException):
-            if time.monotonic() < deadline:
-                raise
-        finally:
-            end.cancel()
+    with contextlib.closing(http.client.HTTPConnection(host, int(port), timeout=left)) as connection:
+        connection.request(method, path, body)
+        response = connection.getresponse()
+        text = response.read()
     if time.monotonic() >= deadline:
         raise TimeoutError
     if response.status != 200:
@@ -954,19 +920,18 @@ def request_http(address: str, method: str, path: str, body: bytes | None, deadl
 MAX_BODY_BYTES = 64 * 2**20
 SLICE = 50_000  # numbers that are made JSON at once: Python's lock is held meanwhile
 PATHS = {  # case-insensitive but for the method's name; as sent, still percent-encoded
-    "POST": re.compile(r"(?i:/v1/models/([^/:]+)(?:/versions/(\d+)|/labels/([^/:]+))?):(classify|regress|predict)", re.A),
-    "GET": re.compile(r"/v1/models(?:/([^/:]+)(?:/versions/(\d+)|/labels/([^/:]+))?(/metadata)?)?", re.I | re.A)}
-
-
+    "POST": re.compile(
+        r"(?i:/v1/models/([^/:]+)(?:/versions/(\d+)|/labels/([^/:]+))?):(classify|regress|predict)", re.A),
+    "GET": re.compile(r"(?i:/v1/models(?:/([^/:]+)(?:/versions/(\d+)|/labels/([^/:]+))?(/metadata)?)?)", re.A)}
 METHODS = ["GET", "HEAD", "POST", "PUT", "DELETE", "PATCH", "OPTIONS", "TRACE"]  # all but two of which are malformed
 
 
 def match_path(method: str, path: str) -> tuple[str, int | None, str]:
-    """Model, version (None: the latest) and verb (status, metadata, predict, classify, regress). Raises InvalidRequest."""
+    """Model, version (None: the latest), and status, metadata, predict, classify or regress. Raises InvalidRequest."""
     if path in ("/", "/health", "/metrics"):
         raise InvalidRequest(f"{path} answers GET, not {method}", 405)
     if path[:4].lower() != "/v1/":
-        raise InvalidRequest(f"There is nothing at {method} {path[:100]}: try GET /, /health, /metrics or /v1/models/<name>", 404)
+        raise InvalidRequest(f"There is nothing at {path[:100]}: try /, /health, /metrics or /v1/models/<name>", 404)
     match = PATHS[method].fullmatch(path) if method in PATHS else None
     if not match:
         raise InvalidRequest(f"Malformed request: {method} {path[:1000]}")
@@ -988,7 +953,7 @@ def parse_value(query: str) -> float:
         [value] = values.get("value", ["1"])
     except ValueError:
         raise InvalidRequest("value must be given once, in a query string that can be parsed") from None
-    if not re.fullmatch(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?", value[:101], re.A | re.I) or len(value) > 100:
+    if len(value) > 100 or not re.fullmatch(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?", value, re.A | re.I):
         raise InvalidRequest(f"value must be one finite number, not {value[:100]!r}")
     return finite(float(value))
 
@@ -1025,13 +990,12 @@ def decode(signatures: dict[str, Signature], verb: str, body: Any) -> Decoded:
         return signature, feed_of(signature, body[1]), lambda outputs: dict(zip(signature.outputs, outputs))
     if verb == "predict":
         is_row, feed = parse_predict(document, signature)
-        return signature, feed, functools.partial(encode_predict, signature, is_row)
+        return signature, feed, lambda outputs: encode_predict(signature, is_row, outputs)
     if signature.method != f"tensorflow/serving/{verb}" or list(signature.inputs) != ["inputs"]:
         raise InvalidRequest(f"Signature {signature.name!r} is not for {verb}: its method is {signature.method!r}"
                              f" and its inputs are {list(signature.inputs)}")
     examples = parse_examples(document)
-    encode = encode_classify if verb == "classify" else encode_regress
-    return signature, [examples], functools.partial(encode, signature, len(examples))
+    return signature, [examples], lambda outputs: encode_results(signature, verb, len(examples), outputs)
 
 
 def feed_of(signature: Signature, inputs: Any) -> list[np.ndarray]:
@@ -1039,7 +1003,7 @@ def feed_of(signature: Signature, inputs: Any) -> list[np.ndarray]:
         inputs = dict.fromkeys(signature.inputs, inputs)
     if not isinstance(inputs, dict) or inputs.keys() != signature.inputs.keys():
         given = sorted(map(str, inputs)) if isinstance(inputs, dict) else "one array"
-        raise InvalidRequest(f"signature {signature.name!r} takes the inputs {sorted(signature.inputs)}, not {given}")
+        raise InvalidRequest(f"Signature {signature.name!r} takes the inputs {sorted(signature.inputs)}, not {given}")
     return [to_array(f"input {name!r}", inputs[name], np.dtype(spec.dtype)) for name, spec in signature.inputs.items()]
 
 
@@ -1072,25 +1036,24 @@ def parse_predict(document: dict[str, Any], signature: Signature) -> tuple[bool,
     """Is it row format, and one array for each input."""
     if ("instances" in document) == ("inputs" in document):
         raise InvalidRequest("There must be either 'instances' (rows) or 'inputs' (columns)")
-    is_row = "instances" in document
-    value, names = document["instances" if is_row else "inputs"], list(signature.inputs)
-    if is_row:
-        if not isinstance(value, list) or not value:
-            raise InvalidRequest(f"instances: expected a list that is not empty, got {shown(value)}")
-        if not (isinstance(value[0], dict) and not is_base64(value[0])) and len(names) == 1:
-            columns = {names[0]: ("instances", value)}
-        else:
-            for i, row in enumerate(value):
-                if not isinstance(row, dict) or row.keys() != signature.inputs.keys():
-                    raise InvalidRequest(f"instances[{i}]: expected an object of {names}, got {shown(row)}")
-            columns = {name: (f"{name} of instances", [row[name] for row in value]) for name in names}
-    elif len(names) == 1 and (not isinstance(value, dict) or is_base64(value)):
-        columns = {names[0]: ("inputs", value)}
+    is_row, names = "instances" in document, list(signature.inputs)
+    value = document["instances" if is_row else "inputs"]
+    if is_row and (not isinstance(value, list) or not value):
+        raise InvalidRequest(f"instances: expected a list that is not empty, got {shown(value)}")
+    first = value[0] if is_row else value
+    if len(names) == 1 and (not isinstance(first, dict) or is_base64(first)):
+        columns = [("instances" if is_row else "inputs", value)]
+    elif is_row:
+        for i, row in enumerate(value):
+            if not isinstance(row, dict) or row.keys() != signature.inputs.keys():
+                raise InvalidRequest(f"instances[{i}]: expected an object of {names}, got {shown(row)}")
+        columns = [(f"{name} of instances", [row[name] for row in value]) for name in names]
     else:
         if not isinstance(value, dict) or not value.keys() >= signature.inputs.keys():
             raise InvalidRequest(f"inputs: expected an object of {names}, got {shown(value)}")
-        columns = {name: (f"inputs.{name}", value[name]) for name in names}
-    return is_row, [parse_tensor(*columns[name], np.dtype(spec.dtype)) for name, spec in signature.inputs.items()]
+        columns = [(f"inputs.{name}", value[name]) for name in names]
+    dtypes = (np.dtype(spec.dtype) for spec in signature.inputs.values())
+    return is_row, [parse_tensor(*column, dtype) for column, dtype in zip(columns, dtypes)]
 
 
 def parse_tensor(where: str, value: Any, dtype: np.dtype) -> np.ndarray:
@@ -1099,40 +1062,36 @@ def parse_tensor(where: str, value: Any, dtype: np.dtype) -> np.ndarray:
     Goes level by level with few steps of Python for each list; only what is wrong is looked at one by one.
     """
     shape, flat = [], [value]
-    while flat and type(flat[0]) is list and set(map(type, flat)) == {list} and len(set(map(len, flat))) == 1:
+    while flat and set(map(type, flat)) == {list} and len(set(map(len, flat))) == 1:
         shape.append(len(flat[0]))
         flat = list(itertools.chain.from_iterable(flat))
-    kind = "b" if dtype == bool else dtype.kind if dtype.kind in "iuO" else "f"
-    types, expected = {"b": ({bool}, "true or false"), "f": ({int, float}, "a number"), "O": ({str, dict}, "a text")}.get(
-        kind, ({int}, f"a whole number for {dtype}"))
     if dtype.kind == "c":
         raise InvalidRequest(f"{where}: {dtype} cannot be given as JSON", 501)
+    types, expected = {
+        "b": ({bool}, "true or false"), "i": ({int}, "a whole number"), "u": ({int}, "a whole number"),
+        "O": ({str, dict}, "a text")}.get(dtype.kind, ({int, float}, "a number"))
+    accepts = lambda leaf: type(leaf) in types
     try:
         if set(map(type, flat)) <= types and len(shape) < 64:
-            if kind == "O":
-                array = np.empty(len(flat), object)
-                array[:] = list(map(parse_string, flat))
-            elif kind == "f":
-                with np.errstate(over="ignore"):
-                    array = np.array(flat, np.float64).astype(dtype)
-            else:
-                array = np.array(flat, dtype)
-            return array.reshape(shape)
+            if dtype == object:
+                return objects([parse_string(leaf) for leaf in flat]).reshape(shape)
+            with np.errstate(over="ignore"):
+                return np.array(flat, dtype if dtype.kind in "biu" else np.float64).astype(dtype).reshape(shape)
     except OverflowError:  # an integer that is too large
-        if kind == "f":
+        if dtype.kind not in "iu":
             return parse_tensor(where, json.loads(json.dumps(value), parse_int=float), dtype)
         limits = np.iinfo(dtype)
-        types, expected = range(limits.min, limits.max + 1), f"a number from {limits.min} to {limits.max}"
-    shape, first = [], value
+        accepts, expected = range(limits.min, limits.max + 1).__contains__, f"a whole number that {dtype} has"
+    whole, first = [], value
     while isinstance(first, list) and first:
-        shape.append(len(first))
+        whole.append(len(first))
         first = first[0]
-    path, found, size = find_wrong(value, shape, lambda leaf: type(leaf) in types if isinstance(types, set) else leaf in types)
+    path, found, size = find_wrong(value, whole, accepts) or ("", value, None)
     raise InvalidRequest(f"{where}{path}: expected {f'a list of {size}' if size else expected}, got {shown(found)}")
 
 
 def find_wrong(value: Any, shape: list[int], accepts: Callable[[Any], bool], path: str = "") -> tuple | None:
-    """Where a nested list has not this shape, or a leaf that is not accepted: path, value there, size that it should have."""
+    """Where a nested list has not this shape, or a leaf is not accepted: path, value there, size it should have."""
     if not shape:
         return None if accepts(value) else (path, value, None)
     if not isinstance(value, list) or len(value) != shape[0]:
@@ -1160,26 +1119,23 @@ def parse_examples(document: dict[str, Any]) -> np.ndarray:
     examples, context = document.get("examples"), document.get("context", {})
     if not isinstance(examples, list) or not examples:
         raise InvalidRequest(f"examples: expected a list that is not empty, got {shown(examples)}")
-    array, before = np.empty(len(examples), object), serialize_example("context", context)
-    array[:] = [before + serialize_example(f"examples[{i}]", example) for i, example in enumerate(examples)]
-    return array
+    before = serialize_example("context", context)
+    return objects([before + serialize_example(f"examples[{i}]", example) for i, example in enumerate(examples)])
 
 
 def serialize_example(where: str, features: Any) -> bytes:
     if not isinstance(features, dict):
         raise InvalidRequest(f"{where}: expected an object, got {shown(features)}")
-    example = import_tensorflow().train.Example()
+    example, kinds = import_tensorflow().train.Example(), {str: "bytes_list", dict: "bytes_list", float: "float_list"}
     for name, value in features.items():
         values = value if isinstance(value, list) else [value]
-        kinds = {{str: "bytes_list", dict: "bytes_list", float: "float_list"}.get(type(v), "int64_list") for v in values}
         try:
-            if len(kinds) == 1:
-                target = getattr(example.features.feature[name], kinds.pop()).value
-                target.extend(parse_string(v) if isinstance(v, (str, dict)) else v for v in values)
-        except (TypeError, ValueError):  # what protobuf does not take
-            kinds = {"wrong"}
-        if kinds and values:
-            raise InvalidRequest(f"{where}.{name}: expected numbers or texts of one kind, got {shown(value)}")
+            [kind] = {kinds.get(type(v), "int64_list") for v in values} or {"int64_list"}
+            numbers = (parse_string(v) if kind == "bytes_list" else v for v in values)
+            getattr(example.features.feature[name], kind).value.extend(numbers)
+        except (TypeError, ValueError):  # what protobuf does not take, or of several kinds
+            expected = "numbers or texts, all of one kind"
+            raise InvalidRequest(f"{where}.{name}: expected {expected}, got {shown(value)}") from None
     return example.SerializeToString()
 
 
@@ -1187,23 +1143,22 @@ def serialize_example(where: str, features: Any) -> bytes:
 
 
 def encode_predict(signature: Signature, is_row: bool, outputs: list[np.ndarray]) -> bytes:
-    named = dict(zip(signature.outputs, outputs))
-    if not is_row:
-        texts = [json_text(array, name) for name, array in named.items()]
-        pairs = (f"{json.dumps(name)}: {text}" for name, text in zip(named, texts))
-        return to_bytes('{"outputs": ' + (texts[0] if len(texts) == 1 else "{" + ", ".join(pairs) + "}") + "}")
-    rows = outputs[0].shape[:1]
-    for name, array in named.items():
-        if not array.ndim or array.shape[:1] != rows:
-            raise InvalidRequest(f"Output {name!r} of shape {list(array.shape)} has not one row for each instance")
-    if len(named) == 1:
-        return to_bytes('{"predictions": ' + json_text(outputs[0], next(iter(named))) + "}")
-    step = max(1, SLICE * rows[0] // max(1, sum(array.size for array in outputs)))
-    texts = []
-    for i in range(0, rows[0], step):
-        columns = [plain(array[i:i + step], name) for name, array in named.items()]
-        texts.append(json.dumps([dict(zip(named, row)) for row in zip(*columns)], ensure_ascii=False)[1:-1])
-    return to_bytes('{"predictions": [' + ", ".join(texts) + "]}")
+    names, rows = list(signature.outputs), outputs[0].shape[:1]
+    if is_row and (not rows or any(output.shape[:1] != rows for output in outputs)):
+        shapes = [list(output.shape) for output in outputs]
+        raise InvalidRequest(f"Outputs {names} of shapes {shapes} have not one row for each instance")
+    if len(names) == 1:
+        text = json_text(outputs[0], names[0])
+    elif is_row:
+        step, texts = max(1, SLICE * rows[0] // max(1, sum(output.size for output in outputs))), []
+        for i in range(0, rows[0], step):
+            columns = [plain(output[i:i + step], name) for name, output in zip(names, outputs)]
+            texts.append(json.dumps([dict(zip(names, row)) for row in zip(*columns)], ensure_ascii=False)[1:-1])
+        text = "[" + ", ".join(texts) + "]"
+    else:
+        pairs = (f"{json.dumps(name)}: {json_text(output, name)}" for name, output in zip(names, outputs))
+        text = "{" + ", ".join(pairs) + "}"
+    return to_bytes(f'{{"{"predictions" if is_row else "outputs"}": {text}}}')
 
 
 def to_bytes(text: str) -> bytes:
@@ -1222,47 +1177,36 @@ def json_text(array: np.ndarray, name: str) -> str:
 
 def plain(array: np.ndarray, name: str) -> Any:
     """Nested lists of what JSON has. Floats of less than 64 bits get their own, short decimals."""
-    values = array.ravel()
     if array.dtype == object and name.endswith("_bytes"):
-        values = [{"b64": base64.b64encode(value).decode()} for value in values]
+        array = objects([{"b64": base64.b64encode(v).decode()} for v in array.ravel()]).reshape(array.shape)
     elif array.dtype == object:
-        values = [value.decode("utf-8", "surrogateescape") for value in values]
+        array = objects([v.decode("utf-8", "surrogateescape") for v in array.ravel()]).reshape(array.shape)
     elif array.dtype.kind in "fV" and array.itemsize < 8:
-        values = [float(str(value)) for value in values]
+        array = np.array([float(str(v)) for v in array.ravel()]).reshape(array.shape)
     elif array.dtype.kind not in "fbiu":
         raise InvalidRequest(f"Output {name!r} is of type {array.dtype}, which JSON does not have", 501)
-    if array.ndim == 1:
-        return values if isinstance(values, list) else values.tolist()
-    whole = np.empty(array.size, array.dtype if isinstance(values, np.ndarray) else object)
-    whole[:] = values
-    return whole.reshape(array.shape).tolist()
+    return array.tolist()
 
 
-def encode_regress(signature: Signature, examples: int, outputs: list[np.ndarray]) -> bytes:
-    if list(signature.outputs) != ["outputs"] or outputs[0].shape not in ((examples,), (examples, 1)):
-        shapes = [list(output.shape) for output in outputs]
-        raise InvalidRequest(f"A regression has one output 'outputs' with a number for each of {examples} examples,"
-                             f" not {list(signature.outputs)} of shapes {shapes}")
-    return to_bytes('{"results": ' + json_text(outputs[0].reshape(-1), "outputs") + "}")
-
-
-def encode_classify(signature: Signature, examples: int, outputs: list[np.ndarray]) -> bytes:
-    named = dict(zip(signature.outputs, outputs))
-    shape = outputs[0].shape
-    if not named.keys() <= {"classes", "scores"} or len(shape) != 2 or any(o.shape != shape for o in outputs) or (
-            shape[0] != examples):
-        shapes = [list(output.shape) for output in outputs]
-        raise InvalidRequest(f"A classification has 'classes', 'scores' or both, each of shape [{examples}, classes],"
-                             f" not {list(signature.outputs)} of shapes {shapes}")
-    classes = plain(named["classes"], "classes") if "classes" in named else np.full(shape, "").tolist()
-    scores = plain(named["scores"], "scores") if "scores" in named else np.zeros(shape).tolist()
-    results = [list(map(list, zip(*row))) for row in zip(classes, scores)]
+def encode_results(signature: Signature, verb: str, examples: int, outputs: list[np.ndarray]) -> bytes:
+    """Classify: [label, score] for each class of each example; regress: one number each."""
+    named, shapes = dict(zip(signature.outputs, outputs)), {output.shape for output in outputs}
+    if verb == "regress" and named.keys() == {"outputs"} and shapes <= {(examples,), (examples, 1)}:
+        return to_bytes('{"results": ' + json_text(named["outputs"].reshape(-1), "outputs") + "}")
+    shape = next(iter(shapes))
+    if verb == "regress" or not named.keys() <= {"classes", "scores"} or len(shapes) > 1 or (
+            len(shape) != 2 or len(outputs[0]) != examples):
+        expected = "'outputs' [n]" if verb == "regress" else "'classes', 'scores' or both, [n, classes]"
+        raise InvalidRequest(f"To {verb} {examples} examples there must be {expected}, not {list(named)} {shapes}")
+    columns = [plain(named[name], name) if name in named else np.full(shape, default).tolist()
+               for name, default in (("classes", ""), ("scores", 0.0))]
+    results = [list(map(list, zip(*row))) for row in zip(*columns)]
     return to_bytes(json.dumps({"results": results}, ensure_ascii=False))
 
 
 # -- metrics -----------------------------------------------------------------------------------------------------------
 
-BUCKETS_S = (0.003, 0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30)
+BUCKETS_S = (0.003, 0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, math.inf)
 
 
 class Metrics:
@@ -1273,31 +1217,31 @@ class Metrics:
         self._buckets: collections.Counter[float] = collections.Counter()
         self._seconds = 0.0
 
-    def observe(self, models: Iterable[str], method: str, path: str, status: int, seconds: float) -> None:
+    def observe(self, cluster: Cluster, method: str, path: str, status: int, seconds: float) -> None:
         """One request was answered with ``status`` after so many seconds."""
-        kind, model = {"/": ("add", ADDER), "/health": ("health", ""), "/metrics": ("metrics", "")}.get(path, ("other", ""))
+        model, kind = "", {"/": "add", "/health": "health", "/metrics": "metrics"}.get(path, "other")
         with contextlib.suppress(InvalidRequest):
             model, _, kind = match_path(method, path)
-        self._requests[kind, model if model in models else "", status] += 1
+        self._requests[kind, model if model in cluster.models else "", status] += 1
         self._seconds += seconds
-        self._buckets[next((end for end in BUCKETS_S if seconds <= end), math.inf)] += 1
+        self._buckets[next(end for end in BUCKETS_S if seconds <= end)] += 1
 
     def text(self, health: dict[str, Any]) -> str:
-        lines = ["# TYPE ray_tensorflow_requests_total counter"]
-        for (kind, model, code), count in sorted(self._requests.items()):
-            lines.append(f'ray_tensorflow_requests_total{{kind="{kind}",model="{model}",code="{code}"}} {count}')
-        lines.append("# TYPE ray_tensorflow_request_seconds histogram")
-        counts = list(itertools.accumulate(self._buckets[end] for end in (*BUCKETS_S, math.inf)))
-        for end, count in zip((*BUCKETS_S, "+Inf"), counts):
-            lines.append(f'ray_tensorflow_request_seconds_bucket{{le="{end}"}} {count}')
-        lines.append(f"ray_tensorflow_request_seconds_sum {self._seconds}")
-        lines.append(f"ray_tensorflow_request_seconds_count {counts[-1]}")
-        lines.append("# TYPE ray_tensorflow_waiting_requests gauge")
-        lines.append(f"ray_tensorflow_waiting_requests {health['waiting']}")
+        counts = dict(zip(BUCKETS_S, itertools.accumulate(self._buckets[end] for end in BUCKETS_S)))
+        families = {
+            "requests_total counter": {
+                f'requests_total{{kind="{kind}",model="{model}",code="{code}"}}': count
+                for (kind, model, code), count in sorted(self._requests.items())},
+            "request_seconds histogram": {
+                **{f'request_seconds_bucket{{le="{str(end).replace("inf", "+Inf")}"}}': n for end, n in counts.items()},
+                "request_seconds_sum": self._seconds, "request_seconds_count": counts[math.inf]},
+            "waiting_requests gauge": {"waiting_requests": health["waiting"]}}
         for kind in ("worker", "parameter_server"):
-            lines.append(f"# TYPE ray_tensorflow_{kind}_restarts_total counter")
-            for actor in health[f"{kind}s"]:
-                lines.append(f'ray_tensorflow_{kind}_restarts_total{{index="{actor["index"]}"}} {actor["restarts"]}')
+            families[f"{kind}_restarts_total counter"] = {
+                f'{kind}_restarts_total{{index="{actor["index"]}"}}': actor["restarts"] for actor in health[f"{kind}s"]}
+        lines = []
+        for family, samples in families.items():
+            lines += [f"# TYPE ray_tensorflow_{family}", *(f"ray_tensorflow_{k} {v}" for k, v in samples.items())]
         return "\n".join(lines) + "\n"
 
 
@@ -1314,132 +1258,108 @@ class Checkpoints:
     """Variables in files of one folder: ``adder.sum``, and ``<model>.<version>.npz``, written aside and renamed.
 
     What is written has survived a killed process; if ``durable``, a power cut as well. Whoever starts a cluster makes
-    the folder, with an empty file ``.run-<run>`` in it, to which ``begun`` is written when all has been kept once: so
-    that neither another machine's folder nor one whose files have gone is taken for a beginning. Methods raise Error.
+    the folder, and an empty file ``.run-<run>`` in it, to which ``begun`` is written when all has been kept once: so
+    neither another machine's folder nor one whose files have gone is taken for a beginning. Methods raise Error.
     """
 
     def __init__(self, folder: str, run: str, durable: bool):
-        self.folder, self.durable = folder, durable
+        self.folder, self.durable, self._sum_file = folder, durable, None
         self._marker = os.path.join(folder, f".run-{run}")
-        self._sum_file: int | None = None
         try:
             with open(self._marker) as marker:
-                self.begun = bool(marker.read())
+                self._has_begun = bool(marker.read())
             self._lock = open(os.path.join(folder, ".lock"), "w")
-            deadline = time.monotonic() + 5  # a parameter server that was just ended may still have it
-            while not self._is_ours():
-                if time.monotonic() > deadline:
-                    raise Unavailable(f"The checkpoint folder {folder} is in use by another program.")
-                time.sleep(0.1)
-        except OSError as error:
-            raise Unavailable(f"The variables are not here any more, since {error.filename} cannot be read"
-                              f" ({error.strerror}): bring the folder back or start the program anew.") from None
-
-    def _is_ours(self) -> bool:
-        with contextlib.suppress(BlockingIOError):
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # until this process ends, however it does
-            return True
-        return False
+        except BlockingIOError:
+            raise Unavailable(f"The checkpoint folder {folder} is in use by another program.") from None
+        except OSError as error:
+            raise Unavailable(f"The variables are gone, since {error.filename} cannot be read ({error.strerror}): bring"
+                              " the folder back or start the program anew.") from None
 
     def path(self, source: ModelSource) -> str:
-        return os.path.join(self.folder, "adder.sum" if source == ADDER_SOURCE else f"{source.name}.{source.version}.npz")
+        name = "adder.sum" if source == ADDER_SOURCE else f"{source.name}.{source.version}.npz"
+        return os.path.join(self.folder, name)
 
     def begin(self) -> None:
         """From now on all files have to be there when this run's parameter server comes back."""
-        with open(self._marker, "w") as marker:
-            marker.write("begun")
-        self.begun = True
+        self._write_aside(self._marker, lambda file: file.write(b"begun"))
 
     def keep(self, source: ModelSource, weights: dict[str, np.ndarray]) -> None:
-        """Raises Unavailable when there is no room."""
-        with self._keeping(source):
-            self._write_aside(self.path(source), lambda file: np.savez(file, **{
-                f"variables/{name}": as_plain(value) for name, value in weights.items()}))
+        plain = {f"variables/{name}": np.asarray(v, "S" if v.dtype == object else None) for name, v in weights.items()}
+        self._write_aside(self.path(source), lambda file: np.savez(file, **plain))
 
     def keep_sum(self, total: float) -> None:
-        """The adder's, for each batch, and so in place once there is a file: that takes a hundredth of the time, and so few
-        bytes are in one sector of the disk, which is written as a whole or not at all."""
-        record = SUM_RECORD.pack(total, zlib.crc32(struct.pack("<d", total)))
-        with self._keeping(ADDER_SOURCE):
-            if self._sum_file is None:
-                self._write_aside(self.path(ADDER_SOURCE), lambda file: file.write(record))
-                self._sum_file = os.open(self.path(ADDER_SOURCE), os.O_WRONLY)
-                return
+        """The adder's, for each batch, and so in place once there is a file: that takes a hundredth of the time, and so
+        few bytes are in one sector of the disk, which is written as a whole or not at all."""
+        record, path = SUM_RECORD.pack(total, zlib.crc32(struct.pack("<d", total))), self.path(ADDER_SOURCE)
+        if self._sum_file is None:
+            self._write_aside(path, lambda file: file.write(record))
+            self._sum_file = os.open(path, os.O_WRONLY)
+            return
+        with keeping(path):
             if not os.fstatvfs(self._sum_file).f_bavail:  # there are file systems that need room even so
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+                raise OSError(28, "No space left on device")
             os.pwrite(self._sum_file, record, 0)
             if self.durable:
                 os.fdatasync(self._sum_file)
 
-    def load(self, source: ModelSource, needed: bool) -> dict[str, np.ndarray] | None:
-        """What was kept last, or None if nothing ever was. Raises ModelError when it is damaged, or is gone but ``needed``."""
+    def load(self, source: ModelSource, is_needed: bool) -> dict[str, np.ndarray]:
+        """What was kept last, if anything was. Raises ModelError when it is damaged, or has gone but is needed."""
         path = self.path(source)
-        if not os.path.exists(path):
-            if needed and self.begun:
-                raise ModelError(f"The checkpoint {path} is gone, and changed variables with it: bring it back or start anew.")
-            return None
         try:
             with open(path, "rb") as file:
                 if source != ADDER_SOURCE:
-                    with np.load(file, allow_pickle=False) as arrays:
-                        return {name.removeprefix("variables/"): from_plain(arrays[name]) for name in arrays.files}
+                    return {name.removeprefix("variables/"): array for name, array in np.load(file).items()}
                 total, check = SUM_RECORD.unpack(file.read())
                 if check != zlib.crc32(struct.pack("<d", total)):
                     raise ValueError("its checksum is wrong")
                 return {"sum": np.float64(total)}
         except Exception as error:  # there is no end to what numpy and zipfile raise
-            raise ModelError(f"The checkpoint {path} is damaged ({first_sentence(error)}): put a good one in its place, or"
-                             " remove it and start the program anew.") from None
+            if isinstance(error, FileNotFoundError) and not (is_needed and self._has_begun):
+                return {}
+            raise ModelError(f"The checkpoint {path} is damaged or gone ({first_sentence(error)}): put a good one there,"
+                             " or remove it and start the program anew.") from None
 
-    def note(self, key: str, find: Callable[[], Any]) -> Any:
-        """``find()``, as JSON, found once for each key and folder."""
+    def remember(self, key: str, find: Callable[[], Any]) -> Any:
+        """``find()``, found once for each key and folder."""
         path = os.path.join(self.folder, f".{key}.json")
         with contextlib.suppress(OSError, ValueError), open(path) as file:
             return json.load(file)
         found = find()
-        with self._keeping(ADDER_SOURCE):
-            self._write_aside(path, lambda file: file.write(json.dumps(found).encode()))
+        self._write_aside(path, lambda file: file.write(json.dumps(found).encode()))
         return found
 
     def _write_aside(self, path: str, write: Callable[[Any], Any]) -> None:
-        with open(path + ".new", "wb") as file:
-            write(file)
+        with keeping(path):
+            with open(path + ".new", "wb") as file:
+                write(file)
+                if self.durable:
+                    file.flush()
+                    os.fsync(file.fileno())
+            os.replace(path + ".new", path)
             if self.durable:
-                file.flush()
-                os.fsync(file.fileno())
-        os.replace(path + ".new", path)
-        if self.durable:
-            folder = os.open(self.folder, os.O_RDONLY)
-            os.fsync(folder)
-            os.close(folder)
-
-    @contextlib.contextmanager
-    def _keeping(self, source: ModelSource):
-        try:
-            yield
-        except OSError as error:
-            raise Unavailable(f"The variables cannot be kept in {self.path(source)}: {error.strerror}.") from None
+                folder = os.open(self.folder, os.O_RDONLY)
+                os.fsync(folder)
+                os.close(folder)
 
 
-def as_plain(array: np.ndarray) -> np.ndarray:
-    """Strings as fixed-width bytes, each with a full stop behind it since numpy strips zeros from the end."""
-    array = np.asarray(array)
-    return np.array([s + b"." for s in array.ravel()], "S").reshape(array.shape) if array.dtype == object else array
-
-
-def from_plain(array: np.ndarray) -> np.ndarray:
-    return np.array([s[:-1] for s in array.ravel()], object).reshape(array.shape) if array.dtype.kind == "S" else array
+@contextlib.contextmanager
+def keeping(path: str):
+    try:
+        yield
+    except OSError as error:
+        raise Unavailable(f"The variables cannot be kept in {path}: {error.strerror}.") from None
 
 
 checkpoints: Checkpoints | None = None  # of this process, where it is the first parameter server
 
 
 def keep_sum(total: np.ndarray) -> np.ndarray:
-    """Called by the adder's graph with the new sum before it is assigned: a sum that cannot be kept fails the run."""
+    """Called by the adder's graph with the new sum before it is assigned: one that cannot be kept fails the run."""
     try:
         if checkpoints:
             checkpoints.keep_sum(total.item())
-    except Error as error:
+    except Unavailable as error:
         raise PythonFailure(ERROR_CODES[error.status], error.message) from None
     return total
 
@@ -1447,42 +1367,41 @@ def keep_sum(total: np.ndarray) -> np.ndarray:
 class ParameterServer:
     """A Ray actor with a TensorFlow server in it, and on that the state of the models, or its part of it.
 
-    The first of them also loads the models, onto all of them, and keeps their variables. It knows the other actors by name.
+    The first one also loads the models, onto all of them, and keeps their variables. It knows other actors by name.
     """
 
     def __init__(self, index: int, options: Options, namespace: str, folder: str, run: str):
         self.index, self.options, self.namespace, self.folder, self.run = index, options, namespace, folder, run
         self.graphs: dict[str, Graph] = {}
-        self.server, self.description = None, None
+        self.models: dict[str, Model] = {}
+        self.server = None
+        self.about: dict[str, Any] | None = None  # what ``start`` tells, when all is loaded
         self.kept: dict[str, int] = {}  # a fingerprint of each model's variables as they were kept last
-        self.weights: dict[str, tuple[str, list]] = {}  # of mirrored models: version, and where the object store has them
+        self.weights: dict[str, tuple[str, list]] = {}  # of mirrored models: version, where the object store has them
         self.trouble: str | None = None  # with keeping variables
         self.heard = math.inf  # when a front end was heard last
-        self.turn = concurrent.futures.ThreadPoolExecutor(1, "in turn")  # so that the event loop can always answer ping()
+        self.turn = concurrent.futures.ThreadPoolExecutor(1)  # so that the event loop can always answer ping()
         self.starting = asyncio.Lock()
-        self.background: set[asyncio.Task] = set()
 
-    async def join(self, options: dict[str, Any], code: str) -> None:
-        """A front end wants to share this cluster. Raises OptionError when it has other options, or another version of this file."""
-        if code != code_hash():
-            raise OptionError(f"--address {self.options.address}: the shared cluster runs another version of ray_tensorflow.py")
+    async def join(self, options: dict[str, str]) -> None:
+        """A front end wants to share this cluster. Raises OptionError when it cannot."""
         for name, ours in self.options.shared.items():
             if options[name] != ours:
-                shown = [",".join(map(str, v)) if isinstance(v, tuple) else v for v in (options[name], ours)]
-                raise OptionError(f"--{name.replace('_', '-')} {shown[0]}: the shared cluster runs with {shown[1]}")
+                raise OptionError(f"{name} {options[name]}: the shared cluster runs with {ours}")
 
     async def start(self) -> dict[str, Any]:
-        """Boot, and in the first one load; about this life of the actor, its address, the models and their weights' versions.
+        """Boot, and in the first one load; about this life of the actor: addresses, models, their weights' versions.
 
-        Idempotent. The first one's returns only when every variable is restored. Raises ModelError or Unavailable.
+        Idempotent. The first one's returns when every variable is restored. Raises ModelError or Unavailable.
         """
         async with self.starting:
-            if self.description is None:
-                self.description = await self._in_turn(self._boot)
+            if self.about is None:
+                addresses = [await self._in_turn(self._boot)]
                 if self.index == 0:
-                    await self._load()
-            weights = {model: version for model, (version, _) in self.weights.items()}
-            return about_this_actor() | self.description | {"weights": weights, "folder": self.folder}
+                    await self._load(addresses)
+                self.about = about_this_actor() | {
+                    "life": secrets.token_hex(8), "folder": self.folder, "addresses": addresses, "models": self.models}
+            return self.about | {"weights": {model: version for model, (version, _) in self.weights.items()}}
 
     async def stay(self) -> None:
         """Never returns: a call whose failure tells at once that this process is gone."""
@@ -1503,146 +1422,121 @@ class ParameterServer:
     async def set_weights(self, model: str, weights: dict[str, np.ndarray]) -> None:
         """They are kept when this returns, and every worker has them, or is dead."""
         async with self.starting:  # nobody is told a version that is just being replaced
-            await self._in_turn(self._set_weights, model, weights)
-        if model in self.weights:
-            workers = [find_actor(f"worker {i}", self.namespace) for i in range(self.options.workers)]
-            for worker in await asyncio.gather(*workers, return_exceptions=True):
-                with contextlib.suppress(ray.exceptions.RayError, AttributeError):  # its next life starts with the new ones
-                    await worker.start.remote()
+            await self._in_turn(self._set_weights, self.graphs[model], weights)
+        for index in range(self.options.workers) if model in self.weights else ():
+            with contextlib.suppress(ValueError, ray.exceptions.RayError):  # its next life starts with the new weights
+                worker = await find_actor(f"worker {index}", self.namespace)
+                await worker.start.remote()
 
     async def keep(self) -> None:
         """Keep the variables that models have changed since they were kept last."""
         for graph in self.graphs.values():
-            if not graph.atomic:  # the others keep each change themselves, before it is answered
-                await self._in_turn(self._keep_if_changed, graph)
+            await self._in_turn(self._keep_if_changed, graph)
 
     async def _in_turn(self, method, *arguments):
         return await asyncio.get_running_loop().run_in_executor(self.turn, method, *arguments)
 
-    def _boot(self) -> dict[str, Any]:
-        """A TensorFlow server on a port that the system picks. It ends with this process (tensorflow#4713).
+    def _boot(self) -> str:
+        """The address of a TensorFlow server on a port that the system picks. It ends with this process.
 
         Its own job is called ``boot``, because the sessions that come with a cluster of their own call it ``ps``.
         """
         global checkpoints
         tf = import_tensorflow()
-        models = {}
-        if self.index == 0:
-            checkpoints = Checkpoints(self.folder, self.run, durable=self.options.checkpoint_dir is not None)
-        self.graphs, models = build_graphs(tf, self.options)
-        config = server_config(tf, self.options, any(graph.calls_out for graph in self.graphs.values()))
-        self.server = tf.train.Server({"boot": ["localhost:0"]}, job_name="boot", task_index=0, config=config)
-        address = f"{ray.util.get_node_ip_address()}:{self.server.target.rpartition(':')[2]}"
-        return {"life": secrets.token_hex(8), "addresses": [address], "models": models}
+        if self.server is None:
+            if self.index == 0:
+                checkpoints = Checkpoints(self.folder, self.run, durable=self.options.checkpoint_dir is not None)
+                self.graphs, self.models = build_graphs(tf, self.options)
+            config = server_config(tf, self.options, any(graph.calls_out for graph in self.graphs.values()))
+            self.server = tf.train.Server({"boot": ["localhost:0"]}, job_name="boot", task_index=0, config=config)
+        return f"{ray.util.get_node_ip_address()}:{self.server.target.rpartition(':')[2]}"
 
-    async def _load(self) -> None:
-        """Load all models onto this server and the others."""
-        addresses, models = self.description["addresses"], self.description["models"]
-        others = [await find_actor(f"parameter server {i}", self.namespace) for i in range(1, self.options.parameter_servers)]
-        try:
-            for other in others:
-                addresses += (await call(other.start.remote()))["addresses"]
-            for name in list(self.graphs):
-                models[name] = await self._in_turn(self._load_model, self.graphs[name], addresses)
-                if models[name].error:
-                    del self.graphs[name]
-            checkpoints.begin()
-        except BaseException:
-            self.description = None  # it is tried again
-            raise
-        self.heard = time.monotonic()
-        self._in_background(self._keep_now_and_then())
-        if others:
-            self._in_background(self._end_with(others))
-        if self.options.address:
-            self._in_background(self._end_when_alone(others))
+    async def _load(self, addresses: list[str]) -> None:
+        """Load all models onto this server and the others, whose addresses are added."""
+        names = [f"parameter server {i}" for i in range(1, self.options.parameter_servers)]
+        others = [await find_actor(name, self.namespace) for name in names]
+        for other in others:
+            addresses += (await call(other.start.remote()))["addresses"]
+        for name, graph in list(self.graphs.items()):
+            self.models[name] = await self._in_turn(self._load_model, graph, addresses)
+            if self.models[name].error:
+                del self.graphs[name]
+        checkpoints.begin()
+        self.life = asyncio.create_task(self._live(others))
 
     def _load_model(self, graph: Graph, addresses: list[str]) -> Model:
         """Raises ModelError or Unavailable when it is its kept variables that are damaged."""
-        source = graph.source
+        source, is_mirror = graph.source, is_mirrored(self.options, graph.source)
         try:
             graph.connect(import_tensorflow(), addresses, self.options)
             graph.restore()
-            is_mirror = is_mirrored(self.options, source)
             if is_mirror and graph.writes:
                 raise ModelError("it changes its variables when it runs and cannot be mirrored: use --placement shared")
         except Exception as error:
-            return Model(source.name, source.version, error=failed_to_load(source, error))
-        weights = checkpoints.load(source, needed=graph.writes)
+            return failed_to_load(source, error)
         try:
-            graph.variables.set_weights(weights or {})
+            graph.variables.set_weights(checkpoints.load(source, is_needed=graph.writes))
         except InvalidRequest as error:
             raise ModelError(f"The checkpoint {checkpoints.path(source)} is not of this model: {error}") from None
         if source == ADDER_SOURCE:
             checkpoints.keep_sum(graph.variables.get_weights()["sum"].item())
-        else:
-            self._keep_if_changed(graph)
+        self._keep_if_changed(graph)
         if is_mirror:
             self._publish(graph)
         rule = f"merged-{self.options.max_batch}-{self.options.exact}-{graph.fingerprint}"
-        merged = tuple(checkpoints.note(rule, lambda: graph.find_merged(self.options)))
+        merged = tuple(checkpoints.remember(rule, lambda: graph.find_merged(self.options)))
         return Model(source.name, source.version, graph.metadata(), merged, graph.calls_out)
 
     def _publish(self, graph: Graph) -> None:
         self.weights[graph.source.name] = secrets.token_hex(8), [ray.put(graph.variables.get_weights())]
 
-    def _set_weights(self, model: str, weights: dict[str, np.ndarray]) -> None:
-        graph = self.graphs[model]
+    def _set_weights(self, graph: Graph, weights: dict[str, np.ndarray]) -> None:
         graph.variables.set_weights(weights)
-        if graph.source == ADDER_SOURCE:
-            try:
-                graph.run("serving_default", [np.zeros(1)])  # keeps the sum, and no other add can come between
-            except ModelError as error:
-                raise Unavailable(error.message) from None
+        if graph.source == ADDER_SOURCE:  # a run keeps the sum, and no other add can come between
+            graph.run("serving_default", [np.zeros(1)])
         else:
             checkpoints.keep(graph.source, graph.variables.get_weights())
-        if model in self.weights:
+        if graph.source.name in self.weights:
             self._publish(graph)
 
     def _keep_if_changed(self, graph: Graph) -> None:
-        if graph.writes:
+        """But for the adder, which keeps each sum before it is answered."""
+        if graph.writes and graph.source != ADDER_SOURCE:
             weights = graph.variables.get_weights()
-            fingerprint = hash(tuple((name, zlib.crc32(as_plain(v).tobytes())) for name, v in weights.items()))
+            fingerprint = zlib.crc32(pickle.dumps(weights))
             if self.kept.get(graph.source.name) != fingerprint:
                 checkpoints.keep(graph.source, weights)
                 self.kept[graph.source.name] = fingerprint
 
-    def _in_background(self, work) -> None:
-        self.background.add(asyncio.create_task(work))
-
-    async def _keep_now_and_then(self) -> None:
-        while True:
-            await asyncio.sleep(KEEP_EVERY_S)
-            try:
-                await self.keep()
-                self.trouble = None
-            except Exception as error:  # it is tried again soon, and meanwhile ping() tells
-                self.trouble = first_sentence(error)
-
-    async def _end_with(self, others: list) -> None:
-        """When another parameter server has gone, with its variables, end: Ray brings both back, and all is loaded anew."""
-        await asyncio.wait([asyncio.ensure_future(call(other.stay.remote())) for other in others],
-                           return_when=asyncio.FIRST_COMPLETED)
-        os._exit(1)
-
-    async def _end_when_alone(self, others: list) -> None:
-        """End a shared cluster when no front end has been heard for a while."""
-        while time.monotonic() - self.heard < GONE_S:
+    async def _live(self, others: list) -> None:
+        """Keep variables now and then. End with another parameter server, so that Ray brings both back and all is loaded
+        anew; and end a shared cluster when no front end has been heard for a while."""
+        stays = [asyncio.ensure_future(call(other.stay.remote())) for other in others]
+        self.heard = kept = time.monotonic()
+        while time.monotonic() - self.heard < GONE_S or not self.options.address:
             await asyncio.sleep(1)
+            if any(stay.done() for stay in stays):
+                os._exit(1)
+            if time.monotonic() - kept > KEEP_EVERY_S:
+                try:
+                    await self.keep()
+                    self.trouble = None
+                except Exception as error:  # it is tried again soon, and meanwhile ping() tells
+                    self.trouble = first_sentence(error)
+                kept = time.monotonic()
         with contextlib.suppress(Exception):
             await self.keep()
         for index in range(self.options.workers):
             with contextlib.suppress(ValueError):
                 others.append(await find_actor(f"worker {index}", self.namespace))
-        for other in others:
-            await asyncio.to_thread(ray.kill, other)
         if self.options.checkpoint_dir is None:
             shutil.rmtree(self.folder, ignore_errors=True)
-        await asyncio.to_thread(ray.kill, ray.get_runtime_context().current_actor)
+        for actor in [*others, ray.get_runtime_context().current_actor]:
+            await asyncio.to_thread(ray.kill, actor)
 
 
 def build_graphs(tf, options: Options, mirrors: bool = False) -> tuple[dict[str, Graph], dict[str, Model]]:
-    """The graphs of all models, built in the same order and under the same device rule in every process; and what failed."""
+    """The graphs of all models, built in the same order and under the same device rule everywhere; and what failed."""
     graphs, failed = {}, {}
     for index, source in enumerate([ADDER_SOURCE, *options.model]):
         home = 0 if source.function else index % options.parameter_servers
@@ -1650,16 +1544,17 @@ def build_graphs(tf, options: Options, mirrors: bool = False) -> tuple[dict[str,
         try:
             graphs[source.name] = Graph(tf, source, home, tasks)
         except Exception as error:
-            failed[source.name] = Model(source.name, source.version, error=failed_to_load(source, error))
+            failed[source.name] = failed_to_load(source, error)
     return graphs, failed
 
 
-def failed_to_load(source: ModelSource, error: Exception) -> str:
-    return f"Model {source} cannot be loaded: {type(error).__name__}: {first_sentence(error)}"
+def failed_to_load(source: ModelSource, error: Exception) -> Model:
+    message = f"Model {source} cannot be loaded: {type(error).__name__}: {first_sentence(error)}"
+    return Model(source.name, source.version, error=message)
 
 
 def is_mirrored(options: Options, source: ModelSource) -> bool:
-    return options.placement == "mirrored" and source.name != ADDER
+    return options.placement == "mirrored" and source != ADDER_SOURCE
 
 
 def about_this_actor() -> dict[str, Any]:
@@ -1677,14 +1572,7 @@ async def call(reference):
     try:
         return await reference
     except ray.exceptions.RayTaskError as error:
-        while isinstance(error, ray.exceptions.RayTaskError) and error.cause is not None:
-            error = error.cause
-        raise error from None
-
-
-def code_hash() -> str:
-    with open(os.path.abspath(__file__), "rb") as file:
-        return hashlib.sha256(file.read()).hexdigest()
+        raise error.cause if isinstance(error.cause, Exception) else error from None
 
 
 # ======================================================================================================================
@@ -1695,7 +1583,7 @@ PLACES = 2  # batches that a front end sends a worker at once: one runs while th
 
 
 class Worker:
-    """A Ray actor that answers requests, for Ray calls (``await worker.answer.remote(...)``) and for who comes to its door.
+    """A Ray actor that answers requests, for Ray calls and for who comes to its door.
 
     A request is (verb, body, seconds that are left for it, has it been sent to another worker before), see ``decode``.
     """
@@ -1703,12 +1591,12 @@ class Worker:
     def __init__(self, index: int, options: Options, namespace: str):
         self.index, self.options, self.namespace = index, options, namespace
         self.graphs: dict[str, Graph] = {}
-        self.have: tuple | None = None  # of what the parameter server has: its life, and the weights' version by model
+        self.have: tuple | None = None  # of the parameter server: its life, and the weights' version by model
         self.starting = asyncio.Lock()
         self.door, self.key = None, secrets.token_bytes(32)
         self.lines: set[asyncio.StreamWriter] = set()
         self.trips: set[asyncio.Task] = set()
-        importer = concurrent.futures.ThreadPoolExecutor(1, "import")  # imports in two threads may block each other
+        importer = concurrent.futures.ThreadPoolExecutor(1)  # imports in two threads may block each other
         self.tensorflow = importer.submit(import_tensorflow)  # now, while the parameter server does the same
 
     async def start(self) -> dict[str, Any]:
@@ -1719,8 +1607,9 @@ class Worker:
         async with self.starting:
             await asyncio.wrap_future(self.tensorflow)
             if self.door is None:
-                listener = await asyncio.start_server(self._serve_line, ray.util.get_node_ip_address(), limit=2**24)
-                self.door = listener.sockets[0].getsockname()[:2]
+                host = ray.util.get_node_ip_address()
+                self.listener = await asyncio.start_server(self._serve_line, host, limit=2**24)
+                self.door = self.listener.sockets[0].getsockname()[:2]
             while True:
                 server = await find_actor("parameter server 0", self.namespace)
                 there = await call(server.start.remote())
@@ -1751,7 +1640,7 @@ class Worker:
     async def _serve_line(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """Answer batches from one front end. Until it has shown the key, nothing that comes is looked at."""
         with contextlib.suppress(OSError, EOFError), contextlib.closing(writer):
-            if not hmac.compare_digest(await asyncio.wait_for(reader.readexactly(len(self.key)), 10), self.key):
+            if not secrets.compare_digest(await asyncio.wait_for(reader.readexactly(len(self.key)), 10), self.key):
                 return
             self.lines.add(writer)
             while True:
@@ -1771,8 +1660,8 @@ class Worker:
         except WorkerLost:
             pass  # its lines are closed, which tells who waits
         except Exception as error:  # whatever it is: nobody is to wait for ever
-            log.exception("a batch failed")
-            reply(dict.fromkeys(range(len(requests)), Error(f"Worker {self.index} failed: {first_sentence(error)}")))
+            message = f"Worker {self.index} failed: {type(error).__name__}: {first_sentence(error)}"
+            reply(dict.fromkeys(range(len(requests)), Error(message)))
 
     async def _run(self, model: str, requests: list[tuple], reply: Callable[[dict[int, Any]], Any]) -> None:
         graph, have = self.graphs[model], self.have
@@ -1789,8 +1678,8 @@ class Worker:
     def _connect(self, there: dict[str, Any]) -> None:
         """Connect to another life of the parameter server. Threads that still wait for the last one are left behind."""
         tf = import_tensorflow()
-        self.runners = concurrent.futures.ThreadPoolExecutor(PLACES, "runs")
-        self.callers = concurrent.futures.ThreadPoolExecutor(16, "runs that call out")  # they may wait for one of the others
+        self.runners = concurrent.futures.ThreadPoolExecutor(PLACES)
+        self.callers = concurrent.futures.ThreadPoolExecutor(16)  # of models that call out, perhaps for another's answer
         if not self.graphs:
             self.graphs, _ = build_graphs(tf, self.options, mirrors=True)
         for name, graph in self.graphs.items():
@@ -1812,7 +1701,7 @@ def answer_requests(graph: Graph, requests: list[tuple], reply: Callable[[dict[i
 
     Requests for one signature with rows of one shape are one group if they may share a run. Raises ConnectionError.
     """
-    arrived, failed = time.monotonic(), {}
+    arrived, refused = time.monotonic(), {}
     groups: dict[Any, list[tuple]] = {}
     for index, (verb, body, seconds, is_repeated) in enumerate(requests):
         try:
@@ -1820,13 +1709,12 @@ def answer_requests(graph: Graph, requests: list[tuple], reply: Callable[[dict[i
             if is_repeated and (signature.writes or signature.calls_out):
                 raise WorkerLost("A worker was lost; the change that was asked for may or may not have been applied.")
         except Error as error:
-            failed[index] = error.with_traceback(None)
+            refused[index] = error.with_traceback(None)
             continue
         is_merged = signature.merged and all(array.ndim and len(array) == len(feed[0]) for array in feed)
         key = (signature.name, *(array.shape[1:] for array in feed)) if is_merged else index
         groups.setdefault(key, []).append((index, signature, feed, encode, arrived + seconds))
-    if failed:
-        reply(failed)
+    reply(refused)
     for group in groups.values():
         now = time.monotonic()
         group = [request for request in group if now < request[-1]]  # nobody waits for the others any more
@@ -1843,15 +1731,15 @@ def run_one(graph: Graph, signature: Signature, feed: list[np.ndarray], encode: 
 
 
 def run_merged(graph: Graph, group: list[tuple]) -> dict[int, Any] | None:
-    """The answers of requests that share a run; None when each must have a run of its own, so that a bad one fails alone.
+    """The answers of requests that share a run; None when each must have one of its own, so that a bad one fails alone.
 
     Nothing has been changed then: a signature that writes is only merged when a run that fails changes nothing.
     """
-    signature = group[0][1]
-    ends = list(itertools.accumulate(len(feed[0]) for _, _, feed, _, _ in group))
+    _, signature, _, _, _ = group[0]
+    feeds = [feed for _, _, feed, _, _ in group]
+    ends = list(itertools.accumulate(len(feed[0]) for feed in feeds))
     try:
-        feeds = zip(*(feed for _, _, feed, _, _ in group))
-        outputs = graph.run(signature.name, [np.concatenate(arrays) for arrays in feeds])
+        outputs = graph.run(signature.name, list(map(np.concatenate, zip(*feeds))))
     except ModelError:
         return None
     if any(output.shape[:1] != (ends[-1],) for output in outputs):
@@ -1867,7 +1755,7 @@ def run_merged(graph: Graph, group: list[tuple]) -> dict[int, Any] | None:
 
 
 # ======================================================================================================================
-# Lines: how batches travel. One call of Ray's takes ten times the processor time of one message on a connection
+# Lines: how batches travel. One call of Ray's takes ten times the processor time of a message on a connection
 # ======================================================================================================================
 
 LARGE_BYTES = 2**16  # an array of so many bytes goes beside the pickle, uncopied
@@ -1889,23 +1777,15 @@ async def read_frame(reader: asyncio.StreamReader) -> Any:
 
 
 class Line:
-    """The connection of this process to one life of a worker. Made by ``open``; ``closed`` is done when it is gone."""
+    """The connection of this process to one life of a worker. ``closed`` is done when it is gone."""
 
-    def __init__(self, index: int, reader: asyncio.StreamReader, writer: asyncio.StreamWriter):
+    def __init__(self, index: int, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, batcher: Batcher):
         self.index = index
         self.is_silent = False  # it gets no new work unless there is no other
         self.trips: dict[int, dict[int, Request]] = {}  # what is not answered yet
-        self._numbers = itertools.count()
-        self._reader, self._writer = reader, writer
-
-    @classmethod
-    async def open(cls, index: int, door: tuple[str, int], key: bytes, batcher: Batcher) -> Line:
-        reader, writer = await asyncio.wait_for(asyncio.open_connection(*door, limit=2**24), 10)
-        writer.write(key)
-        line = cls(index, reader, writer)
-        line.closed = asyncio.create_task(line._listen(batcher))
-        batcher.add(line)
-        return line
+        self._numbers, self._writer = itertools.count(), writer
+        self.closed = asyncio.create_task(self._listen(reader, batcher))
+        batcher.add(self)
 
     def send(self, model: str, requests: list[Request], now: float) -> None:
         number = next(self._numbers)
@@ -1916,10 +1796,10 @@ class Line:
     def close(self) -> None:
         self._writer.close()
 
-    async def _listen(self, batcher: Batcher) -> None:
+    async def _listen(self, reader: asyncio.StreamReader, batcher: Batcher) -> None:
         with contextlib.suppress(OSError, EOFError):
             while True:
-                number, answers = await read_frame(self._reader)
+                number, answers = await read_frame(reader)
                 trip = self.trips[number]
                 for index, answer in answers.items():
                     if request := trip.pop(index, None):
@@ -1979,7 +1859,8 @@ class Batcher:
         if self._closed:
             return self.resolve(request, self._closed)
         if self.waiting >= self.options.max_queue or self._waiting_bytes > QUEUE_BYTES:
-            return self.resolve(request, Unavailable(f"Too many requests are waiting already ({self.waiting}); try again later."))
+            message = f"Too many requests are waiting already ({self.waiting}); try again later."
+            return self.resolve(request, Unavailable(message))
         request.arrived = time.monotonic()
         request.deadline = request.arrived + self.options.timeout_s
         self._open[request] = None
@@ -2008,7 +1889,7 @@ class Batcher:
             if request not in self._open:
                 continue
             if request.verb == "add" or request.is_repeated:
-                why = "the add may or may not have been applied" if request.verb == "add" else "the second one with this request"
+                why = "a change that was asked for may or may not have been applied"
                 self.resolve(request, WorkerLost(f"Worker {line.index} was lost; {why}."))
             else:
                 request.is_sent, request.is_repeated = False, True
@@ -2094,7 +1975,8 @@ class Batcher:
         now = time.monotonic()
         while self._open and (request := next(iter(self._open))).deadline <= now:
             change = "; a change that was asked for may have been applied" if request.is_sent else ""
-            self.resolve(request, DeadlineExceeded(f"No answer within the deadline of {self.options.timeout_s:g} s{change}."))
+            message = f"No answer within the deadline of {self.options.timeout_s:g} s{change}."
+            self.resolve(request, DeadlineExceeded(message))
             self._drop_done(self._queues.get((request.model, request.worker), collections.deque()))
         left_s = next(iter(self._open)).deadline - now if self._open else None
         self._timer = asyncio.get_running_loop().call_later(left_s, self._keep_time) if self._open else None
@@ -2109,7 +1991,7 @@ SILENT_S = 1.5  # a worker that has not answered for so long gets no new work
 PATIENCE_S = {"worker": 4.0, "parameter server": 30.0}  # an actor that has not answered for so long is ended
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(eq=False)
 class Member:
     """What this process knows of one actor."""
 
@@ -2118,7 +2000,7 @@ class Member:
     state: str = "starting"  # ready, silent
     restarts: int = 0
     pid: int | None = None  # of its last life
-    about: dict[str, Any] = dataclasses.field(default_factory=dict)  # while it is ready
+    about: dict[str, Any] = dataclasses.field(default_factory=dict)  # this life
     actor: Any = None
     line: Line | None = None  # to a worker
 
@@ -2136,8 +2018,8 @@ class Cluster:
         async with Cluster(options) as cluster:        # inside any running event loop
             await cluster.add_async(3.0)
 
-    Calls may come from several threads and event loops at once; all work is done in the *home loop*: one that ``begin`` is
-    given, else one in a thread of the cluster's own. That thread owns Ray, whose processes end with who started them.
+    Calls may come from several threads and event loops at once; all work is done in the *home loop*: one that ``begin``
+    is given, else one in a thread of the cluster's own, which owns Ray: Ray's processes end with who started them.
     """
 
     def __init__(self, options: Options | None = None, **changes):
@@ -2145,25 +2027,23 @@ class Cluster:
         self._servers = [Member("parameter server", index) for index in range(self.options.parameter_servers)]
         self._workers = [Member("worker", index) for index in range(self.options.workers)]
         self._batcher = Batcher(self.options)
-        self._status = "new"  # starting, serving, stopping, stopped
-        self._failure: Error | None = None
+        self._status, self._failure = "new", None  # starting, serving, stopping, stopped; why not
         self._changed = threading.Condition()
         self._thread: threading.Thread | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._home: int | None = None  # the thread of the home loop
         self._joined, self._described, self._first = asyncio.Event(), asyncio.Event(), asyncio.Event()
         self._closing = asyncio.Event()
-        self._run = secrets.token_hex(8)
+        self._run, self._folder = secrets.token_hex(8), None  # in which variables are kept
         self._namespace = "ray_tensorflow" if self.options.address else f"ray_tensorflow-{self._run}"
 
     # -- life ----------------------------------------------------------------------------------------------------------
 
     def begin(self, home: asyncio.AbstractEventLoop | None = None) -> Cluster:
-        """Start everything in the background, in the running loop ``home`` if given; ``health()`` tells how far it is."""
+        """Start everything in the background, in the running loop ``home`` if given; ``health`` tells how far it is."""
         with self._changed:
             if self._status == "new":
-                self._status = "starting"
-                self._loop = home or asyncio.new_event_loop()
+                self._status, self._loop = "starting", home or asyncio.new_event_loop()
                 self._thread = threading.Thread(target=self._live, args=[home is None], daemon=True)
                 self._thread.start()
                 atexit.register(self.close)
@@ -2178,18 +2058,16 @@ class Cluster:
         with self._changed:
             self._changed.wait_for(lambda: self._failure or self._status in ("stopping", "stopped") or (
                 sum(worker.state == "ready" for worker in self._workers) >= workers))
-        failures = [ModelError(model.error) for model in self._batcher.models.values() if model.error]
+        failures = [ModelError(model.error) for model in self.models.values() if model.error]
         if self._failure or failures or self._status != "serving":
             self.close()
-            raise self._failure or (failures + [Unavailable("The cluster was closed.")])[0]
+            raise self._failure or [*failures, Unavailable("The cluster was closed.")][0]
         return self
 
     def close(self) -> None:
         """Answer what is left with Unavailable and end every process that was started. Safe to call twice."""
         atexit.unregister(self.close)
-        with self._changed:
-            self._status = "stopping" if self._thread and self._thread.is_alive() else "stopped"
-            self._changed.notify_all()
+        self._tell(status="stopping" if self._thread and self._thread.is_alive() else "stopped")
         with contextlib.suppress(RuntimeError, AttributeError):  # the loop is closed, or never was
             self._loop.call_soon_threadsafe(self._closing.set)
         if self._thread:
@@ -2215,57 +2093,47 @@ class Cluster:
         ``worker`` is the number of the worker that is to do it, by default the next one. Raises InvalidRequest,
         Unavailable, WorkerLost or DeadlineExceeded.
         """
-        return self._ask(ADDER, "add", finite(value), worker=worker)
+        return self.ask(ADDER, "add", finite(value), worker=worker)
 
     async def add_async(self, value: float, worker: int | None = None) -> float:
         """As ``add``, awaitable."""
-        return await self._ask_async(ADDER, "add", finite(value), worker=worker)
+        return await self.ask_async(ADDER, "add", finite(value), worker=worker)
 
     def predict(
         self, inputs: dict[str, Any], model: str, signature: str = "serving_default", version: int | None = None
     ) -> dict[str, np.ndarray]:
         """Run a signature of a served model.
 
-        ``inputs`` are arrays by input name (or just the array, of a sole input), of a dtype that numpy casts to the input's
-        without loss of kind (ints to floats, not floats to ints; text for strings). The result is arrays by output name;
-        they may be read-only: copy what you want to write to. Raises InvalidRequest, ModelError, Unavailable, WorkerLost
-        or DeadlineExceeded.
+        ``inputs`` are arrays by input name (or just the array, of a sole input), of a dtype that numpy casts to the
+        input's without loss of kind (ints to floats, not floats to ints; text for strings). The result is arrays by
+        output name; they may be read-only: copy what you want to write to. Raises InvalidRequest, ModelError,
+        Unavailable, WorkerLost or DeadlineExceeded.
         """
-        return self._ask(model, "arrays", (signature, as_arrays(inputs)), version)
+        return self.ask(model, "arrays", (signature, as_arrays(inputs)), version)
 
     async def predict_async(
         self, inputs: dict[str, Any], model: str, signature: str = "serving_default", version: int | None = None
     ) -> dict[str, np.ndarray]:
         """As ``predict``, awaitable."""
-        return await self._ask_async(model, "arrays", (signature, as_arrays(inputs)), version)
-
-    def rest(self, model: str, version: int | None, verb: str, body: bytes, is_gzip: bool) -> bytes:
-        """The answer to a request of TensorFlow Serving's REST API: predict, classify or regress. Raises Error."""
-        return self._ask(model, verb, (body, is_gzip), version)
-
-    async def rest_async(self, model: str, version: int | None, verb: str, body: bytes, is_gzip: bool) -> bytes:
-        """As ``rest``, awaitable."""
-        return await self._ask_async(model, verb, (body, is_gzip), version)
+        return await self.ask_async(model, "arrays", (signature, as_arrays(inputs)), version)
 
     def get_weights(self, model: str) -> dict[str, np.ndarray]:
         """The variables of a served model by name. Arrays may be read-only: copy what you want to write to."""
-        return self._cross(self.get_weights_async(model))
+        return self._cross(self.get_weights_async, model)
 
     async def get_weights_async(self, model: str) -> dict[str, np.ndarray]:
         """As ``get_weights``, awaitable."""
-        self.find(model)
         return await self._call_server("get_weights", model)
 
     def set_weights(self, model: str, weights: dict[str, np.ndarray]) -> None:
-        """Set some or all variables of a served model; a wrong name or shape is an InvalidRequest, and then none is set.
+        """Set some or all variables of a served model; a wrong name or shape is an InvalidRequest, and none is set.
 
         Once it returns, no later request is answered with the old ones, mirrors included.
         """
-        self._cross(self.set_weights_async(model, weights))
+        self._cross(self.set_weights_async, model, weights)
 
     async def set_weights_async(self, model: str, weights: dict[str, np.ndarray]) -> None:
         """As ``set_weights``, awaitable."""
-        self.find(model)
         await self._call_server("set_weights", model, as_arrays(weights))
 
     def map(
@@ -2274,16 +2142,16 @@ class Cluster:
     ) -> Iterator[dict[str, np.ndarray]]:
         """``predict`` for each batch of any iterable, however long and of whatever sizes, in order or as they finish.
 
-        Keeps a bounded number of batches in flight and pulls no faster than they can be sent. An error says which batch it
-        is about, counted from 0. Leaving the loop early stops the work.
+        Keeps a bounded number of batches in flight and pulls no faster than they can be sent. An error says which batch
+        it is about, counted from 0. Leaving the loop early stops the work.
         """
         self._refuse_at_home()
         pending: dict[concurrent.futures.Future, int] = {}
 
         def results(most: int):
             while len(pending) > most:
-                first = pending if ordered else concurrent.futures.wait(pending, return_when="FIRST_COMPLETED").done
-                future = next(iter(first))
+                done = pending if ordered else concurrent.futures.wait(pending, return_when="FIRST_COMPLETED").done
+                future = next(iter(done))
                 with naming_batch(pending.pop(future)):
                     yield future.result()
 
@@ -2301,21 +2169,19 @@ class Cluster:
         self, batches: Iterable[Any] | AsyncIterable[Any], model: str, signature: str = "serving_default",
         version: int | None = None, ordered: bool = True
     ) -> AsyncIterator[dict[str, np.ndarray]]:
-        """As ``map``, for ``async for``; ``batches`` may be asynchronous too, else a thread waits for them, not the loop."""
-        pending: dict[asyncio.Future, int] = {}
+        """As ``map``, for ``async for``; ``batches`` may be asynchronous too, else a thread waits for each of them."""
+        pending, index = {}, 0
 
         async def results(most: int):
             while len(pending) > most:
-                first = pending if ordered else (await asyncio.wait(pending, return_when="FIRST_COMPLETED"))[0]
-                future = next(iter(first))
+                done = pending if ordered else (await asyncio.wait(pending, return_when="FIRST_COMPLETED"))[0]
+                future = next(iter(done))
                 with naming_batch(pending.pop(future)):
                     yield await future
 
         try:
-            index = 0
             async for batch in iterate(batches):
-                with naming_batch(index):
-                    pending[asyncio.ensure_future(self.predict_async(batch, model, signature, version))] = index
+                pending[asyncio.ensure_future(self.predict_async(batch, model, signature, version))] = index
                 index += 1
                 async for result in results(self._ahead - 1):
                     yield result
@@ -2325,24 +2191,28 @@ class Cluster:
             for future in pending:
                 future.cancel()
 
+    @property
+    def models(self) -> dict[str, Model]:
+        return self._batcher.models
+
     def find(self, name: str, version: int | None = None) -> Model:
         """A served model. Raises InvalidRequest in TensorFlow Serving's words, or Unavailable."""
         if self._failure or self._status != "serving":
-            raise self._failure or Unavailable(f"The server is {'starting' if self._status == 'new' else self._status}.")
-        model = self._batcher.models.get(name)
+            raise self._failure or Unavailable(f"The server is {self._status}; try again later.")
+        model = self.models.get(name)
         if model is None or model.error or version not in (None, model.version):
             which = f"Latest({name})" if version is None else f"Specific({name}, {version})"
             raise InvalidRequest(f"Servable not found for request: {which}", 404)
         return model
 
     def describe(self, name: str, version: int | None, verb: str) -> dict[str, Any]:
-        """What TensorFlow Serving's REST API answers to GET: a model's status, or its metadata."""
+        """What TensorFlow Serving's REST API answers to GET: a model's "metadata", or its "status"."""
         if verb == "metadata":
             model = self.find(name, version)
             spec = {"name": name, "signature_name": "", "version": str(model.version)}
             return {"model_spec": spec, "metadata": model.metadata}
         self.find(ADDER)
-        model = self._batcher.models.get(name)
+        model = self.models.get(name)
         if model is None or version not in (None, model.version):
             which = "any versions" if version is None else f"version {version}"
             raise InvalidRequest(f"There is no such model (Could not find {which} of model {name})", 404)
@@ -2350,39 +2220,39 @@ class Cluster:
         state = "END" if model.error else "AVAILABLE"
         return {"model_version_status": [{"version": str(model.version), "state": state, "status": status}]}
 
-    @property
-    def models(self) -> list[str]:
-        return sorted(self._batcher.models)
-
     def health(self) -> dict[str, Any]:
-        """What ``GET /health`` answers: status, parameter servers, workers with their state; asks nobody, waits for nothing."""
-        status = self._status
-        if self._failure:
-            status = "failed"
-        elif status == "serving":
-            ready = any(worker.state == "ready" for worker in self._workers)
+        """What ``GET /health`` answers: status, parameter servers, workers, models; asks nobody, waits for nothing."""
+        status = "failed" if self._failure else self._status
+        if status == "serving":
+            ready = any(worker.state != "starting" for worker in self._workers)
             status = "ready" if ready else "recovering" if self._first.is_set() else "starting"
 
         def shown(member: Member) -> dict[str, Any]:
             in_flight = {"in_flight": sum(map(len, member.line.trips.values()))} if member.line else {}
-            return {"index": member.index, "state": member.state, "restarts": member.restarts, **member.about, **in_flight}
+            known = {"index": member.index, "state": member.state, "restarts": member.restarts}
+            return known | member.about | in_flight
 
-        models = {name: {"version": model.version, "merged": list(model.merged)} | ({"error": model.error} if model.error else {})
-                  for name, model in self._batcher.models.items()}
+        models = {model.name: {"version": model.version} | (
+            {"error": model.error} if model.error else {"merged": model.merged})
+            for model in self.models.values()}
         return {"status": status, "parameter_servers": list(map(shown, self._servers)),
                 "workers": list(map(shown, self._workers)), "models": models, "waiting": self._batcher.waiting,
                 **({"error": str(self._failure)} if self._failure else {})}
 
     # -- from any thread or loop to the home loop ----------------------------------------------------------------------
 
-    def _ask(self, model: str, verb: str, body: Any, version: int | None = None, worker: int | None = None) -> Any:
+    def ask(self, model: str, verb: str, body: Any, version: int | None = None, worker: int | None = None) -> Any:
+        """What ``decode`` says of the verb. Raises Error."""
         self._refuse_at_home()
         try:
             return self._submit(model, verb, body, version, worker).result(self.options.timeout_s + 5)
         except TimeoutError:
             raise DeadlineExceeded("The cluster was closed, or its event loop is blocked.") from None
 
-    async def _ask_async(self, model: str, verb: str, body: Any, version: int | None = None, worker: int | None = None) -> Any:
+    async def ask_async(
+        self, model: str, verb: str, body: Any, version: int | None = None, worker: int | None = None
+    ) -> Any:
+        """As ``ask``, awaitable."""
         future = self._submit(model, verb, body, version, worker)
         return await (future if asyncio.isfuture(future) else asyncio.wrap_future(future))
 
@@ -2398,32 +2268,29 @@ class Cluster:
             self._loop.call_soon_threadsafe(self._batcher.submit, request)
         return future
 
-    def _cross(self, work) -> Any:
-        """Wait in this thread for a coroutine that runs in the home loop."""
-        try:
-            self._refuse_at_home()
-            self.find(ADDER)
-        except Exception:
-            work.close()
-            raise
-        return asyncio.run_coroutine_threadsafe(work, self._loop).result()
+    def _cross(self, work, *arguments) -> Any:
+        """Wait in this thread for what runs in the home loop."""
+        self._refuse_at_home()
+        self.find(ADDER)
+        return asyncio.run_coroutine_threadsafe(work(*arguments), self._loop).result()
 
     def _refuse_at_home(self) -> None:
         if threading.get_ident() == self._home:
-            raise InvalidRequest("A blocking call in the cluster's own event loop would never return: await its _async twin.")
+            raise InvalidRequest("A blocking call in the cluster's own event loop would never return: await its twin.")
 
     @property
     def _ahead(self) -> int:
         """How many batches of one ``map`` are in flight."""
         return min(2 * PLACES * self.options.workers, self.options.max_queue)
 
-    async def _call_server(self, method: str, *arguments) -> Any:
+    async def _call_server(self, method: str, model: str, *arguments) -> Any:
         """Call the first parameter server."""
-        if not self._servers[0].about:
+        self.find(model)
+        if self._servers[0].state == "starting":
             raise Unavailable("The parameter server is being started; try again later.")
+        calling = call(getattr(self._servers[0].actor, method).remote(model, *arguments))
         try:
-            return await asyncio.wait_for(
-                call(getattr(self._servers[0].actor, method).remote(*arguments)), self.options.timeout_s)
+            return await asyncio.wait_for(calling, self.options.timeout_s)
         except TimeoutError:
             raise DeadlineExceeded(f"No answer within the deadline of {self.options.timeout_s:g} s.") from None
         except ray.exceptions.RayActorError:
@@ -2434,7 +2301,7 @@ class Cluster:
     def _live(self, is_own_loop: bool) -> None:
         """The thread that owns Ray, and mostly the home loop, from start to end."""
         try:
-            with ray_runtime(self.options), self._folder():
+            with ray_runtime(self.options):
                 if is_own_loop:
                     self._loop.run_until_complete(self._serve())
                 else:
@@ -2443,32 +2310,12 @@ class Cluster:
                     self._end_actors()
         except Exception as error:
             if self._status != "stopping":  # else it was ended on purpose while it started
-                self._fail(error if isinstance(error, Error) else Unavailable(
-                    f"Ray could not be started: {first_sentence(error)}"))
+                why = f"Ray could not be started: {first_sentence(error)}"
+                self._fail(error if isinstance(error, Error) else Unavailable(why))
         finally:
             if is_own_loop:
                 self._loop.close()
-            self._set_status("stopped")
-
-    @contextlib.contextmanager
-    def _folder(self):
-        """Where variables are kept: ``folder``, ready for the parameter server (see Checkpoints)."""
-        try:
-            self._kept = self.options.checkpoint_dir or tempfile.mkdtemp(prefix="ray_tensorflow_")
-            os.makedirs(self._kept, exist_ok=True)
-            with open(os.path.join(self._kept, f".run-{self._run}"), "w"):
-                pass
-        except OSError as error:
-            raise Unavailable(f"The folder for variables cannot be used: {error.strerror}: {error.filename}") from None
-        try:
-            yield
-        finally:
-            if not self.options.address:
-                self._forget_folder()
-
-    def _forget_folder(self) -> None:
-        if not self.options.checkpoint_dir:
-            shutil.rmtree(self._kept, ignore_errors=True)
+            self._tell(status="stopped")
 
     async def _serve(self) -> None:
         """Until ``close``."""
@@ -2493,8 +2340,7 @@ class Cluster:
         while True:
             started = time.monotonic()
             try:
-                if member.actor is None:
-                    member.actor = await asyncio.to_thread(self._make, member)
+                member.actor = member.actor or await asyncio.to_thread(self._make, member)
                 await self._start(member)
                 log.info("%s ready  pid %d  %.1f s", member, member.pid, time.monotonic() - started)
                 log.warning("%s lost  pid %d  %s", member, member.pid, await self._watch(member))
@@ -2513,50 +2359,65 @@ class Cluster:
 
     def _make(self, member: Member):
         """The actor of this name; Ray keeps it alive, and the cluster has only one, whoever made it."""
-        shares = self.options.workers + self.options.parameter_servers * (self.options.placement == "shared")
-        runs_models = member.kind == "worker" or self.options.placement == "shared"
-        home = ray.get_runtime_context().get_node_id()
-        strategy = "SPREAD" if member is not self._servers[0] else NodeAffinitySchedulingStrategy(home, soft=True)
-        kind, more = (Worker, []) if member.kind == "worker" else (ParameterServer, [self._kept, self._run])
-        return ray.remote(kind).options(
+        is_worker, node = member.kind == "worker", ray.get_runtime_context().get_node_id()
+        gpus, sharers = int(ray.cluster_resources().get("GPU", 0)), self.options.workers
+        if self.options.placement == "shared":
+            sharers += self.options.parameter_servers
+        elif not is_worker:
+            gpus = 0
+        is_first = member is self._servers[0]  # the folder is here
+        return ray.remote(Worker if is_worker else ParameterServer).options(
             name=str(member), namespace=self._namespace, get_if_exists=True, max_restarts=-1, max_concurrency=10_000,
-            lifetime="detached" if self.options.address else None, scheduling_strategy=strategy, num_cpus=0.001,
-            num_gpus=gpu_share(int(ray.cluster_resources().get("GPU", 0)), shares) if runs_models else 0,
+            lifetime="detached" if self.options.address else None, num_cpus=0.001, num_gpus=gpu_share(gpus, sharers),
+            scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=True) if is_first else "SPREAD",
             enable_task_events=False,  # of which Ray would keep 100,000: half a gigabyte
-        ).remote(member.index, self.options, self._namespace, *more)
+        ).remote(member.index, self.options, self._namespace, *([] if is_worker else [self._make_folder(), self._run]))
+
+    def _make_folder(self) -> str:
+        """Where variables are kept, ready for the parameter server (see Checkpoints)."""
+        try:
+            self._folder = self._folder or self.options.checkpoint_dir or tempfile.mkdtemp(prefix="ray_tensorflow_")
+            os.makedirs(self._folder, exist_ok=True)
+            open(os.path.join(self._folder, f".run-{self._run}"), "a").close()
+        except OSError as error:
+            raise Unavailable(f"The folder for variables cannot be used: {error.filename}: {error.strerror}.") from None
+        return self._folder
+
+    def _remove_folder(self) -> None:
+        if self._folder and not self.options.checkpoint_dir:
+            shutil.rmtree(self._folder, ignore_errors=True)
 
     async def _start(self, member: Member) -> None:
         """Call ``start``, and have what follows from it."""
-        if member is self._servers[0] and self.options.address:
-            await call(member.actor.join.remote(self.options.shared, code_hash()))
+        is_first = member is self._servers[0]
+        if is_first and self.options.address:
+            await call(member.actor.join.remote(self.options.shared))
             self._joined.set()
         about = await call(member.actor.start.remote())
-        if member is self._servers[0]:
-            if about.pop("folder") != self._kept:
-                self._forget_folder()
-            self._take_models(about["models"])
+        if is_first:
+            if about["folder"] != self._folder:  # others made this cluster
+                self._remove_folder()
+            for model in about["models"].values():
+                if model.error and not self._described.is_set():
+                    log.error("%s", model.error)
+            self._batcher.models, self._failure = about["models"], None
+            self._batcher.close(None)
+            self._described.set()
         elif member.kind == "worker":
             await self._described.wait()
-            member.line = await Line.open(member.index, about.pop("door"), about.pop("key"), self._batcher)
+            reader, writer = await asyncio.wait_for(asyncio.open_connection(*about["door"], limit=2**24), 10)
+            writer.write(about["key"])
+            member.line = Line(member.index, reader, writer, self._batcher)
             self._first.set()
         member.restarts += member.pid not in (None, about["pid"])
         member.about = {name: about[name] for name in ("pid", "node", "gpus", "cuda_visible_devices")}
         member.state, member.pid = "ready", about["pid"]
-        self._notify()
-
-    def _take_models(self, models: dict[str, Model]) -> None:
-        for model in models.values():
-            if model.error and model.name not in self._batcher.models:
-                log.error("%s", model.error)
-        self._batcher.models, self._failure = models, None
-        self._batcher.close(None)
-        self._described.set()
-        self._set_status("serving", only_after="starting")
+        self._tell(status="serving" if is_first and self._status == "starting" else self._status)
 
     async def _watch(self, member: Member) -> str:
         """Why an actor was lost, as soon as it is. One that is silent is ended, whereupon Ray starts it anew."""
-        stays = asyncio.ensure_future(call(member.actor.stay.remote()))
-        signs, ping = [stays, *([member.line.closed] if member.line else [])], None
+        stays, ping = asyncio.ensure_future(call(member.actor.stay.remote())), None
+        signs, patience_s = [stays, *([member.line.closed] if member.line else [])], PATIENCE_S[member.kind]
         try:
             while True:
                 ping, silent_s = asyncio.ensure_future(call(member.actor.ping.remote())), 0.0
@@ -2565,19 +2426,18 @@ class Cluster:
                     await asyncio.wait([*signs, ping], timeout=PING_S, return_when=asyncio.FIRST_COMPLETED)
                     if time.monotonic() - asked < 1.5 * PING_S:  # else it is this very loop that comes too late
                         silent_s += PING_S
-                    if silent_s > PATIENCE_S[member.kind]:
-                        await self._kill(member)
-                        return f"it did not answer for {PATIENCE_S[member.kind]:g} s"
                     self._set_silent(member, silent_s > SILENT_S)
-                if not any(sign.done() for sign in signs) and not ping.exception():
-                    member.about.pop("trouble", None)
-                    member.about |= {"trouble": ping.result()} if ping.result() else {}
-                    self._set_silent(member, False)
-                    await asyncio.wait(signs, timeout=PING_S, return_when=asyncio.FIRST_COMPLETED)
+                    if silent_s > patience_s:
+                        await self._kill(member)
+                        return f"it did not answer for {patience_s:g} s"
                 if stays.done():
                     return "its process is gone"
-                if any(sign.done() for sign in signs):
+                if member.line and member.line.closed.done():
                     return "its connection was closed"
+                if not ping.exception():
+                    self._set_silent(member, False)
+                    member.about["trouble"] = ping.result()
+                await asyncio.wait(signs, timeout=PING_S, return_when=asyncio.FIRST_COMPLETED)
         finally:
             for future in (stays, ping):
                 future.cancel() or future.cancelled() or future.exception()
@@ -2591,46 +2451,43 @@ class Cluster:
 
     async def _kill(self, member: Member) -> None:
         """End the process of an actor that hears nothing; Ray by itself would leave it as it is."""
-        if member.about["node"] == ray.get_runtime_context().get_node_id():
-            kill_process(member.pid)
-        else:
-            there = NodeAffinitySchedulingStrategy(member.about["node"], soft=False)
-            with contextlib.suppress(ray.exceptions.RayError):  # the node is gone as well
-                await call(ray.remote(num_cpus=0, scheduling_strategy=there)(kill_process).remote(member.pid))
+        node = member.about["node"]
+        if node == ray.get_runtime_context().get_node_id():
+            return kill_process(member.pid)
+        there = NodeAffinitySchedulingStrategy(node, soft=False)
+        with contextlib.suppress(ray.exceptions.RayError):  # the node is gone as well
+            await call(ray.remote(num_cpus=0, scheduling_strategy=there)(kill_process).remote(member.pid))
 
     def _lose(self, member: Member) -> None:
         member.state, member.about = "starting", {}
-        for lost in [member] if member.kind == "worker" else self._workers:  # which have to connect anew
-            if lost.line:
-                lost.line.close()
-        if member.kind == "worker":
-            member.line = None
+        for worker in [member] if member.kind == "worker" else self._workers:  # which have to connect anew
+            if worker.line:
+                worker.line.close()
+        member.line = None
 
     def _fail(self, error: Error) -> None:
         if str(error) != str(self._failure):
             log.error("%s", error)
-        self._failure = error
         if self._home is not None:
             self._batcher.close(error)
-        self._notify()
+        self._tell(failure=error)
 
-    def _set_status(self, status: str, only_after: str | None = None) -> None:
-        if only_after in (None, self._status):
-            self._status = status
-        self._notify()
-
-    def _notify(self) -> None:
+    def _tell(self, **changes) -> None:
+        """Set ``status`` or ``failure``; who waits in ``start`` looks again."""
         with self._changed:
+            for name, value in changes.items():
+                setattr(self, f"_{name}", value)
             self._changed.notify_all()
 
     def _end_actors(self) -> None:
         """Keep what is to be kept, and end the actors that are this cluster's alone."""
-        if self._status == "stopping" and self._described.is_set():
-            with contextlib.suppress(Exception):
+        with contextlib.suppress(Exception):
+            if self._described.is_set():
                 ray.get(self._servers[0].actor.keep.remote(), timeout=10)
         for member in self._workers + self._servers:
             if member.actor is not None:
                 ray.kill(member.actor)
+        self._remove_folder()
 
 
 def kill_process(pid: int) -> None:
@@ -2648,18 +2505,17 @@ def gpu_share(gpus: int, actors: int) -> float:
 def as_arrays(inputs: Any) -> Any:
     """Arrays by name, or one array. Raises InvalidRequest."""
     try:
-        if isinstance(inputs, dict):
-            return {name: np.asarray(value) for name, value in inputs.items()}
-        return np.asarray(inputs)
+        is_named = isinstance(inputs, dict)
+        return {name: np.asarray(value) for name, value in inputs.items()} if is_named else np.asarray(inputs)
     except ValueError:
         raise InvalidRequest("An input is ragged: all its rows must have the same shape") from None
 
 
 def size_of(body: Any) -> int:
-    """Roughly the bytes that travel."""
-    part = body[0] if isinstance(body, tuple) and isinstance(body[0], bytes) else body[1] if isinstance(body, tuple) else 8
-    parts = part.values() if isinstance(part, dict) else [part]
-    return sum(p.nbytes if isinstance(p, np.ndarray) else len(p) if isinstance(p, bytes) else 8 for p in parts)
+    """Roughly the bytes that travel: an HTTP body's, or those of arrays."""
+    first, second = body if isinstance(body, tuple) else (b"", 0)
+    arrays = second.values() if isinstance(second, dict) else [second]
+    return len(first) + sum(getattr(array, "nbytes", 0) for array in arrays)
 
 
 @contextlib.contextmanager
@@ -2682,86 +2538,50 @@ async def iterate(items: Iterable[Any] | AsyncIterable[Any]) -> AsyncIterator[An
         yield item
 
 
-# -- Ray itself --------------------------------------------------------------------------------------------------------
-
-# For the Ray that we start, and only while it starts: its processes inherit them. What the environment says is kept.
+# For the Ray that we start.
 RAY_SETTINGS = {
-    "RAY_USAGE_STATS_ENABLED": "0",
-    "RAY_worker_niceness": "0",  # else actors, at nice 15, starve beside a busy web process
-    "RAY_prestart_worker_first_driver": "0", "RAY_enable_worker_prestart": "0",  # no process that waits for ordinary tasks
-    "RAY_raylet_client_connect_timeout_milliseconds": "20",  # else a first attempt that comes too early costs a second
-    "RAY_raylet_client_num_connect_attempts": "500",
-    "RAY_gcs_rpc_server_connect_timeout_s": "3",  # a worker that starts looks four times for a Ray that has been killed
-    "RAY_task_events_report_interval_ms": "0", "RAY_enable_timeline": "0",  # nobody asks for these, and they cost
-    "RAY_enable_metrics_collection": "0", "RAY_event_stats": "0",
-}
+    "worker_niceness": 0,  # else actors, at nice 15, starve beside a busy web process
+    "prestart_worker_first_driver": False, "enable_worker_prestart": False,  # no process that waits for tasks
+    "raylet_client_connect_timeout_milliseconds": 20,  # else a first attempt that comes too early costs a second
+    "raylet_client_num_connect_attempts": 500,
+    "gcs_rpc_server_connect_timeout_s": 3,  # a worker that starts looks four times for a Ray that has been killed
+    "task_events_report_interval_ms": 0, "enable_timeline": False,  # nobody asks for these, and they cost
+    "enable_metrics_collection": False, "event_stats": False}
 
 
 @contextlib.contextmanager
 def ray_runtime(options: Options):
-    """Ray for as long as the block runs: the cluster at ``options.address``, one that runs in this process already, or a
-    local one of our own that listens on 127.0.0.1 alone and leaves no process and no file behind."""
+    """Ray for as long as the block runs: the cluster at ``options.address``, one that runs in this process already, or
+    a local one of our own that listens on 127.0.0.1 alone and leaves no process and no file behind."""
     if ray.is_initialized():
         yield
         return
     here = os.path.dirname(os.path.abspath(__file__))
     paths = [here, *(path or os.getcwd() for path in sys.path if not path.startswith((sys.prefix, sys.base_prefix)))]
-    python_path = os.pathsep.join(dict.fromkeys(paths))  # actors find modules where this process does, from any folder
-    quiet = {"log_to_driver": False, "logging_level": "CRITICAL"}
-    if options.address:
-        try:
-            ray.init(options.address, runtime_env={"env_vars": {"PYTHONPATH": python_path}}, **quiet)
-        except ConnectionError as error:
-            reason = f"{first_sentence(error)} (if it wants a token, set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN)"
-            raise Unavailable(f"No Ray cluster answers at {options.address!r}: {reason}") from None
-        try:
-            yield
-        finally:
-            ray.shutdown()
-        return
-
-    folder = make_folder()
-    variables = {name: value for name, value in RAY_SETTINGS.items() if name not in os.environ} | {"PYTHONPATH": python_path}
-    variables["KERAS_HOME"] = os.environ.get("KERAS_HOME") or os.path.join(folder, "keras")  # else Keras makes one at home
-    if not os.environ.get("RAY_AUTH_TOKEN_PATH"):  # else it is written to the home folder; Ray keeps the first one
-        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
-    ray_constants.ENABLE_RAY_CLUSTER = False  # of several nodes: nothing else keeps all of Ray on 127.0.0.1
+    variables = {"PYTHONPATH": os.pathsep.join(dict.fromkeys(paths))}  # actors find modules where this process does
+    folder, where = None, {"address": options.address}
     try:
-        with environment(variables):
-            ray.init(
-                "local", num_cpus=options.threads, include_dashboard=False, object_store_memory=80 * 2**20,
-                _temp_dir=os.path.join(folder, "r"), **quiet)
+        if not options.address:
+            temporary = tempfile.gettempdir()
+            folder = tempfile.mkdtemp(prefix="ray_tensorflow_", dir=temporary if len(temporary) < 18 else "/tmp")
+            variables["KERAS_HOME"] = os.path.join(folder, "keras")  # else Keras makes a folder at home
+            os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+            if not os.environ.get("RAY_AUTH_TOKEN_PATH"):  # else it is written to the home folder
+                os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+            ray_constants.ENABLE_RAY_CLUSTER = False  # of several nodes: nothing else keeps all of Ray on 127.0.0.1
+            where = {"address": "local", "num_cpus": options.threads, "include_dashboard": False,
+                     "object_store_memory": 80 * 2**20, "_temp_dir": os.path.join(folder, "r"),  # with room for sockets
+                     "_system_config": RAY_SETTINGS}
+        ray.init(runtime_env={"env_vars": variables}, log_to_driver=False, logging_level="CRITICAL", **where)
         yield
+    except ConnectionError as error:
+        reason = f"{first_sentence(error)} (if it wants a token, set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN)"
+        raise Unavailable(f"No Ray cluster answers at {options.address!r}: {reason}") from None
     finally:
         ray.shutdown()
         ray_constants.ENABLE_RAY_CLUSTER = True
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-def make_folder() -> str:
-    """A temporary folder for this user alone, in which Ray can have its own, that it opens to everybody; the path is short,
-    since there are sockets in it."""
-    try:
-        parent = tempfile.gettempdir()
-        parent = parent if len(parent) < 18 else "/tmp"
-        if shutil.disk_usage(parent).free < 2**20:
-            raise OSError(f"less than 1 MiB is free in {parent}")
-        return tempfile.mkdtemp(prefix="ray_tensorflow_", dir=parent)
-    except OSError as error:
-        advice = "set TMPDIR to a folder with a path of less than 18 characters that has some"
-        raise Unavailable(f"There is no room for Ray's temporary files, {error.strerror or error}: {advice}.") from None
-
-
-@contextlib.contextmanager
-def environment(variables: dict[str, str]):
-    """What starts in this block has these variables; this process has its own again afterwards."""
-    before = {name: os.environ.get(name) for name in variables}
-    os.environ.update(variables)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            os.environ.pop(name, None) if value is None else os.environ.update({name: value})
+        if folder:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 # ======================================================================================================================
@@ -2770,27 +2590,31 @@ def environment(variables: dict[str, str]):
 
 
 def predict_file(cluster: Cluster, model: str, source: str, target: str) -> None:
-    """Stream the rows of ``source`` through a model's default signature into ``target``, with progress on standard error.
+    """Stream the rows of ``source`` through a model's default signature into ``target``, with progress shown.
 
-    Either may be larger than memory. The target appears whole or not at all. Raises InvalidRequest.
+    ``.npy`` files may be larger than memory. The target appears whole or not at all. Raises InvalidRequest.
     """
-    rows, total = cluster.options.max_batch, 0
+    rows = cluster.options.max_batch
     try:
         loaded = np.load(source, mmap_mode="r")
-        inputs = loaded if isinstance(loaded, np.ndarray) else {name: loaded[name] for name in loaded.files}
-        [total] = {len(array) for array in (inputs.values() if isinstance(inputs, dict) else [inputs])}
+        columns = {name: loaded[name] for name in loaded.files} if source.endswith(".npz") else {None: loaded}
+        [total] = {len(column) for column in columns.values()}
     except (OSError, ValueError, TypeError, EOFError) as error:
-        raise InvalidRequest(f"{source} cannot be read as arrays of as many rows each: {first_sentence(error)}") from None
-    slices = (slice(i, i + rows) for i in range(0, max(total, 1), rows))  # of no rows, too: the outputs' types and shapes
-    batches = ({k: v[s] for k, v in inputs.items()} if isinstance(inputs, dict) else inputs[s] for s in slices)
-    started, done, shown = time.monotonic(), 0, 0.0
-    written: dict[str, Any] = {}
-    with tempfile.TemporaryDirectory(prefix=f".{os.path.basename(target)}.", dir=os.path.dirname(target) or ".") as folder:
-        for outputs in cluster.map(batches, model):
+        reason = f"cannot be read as arrays that have as many rows each: {first_sentence(error)}"
+        raise InvalidRequest(f"{source} {reason}") from None
+
+    def batches():
+        for start in range(0, max(total, 1), rows):  # one of no rows, too: for the outputs' types and shapes
+            batch = {name: column[start:start + rows] for name, column in columns.items()}
+            yield batch.get(None, batch)
+
+    begun, shown, done, written = time.monotonic(), 0.0, 0, {}
+    with tempfile.TemporaryDirectory(prefix=".ray_tensorflow_", dir=os.path.dirname(target) or ".") as folder:
+        for outputs in cluster.map(batches(), model):
             count = min(rows, total - done)
             for name, array in outputs.items():
                 if array.shape[:1] != (count,):
-                    raise InvalidRequest(f"Output {name!r} has not one row for each of the input: it is {list(array.shape)}")
+                    raise InvalidRequest(f"Output {name!r} has not one row for each of the input: {list(array.shape)}")
                 if array.dtype == object:  # texts, whose width is only known at the end
                     written.setdefault(name, []).extend(array.tolist())
                     continue
@@ -2800,19 +2624,18 @@ def predict_file(cluster: Cluster, model: str, source: str, target: str) -> None
                 written[name][done:done + count] = array
             done += count
             if time.monotonic() - shown > 1 or done == total:
-                shown, rate = time.monotonic(), done / (time.monotonic() - started)
+                shown, rate = time.monotonic(), done / (time.monotonic() - begun)
                 print(f"{done}/{total} rows  {rate:.0f} rows/s  {(total - done) / max(rate, 1e-9):.0f} s left",
-                      file=sys.stderr, flush=True)
+                      file=sys.stderr)
         if target.endswith(".npy") and len(written) > 1:
             raise InvalidRequest(f"{target} holds one array, but the outputs are {sorted(written)}: name it .npz")
-        arrays = {name: np.array(value, "S") if isinstance(value, list) else value for name, value in written.items()}
-        whole = os.path.join(folder, "whole" + target[-4:])
-        np.savez(whole, **arrays) if target.endswith(".npz") else np.save(whole, next(iter(arrays.values())))
+        arrays, whole = {name: np.asarray(value) for name, value in written.items()}, os.path.join(folder, target[-4:])
+        np.savez(whole, **arrays) if target.endswith(".npz") else np.save(whole, *arrays.values())
         os.replace(whole, target)
 
 
 def start_program() -> None:
-    """One log line an event, on standard error; as many open files as the system allows, since each client needs one."""
+    """One log line an event, on standard error; as many open files as the system allows: each client needs one."""
     most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     resource.setrlimit(resource.RLIMIT_NOFILE, (min(most, 2**16), most))
     logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr)
@@ -2820,8 +2643,7 @@ def start_program() -> None:
 
 
 async def run_command(options: Options) -> int:
-    """Worker i adds the value i to the shared sum, all at once; or a file is predicted. Returns the exit status: 128 + n
-    after signal n."""
+    """Worker i adds the value i, all at once; or a file is predicted. The exit status: 128 + n after signal n."""
     ended_by: list[int] = []
 
     def end(number: int, task: asyncio.Task) -> None:
@@ -2830,7 +2652,7 @@ async def run_command(options: Options) -> int:
 
     for number in (signal.SIGINT, signal.SIGTERM):
         asyncio.get_running_loop().add_signal_handler(number, end, number, asyncio.current_task())
-    cluster = Cluster(options)
+    cluster, started = Cluster(options), time.monotonic()
 
     async def add(worker: int) -> None:
         started = time.monotonic()
@@ -2838,10 +2660,8 @@ async def run_command(options: Options) -> int:
         print(f"worker {worker}: added {worker}, sum {total}, {time.monotonic() - started:.3f} s", flush=True)
 
     try:
-        started = time.monotonic()
         await asyncio.to_thread(cluster.start, options.workers)
-        counts = f"{options.parameter_servers} parameter server, {options.workers} workers"
-        print(f"started: {counts}, {time.monotonic() - started:.1f} s", flush=True)
+        print(f"started: {options.workers} workers, {time.monotonic() - started:.1f} s", flush=True)
         if options.input:
             await asyncio.to_thread(predict_file, cluster, options.model[0].name, options.input, options.output)
         else:

@@ -73,7 +73,7 @@ def create_app(options: Options | None = None) -> Flask:
         if len(body) > MAX_BODY_BYTES:
             raise InvalidRequest(f"The body is larger than {MAX_BODY_BYTES // 2**20} MiB", 413)
         is_gzip = "gzip" in request.headers.get("Content-Encoding", "")
-        return answer(cluster.rest(name, version, verb, body, is_gzip))
+        return answer(cluster.ask(name, verb, (body, is_gzip), version))
 
     @app.errorhandler(Exception)
     def refuse(error: Exception) -> Response:
@@ -89,7 +89,7 @@ def create_app(options: Options | None = None) -> Flask:
     def count(response: Response) -> Response:
         """What is answered, and how long that took, for ``/metrics``."""
         seconds = time.monotonic() - g.started
-        metrics.observe(cluster.models, request.method, raw_path(), response.status_code, seconds)
+        metrics.observe(cluster, request.method, raw_path(), response.status_code, seconds)
         return response
 
     app.start = start

@@ -57,7 +57,7 @@ def create_app(options: Options | None = None) -> Starlette:
         cluster.find(name, version)
         body = await read_body(request, cluster.options.timeout_s)
         is_gzip = "gzip" in request.headers.get("Content-Encoding", "")
-        return answer(await cluster.rest_async(name, version, verb, body, is_gzip))
+        return answer(await cluster.ask_async(name, verb, (body, is_gzip), version))
 
     async def answer_message(message: bytes) -> str:
         """One message of a WebSocket, answered with its id."""
@@ -68,7 +68,7 @@ def create_app(options: Options | None = None) -> Starlette:
             if ("value" in document) == isinstance(model, str):
                 raise InvalidRequest("A message has either a value to add or the name of a model to run")
             if isinstance(model, str):
-                text = (await cluster.rest_async(model, None, "predict", message, False)).decode("utf-8", "replace")
+                text = (await cluster.ask_async(model, "predict", (message, False))).decode("utf-8", "replace")
             else:
                 text = json.dumps({"result": await cluster.add_async(document["value"])})
         except Error as error:
@@ -111,7 +111,7 @@ def create_app(options: Options | None = None) -> Starlette:
             async def sending(message):
                 if message["type"] == "http.response.start":
                     path, seconds = scope["raw_path"].decode("latin-1"), time.monotonic() - started
-                    metrics.observe(cluster.models, scope["method"], path, message["status"], seconds)
+                    metrics.observe(cluster, scope["method"], path, message["status"], seconds)
                 await send(message)
 
             await app(scope, receive, sending)

@@ -176,7 +176,6 @@ def array_file(value) -> str:
 
 class ModelSource(NamedTuple):
     """Where a served model comes from: a SavedModel's folder, or a function that builds a graph."""
-
     name: str
     version: int
     folder: str | None = None  # of the SavedModel itself
@@ -251,10 +250,8 @@ class Options:
         " without it they are kept as long as the program runs", text)
     address: str | None = option(
         None, "Ray cluster to join ('auto': the one that runs here), else one is started", text)
-    host: str | None = option(
-        None, "address to listen on: 0.0.0.0 where the platform sets PORT, else 127.0.0.1", text, FRONT_END)
-    port: int | None = option(
-        None, "port to listen on: PORT where the platform sets it, else 8080", number(int, 0, 65535), FRONT_END)
+    host: str = option("127.0.0.1", "address to listen on; 0.0.0.0 where the platform sets PORT", text, FRONT_END)
+    port: int = option(8080, "port to listen on; PORT where the platform sets it", number(int, 0, 65535), FRONT_END)
     input: str | None = option(
         None, "rows to predict with the one --model: .npy, or .npz by input name", array_file, COMMAND)
     output: str | None = option(None, "where predictions go: .npy, or .npz by output name", array_file, COMMAND)
@@ -276,11 +273,13 @@ class Options:
             raise OptionError(f"--input {self.input}: needs exactly one --model to predict with, not {len(self.model)}")
 
     @classmethod
-    def from_environment(cls, **changes) -> Options:
-        """Options from ``RAY_TENSORFLOW_<NAME>`` variables; ``changes`` beat them."""
+    def from_environment(cls, kind: str = FRONT_END, **changes) -> Options:
+        """Options from ``RAY_TENSORFLOW_<NAME>`` variables, and PORT for a front end; ``changes`` beat them."""
         names = [field.name for field in dataclasses.fields(cls)]
-        variables = {name: os.environ.get(f"RAY_TENSORFLOW_{name.upper()}") for name in names}
-        return cls(**{name: value for name, value in variables.items() if value} | changes)
+        found = {name: os.environ.get(f"RAY_TENSORFLOW_{name.upper()}") for name in names}
+        if kind == FRONT_END and os.environ.get("PORT"):
+            changes = {"port": os.environ["PORT"], "host": "0.0.0.0"} | {k: v for k, v in found.items() if v} | changes
+        return cls(**{name: value for name, value in found.items() if value} | changes)
 
     @classmethod
     def from_command_line(cls, description: str, kind: str, arguments: list[str] | None = None) -> Options:
@@ -294,10 +293,7 @@ class Options:
                 parser.add_argument(f"--{field.name.replace('_', '-')}", help=field.metadata["help"] + default,
                                     default=argparse.SUPPRESS, **how)
         try:
-            options = cls.from_environment(**vars(parser.parse_args(arguments)))
-            if kind == FRONT_END:
-                options.listen  # PORT may be wrong as well
-            return options
+            return cls.from_environment(kind, **vars(parser.parse_args(arguments)))
         except OptionError as error:
             parser.exit(2, f"{parser.prog}: error: {error}\n")
 
@@ -310,16 +306,6 @@ class Options:
             value = getattr(self, name)
             texts[f"--{name.replace('_', '-')}"] = ",".join(map(str, value)) if name == "model" else str(value)
         return texts
-
-    @property
-    def listen(self) -> tuple[str, int]:
-        """Host and port for a front end; platforms that set ``PORT`` route to all interfaces."""
-        platform = os.environ.get("PORT")
-        try:
-            port = self.port if self.port is not None else number(int, 0, 65535)(platform or 8080)
-        except ValueError as error:
-            raise OptionError(f"PORT {platform:.200}: must be {error}") from None
-        return self.host or ("0.0.0.0" if platform else "127.0.0.1"), port
 
 
 # ======================================================================================================================
@@ -1204,47 +1190,6 @@ def encode_results(signature: Signature, verb: str, examples: int, outputs: list
     return to_bytes(json.dumps({"results": results}, ensure_ascii=False))
 
 
-# -- metrics -----------------------------------------------------------------------------------------------------------
-
-BUCKETS_S = (0.003, 0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, math.inf)
-
-
-class Metrics:
-    """What ``GET /metrics`` tells of one front end, in Prometheus' text format. Every label has one of a few values."""
-
-    def __init__(self):
-        self._requests: collections.Counter[tuple[str, str, int]] = collections.Counter()  # by kind, model and code
-        self._buckets: collections.Counter[float] = collections.Counter()
-        self._seconds = 0.0
-
-    def observe(self, cluster: Cluster, method: str, path: str, status: int, seconds: float) -> None:
-        """One request was answered with ``status`` after so many seconds."""
-        model, kind = "", {"/": "add", "/health": "health", "/metrics": "metrics"}.get(path, "other")
-        with contextlib.suppress(InvalidRequest):
-            model, _, kind = match_path(method, path)
-        self._requests[kind, model if model in cluster.models else "", status] += 1
-        self._seconds += seconds
-        self._buckets[next(end for end in BUCKETS_S if seconds <= end)] += 1
-
-    def text(self, health: dict[str, Any]) -> str:
-        counts = dict(zip(BUCKETS_S, itertools.accumulate(self._buckets[end] for end in BUCKETS_S)))
-        families = {
-            "requests_total counter": {
-                f'requests_total{{kind="{kind}",model="{model}",code="{code}"}}': count
-                for (kind, model, code), count in sorted(self._requests.items())},
-            "request_seconds histogram": {
-                **{f'request_seconds_bucket{{le="{str(end).replace("inf", "+Inf")}"}}': n for end, n in counts.items()},
-                "request_seconds_sum": self._seconds, "request_seconds_count": counts[math.inf]},
-            "waiting_requests gauge": {"waiting_requests": health["waiting"]}}
-        for kind in ("worker", "parameter_server"):
-            families[f"{kind}_restarts_total counter"] = {
-                f'{kind}_restarts_total{{index="{actor["index"]}"}}': actor["restarts"] for actor in health[f"{kind}s"]}
-        lines = []
-        for family, samples in families.items():
-            lines += [f"# TYPE ray_tensorflow_{family}", *(f"ray_tensorflow_{k} {v}" for k, v in samples.items())]
-        return "\n".join(lines) + "\n"
-
-
 # ======================================================================================================================
 # The parameter server: holds the variables, keeps them, and in `shared` placement runs the models
 # ======================================================================================================================
@@ -1817,6 +1762,7 @@ class Line:
 
 TRIP_BYTES = 2**25  # most that requests which travel together have together
 QUEUE_BYTES = 2**28
+BUCKETS_S = (0.003, 0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, math.inf)  # of the histogram of answers
 
 
 @dataclasses.dataclass(eq=False, slots=True)
@@ -1828,9 +1774,8 @@ class Request:
     verb: str
     body: Any
     future: Any
-    size_bytes: int = 0
-    arrived: float = 0.0
-    deadline: float = 0.0
+    size_bytes: int
+    deadline: float
     is_sent: bool = False
     is_repeated: bool = False  # a worker was lost that had it
 
@@ -1853,6 +1798,9 @@ class Batcher:
         self._timer: asyncio.TimerHandle | None = None
         self._is_due = False
         self._closed: Error | None = None
+        self.answered: collections.Counter[tuple[str, str]] = collections.Counter()  # by model and verb
+        self.took: collections.Counter[float] = collections.Counter()  # by bucket
+        self.took_s = 0.0
 
     def submit(self, request: Request) -> None:
         """Queue a request; its future will be resolved."""
@@ -1861,8 +1809,6 @@ class Batcher:
         if self.waiting >= self.options.max_queue or self._waiting_bytes > QUEUE_BYTES:
             message = f"Too many requests are waiting already ({self.waiting}); try again later."
             return self.resolve(request, Unavailable(message))
-        request.arrived = time.monotonic()
-        request.deadline = request.arrived + self.options.timeout_s
         self._open[request] = None
         self._enqueue(request)
         if not self._is_due:
@@ -1900,13 +1846,14 @@ class Batcher:
     def resolve(self, request: Request, answer: Any) -> None:
         """Give a caller the answer, unless nobody waits for it any more."""
         self._open.pop(request, None)
-        request.body = None
-        if not request.future.done():
-            with contextlib.suppress(concurrent.futures.InvalidStateError):  # cancelled just now, by another thread
-                if isinstance(answer, Exception):
-                    request.future.set_exception(answer)
-                else:
-                    request.future.set_result(answer)
+        with contextlib.suppress(asyncio.InvalidStateError, concurrent.futures.InvalidStateError):
+            if isinstance(answer, Exception):
+                return request.future.set_exception(answer)
+            request.future.set_result(answer)
+            seconds = time.monotonic() - request.deadline + self.options.timeout_s
+            self.answered[request.model, request.verb] += 1
+            self.took[next(end for end in BUCKETS_S if seconds <= end)] += 1
+            self.took_s += seconds
 
     def close(self, error: Error | None) -> None:
         """Answer all that is left, and whatever comes, with this; until called with None."""
@@ -1938,7 +1885,7 @@ class Batcher:
         under_way = [next(iter(trip.values())).model
                      for line in self.lines if not line.is_silent for trip in line.trips.values()]
         if model.merged and count < self.options.max_batch:
-            early_s = queue[0].arrived + self.options.batch_wait_ms / 1000 - now
+            early_s = queue[0].deadline - self.options.timeout_s + self.options.batch_wait_ms / 1000 - now
             if early_s > 0:
                 asyncio.get_running_loop().call_later(early_s, self.dispatch)
                 return False
@@ -1972,13 +1919,11 @@ class Batcher:
 
     def _keep_time(self) -> None:
         """End the waits whose deadline has passed, and be called again at the next one."""
-        now = time.monotonic()
-        while self._open and (request := next(iter(self._open))).deadline <= now:
+        while self._open and (left_s := (request := next(iter(self._open))).deadline - time.monotonic()) <= 0:
             change = "; a change that was asked for may have been applied" if request.is_sent else ""
             message = f"No answer within the deadline of {self.options.timeout_s:g} s{change}."
             self.resolve(request, DeadlineExceeded(message))
             self._drop_done(self._queues.get((request.model, request.worker), collections.deque()))
-        left_s = next(iter(self._open)).deadline - now if self._open else None
         self._timer = asyncio.get_running_loop().call_later(left_s, self._keep_time) if self._open else None
 
 
@@ -2027,6 +1972,7 @@ class Cluster:
         self._servers = [Member("parameter server", index) for index in range(self.options.parameter_servers)]
         self._workers = [Member("worker", index) for index in range(self.options.workers)]
         self._batcher = Batcher(self.options)
+        self._errors: collections.Counter[int] = collections.Counter()  # by HTTP status
         self._status, self._failure = "new", None  # starting, serving, stopping, stopped; why not
         self._changed = threading.Condition()
         self._thread: threading.Thread | None = None
@@ -2119,22 +2065,22 @@ class Cluster:
 
     def get_weights(self, model: str) -> dict[str, np.ndarray]:
         """The variables of a served model by name. Arrays may be read-only: copy what you want to write to."""
-        return self._cross(self.get_weights_async, model)
+        return self._call_server("get_weights", model)
 
     async def get_weights_async(self, model: str) -> dict[str, np.ndarray]:
         """As ``get_weights``, awaitable."""
-        return await self._call_server("get_weights", model)
+        return await asyncio.to_thread(self._call_server, "get_weights", model)
 
     def set_weights(self, model: str, weights: dict[str, np.ndarray]) -> None:
         """Set some or all variables of a served model; a wrong name or shape is an InvalidRequest, and none is set.
 
         Once it returns, no later request is answered with the old ones, mirrors included.
         """
-        self._cross(self.set_weights_async, model, weights)
+        self._call_server("set_weights", model, as_arrays(weights))
 
     async def set_weights_async(self, model: str, weights: dict[str, np.ndarray]) -> None:
         """As ``set_weights``, awaitable."""
-        await self._call_server("set_weights", model, as_arrays(weights))
+        await asyncio.to_thread(self._call_server, "set_weights", model, as_arrays(weights))
 
     def map(
         self, batches: Iterable[Any], model: str, signature: str = "serving_default", version: int | None = None,
@@ -2147,6 +2093,7 @@ class Cluster:
         """
         self._refuse_at_home()
         pending: dict[concurrent.futures.Future, int] = {}
+        ahead = min(2 * PLACES * self.options.workers, self.options.max_queue)
 
         def results(most: int):
             while len(pending) > most:
@@ -2159,37 +2106,20 @@ class Cluster:
             for index, batch in enumerate(batches):
                 with naming_batch(index):
                     pending[self._submit(model, "arrays", (signature, as_arrays(batch)), version)] = index
-                yield from results(self._ahead - 1)
+                yield from results(ahead - 1)
             yield from results(0)
         finally:
             for future in pending:
                 future.cancel()
 
-    async def map_async(
-        self, batches: Iterable[Any] | AsyncIterable[Any], model: str, signature: str = "serving_default",
-        version: int | None = None, ordered: bool = True
-    ) -> AsyncIterator[dict[str, np.ndarray]]:
-        """As ``map``, for ``async for``; ``batches`` may be asynchronous too, else a thread waits for each of them."""
-        pending, index = {}, 0
-
-        async def results(most: int):
-            while len(pending) > most:
-                done = pending if ordered else (await asyncio.wait(pending, return_when="FIRST_COMPLETED"))[0]
-                future = next(iter(done))
-                with naming_batch(pending.pop(future)):
-                    yield await future
-
+    async def map_async(self, batches: Iterable[Any] | AsyncIterable[Any], *arguments, **options) -> AsyncIterator[Any]:
+        """As ``map``, for ``async for``; ``batches`` may be asynchronous too. It is threads that wait, not the loop."""
+        results, end = self.map(iterate(batches, asyncio.get_running_loop()), *arguments, **options), object()
         try:
-            async for batch in iterate(batches):
-                pending[asyncio.ensure_future(self.predict_async(batch, model, signature, version))] = index
-                index += 1
-                async for result in results(self._ahead - 1):
-                    yield result
-            async for result in results(0):
+            while (result := await asyncio.to_thread(next, results, end)) is not end:
                 yield result
         finally:
-            for future in pending:
-                future.cancel()
+            await asyncio.to_thread(results.close)
 
     @property
     def models(self) -> dict[str, Model]:
@@ -2239,6 +2169,29 @@ class Cluster:
                 "workers": list(map(shown, self._workers)), "models": models, "waiting": self._batcher.waiting,
                 **({"error": str(self._failure)} if self._failure else {})}
 
+    def count(self, error: Error) -> Error:
+        """Count what a front end answers with this error."""
+        self._errors[error.status] += 1
+        return error
+
+    def metrics(self) -> str:
+        """What ``GET /metrics`` answers: what this process has done, in Prometheus' text format."""
+        batcher, took = self._batcher, itertools.accumulate(self._batcher.took[end] for end in BUCKETS_S)
+        samples = {("answers_total", "counter"): [
+            (f'{{model="{model}",kind="{verb}"}}', count) for (model, verb), count in sorted(batcher.answered.items())]}
+        samples["errors_total", "counter"] = [(f'{{code="{c}"}}', count) for c, count in sorted(self._errors.items())]
+        samples["answer_seconds", "histogram"] = [
+            *((f'_bucket{{le="{str(end).replace("inf", "+Inf")}"}}', count) for end, count in zip(BUCKETS_S, took)),
+            ("_sum", batcher.took_s), ("_count", batcher.took.total())]
+        samples["waiting_requests", "gauge"] = [("", batcher.waiting)]
+        samples["restarts_total", "counter"] = [
+            (f'{{actor="{member}"}}', member.restarts) for member in self._servers + self._workers]
+        lines = []
+        for (name, kind), values in samples.items():
+            lines.append(f"# TYPE ray_tensorflow_{name} {kind}")
+            lines.extend(f"ray_tensorflow_{name}{suffix} {value}" for suffix, value in values)
+        return "\n".join(lines) + "\n"
+
     # -- from any thread or loop to the home loop ----------------------------------------------------------------------
 
     def ask(self, model: str, verb: str, body: Any, version: int | None = None, worker: int | None = None) -> Any:
@@ -2261,37 +2214,30 @@ class Cluster:
         self.find(model, version)
         is_home = threading.get_ident() == self._home
         future = self._loop.create_future() if is_home else concurrent.futures.Future()
-        request = Request(model, worker, verb, body, future, size_of(body))
+        deadline = time.monotonic() + self.options.timeout_s
+        request = Request(model, worker, verb, body, future, size_of(body), deadline)
         if is_home:
             self._batcher.submit(request)
         else:
             self._loop.call_soon_threadsafe(self._batcher.submit, request)
         return future
 
-    def _cross(self, work, *arguments) -> Any:
-        """Wait in this thread for what runs in the home loop."""
-        self._refuse_at_home()
-        self.find(ADDER)
-        return asyncio.run_coroutine_threadsafe(work(*arguments), self._loop).result()
-
     def _refuse_at_home(self) -> None:
         if threading.get_ident() == self._home:
             raise InvalidRequest("A blocking call in the cluster's own event loop would never return: await its twin.")
 
-    @property
-    def _ahead(self) -> int:
-        """How many batches of one ``map`` are in flight."""
-        return min(2 * PLACES * self.options.workers, self.options.max_queue)
-
-    async def _call_server(self, method: str, model: str, *arguments) -> Any:
+    def _call_server(self, method: str, model: str, *arguments) -> Any:
         """Call the first parameter server."""
+        self._refuse_at_home()
         self.find(model)
         if self._servers[0].state == "starting":
             raise Unavailable("The parameter server is being started; try again later.")
-        calling = call(getattr(self._servers[0].actor, method).remote(model, *arguments))
         try:
-            return await asyncio.wait_for(calling, self.options.timeout_s)
-        except TimeoutError:
+            answer = getattr(self._servers[0].actor, method).remote(model, *arguments)
+            return ray.get(answer, timeout=self.options.timeout_s)
+        except ray.exceptions.RayTaskError as error:
+            raise error.cause if isinstance(error.cause, Exception) else error from None
+        except ray.exceptions.GetTimeoutError:
             raise DeadlineExceeded(f"No answer within the deadline of {self.options.timeout_s:g} s.") from None
         except ray.exceptions.RayActorError:
             raise WorkerLost("The parameter server was lost; a change may or may not have been applied.") from None
@@ -2527,15 +2473,16 @@ def naming_batch(index: int):
         raise type(error)(f"batch {index}: {error.message}", error.status) from error
 
 
-async def iterate(items: Iterable[Any] | AsyncIterable[Any]) -> AsyncIterator[Any]:
-    """Any iterable as an asynchronous one; what may block while it makes an item does so in a thread."""
-    if isinstance(items, AsyncIterable):
-        async for item in items:
-            yield item
-        return
-    iterator, end = iter(items), object()
-    while (item := await asyncio.to_thread(next, iterator, end)) is not end:
-        yield item
+def iterate(items: Iterable[Any] | AsyncIterable[Any], loop: asyncio.AbstractEventLoop) -> Iterator[Any]:
+    """Asynchronous items, or others, for a thread that is not the loop's."""
+    if not isinstance(items, AsyncIterable):
+        return iter(items)
+    iterator, end = aiter(items), object()
+
+    async def step():
+        return await anext(iterator, end)
+
+    return iter(lambda: asyncio.run_coroutine_threadsafe(step(), loop).result(), end)
 
 
 # For the Ray that we start.
@@ -2634,12 +2581,14 @@ def predict_file(cluster: Cluster, model: str, source: str, target: str) -> None
         os.replace(whole, target)
 
 
-def start_program() -> None:
+def start_program(front_end: Options | None = None) -> None:
     """One log line an event, on standard error; as many open files as the system allows: each client needs one."""
     most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     resource.setrlimit(resource.RLIMIT_NOFILE, (min(most, 2**16), most))
     logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr)
     log.setLevel(logging.INFO)
+    if front_end:
+        log.info("starting; http://%s:%d answers 503 until a worker is ready", front_end.host, front_end.port)
 
 
 async def run_command(options: Options) -> int:

@@ -10,18 +10,19 @@ Or any WSGI server on ``ray_tensorflow_flask:app``: the cluster starts with the 
 import concurrent.futures
 import json
 import logging
+import math
 import re
 import signal
 import threading
 import time
 import urllib.parse
 
-from flask import Flask, Response, g, request
+from flask import Flask, Response, request
 from werkzeug.exceptions import HTTPException
 from werkzeug.serving import ThreadedWSGIServer, WSGIRequestHandler
 
 from ray_tensorflow import (
-    FRONT_END, MAX_BODY_BYTES, METHODS, Cluster, Error, InvalidRequest, Metrics, Options, Unavailable, log, match_path,
+    FRONT_END, MAX_BODY_BYTES, METHODS, Cluster, Error, InvalidRequest, Options, Unavailable, log, match_path,
     parse_value, start_program)
 
 THREADS = 128  # which wait for answers; connections beyond these wait for a thread
@@ -30,22 +31,18 @@ accepted = threading.local()  # when this thread's connection was
 
 def create_app(options: Options | None = None) -> Flask:
     """The WSGI application. Without ``options`` they are read from the environment when the cluster starts."""
-    cluster, metrics, starting = None, Metrics(), threading.Lock()
+    cluster, starting = None, threading.Lock()
     app = Flask(__name__, static_folder=None)
     app.config["MAX_CONTENT_LENGTH"] = MAX_BODY_BYTES + 1  # a chunked body is cut there without a word
     app.url_map.merge_slashes = False
 
-    def start() -> Cluster:
-        """The cluster of this process, started when first asked for: after any fork of the server's."""
+    @app.before_request
+    def start() -> None:
+        """Start the cluster of this process when it is first asked for: after any fork of the server's."""
         nonlocal cluster
         with starting:
             cluster = cluster or Cluster(options or Options.from_environment()).begin()
-        return cluster
-
-    @app.before_request
-    def begin() -> None:
-        g.started = getattr(accepted, "at", time.monotonic())
-        if time.monotonic() - g.started > start().options.timeout_s:
+        if time.monotonic() - getattr(accepted, "at", math.inf) > cluster.options.timeout_s:
             raise Unavailable("Too many connections are waiting already; try again later.")
 
     @app.get("/")
@@ -60,8 +57,8 @@ def create_app(options: Options | None = None) -> Flask:
         return answer(health, 200 if health["status"] == "ready" else 503)
 
     @app.get("/metrics")
-    def tell_metrics() -> Response:
-        return Response(metrics.text(cluster.health()), mimetype="text/plain; version=0.0.4")
+    def metrics() -> Response:
+        return Response(cluster.metrics(), mimetype="text/plain; version=0.0.4")
 
     @app.route("/<path:path>", methods=METHODS)  # TensorFlow Serving's rules match the path as it was sent
     def rest(path: str) -> Response:
@@ -83,14 +80,7 @@ def create_app(options: Options | None = None) -> Flask:
         elif not isinstance(error, Error):
             log.exception("a request failed")
             error = Error("Internal error")
-        return answer({"error": error.message}, error.status, error.headers)
-
-    @app.after_request
-    def count(response: Response) -> Response:
-        """What is answered, and how long that took, for ``/metrics``."""
-        seconds = time.monotonic() - g.started
-        metrics.observe(cluster, request.method, raw_path(), response.status_code, seconds)
-        return response
+        return answer({"error": cluster.count(error).message}, error.status, error.headers)
 
     app.start = start
     return app
@@ -115,9 +105,10 @@ class Server(ThreadedWSGIServer):
     """Werkzeug's threaded server, with a bounded number of threads; in the end those that are busy are waited for."""
 
     request_queue_size = 2048  # clients that wait to be let in
+    threads = concurrent.futures.ThreadPoolExecutor(THREADS)
 
     def process_request(self, connection, address) -> None:
-        self.pool.submit(self.process_in_thread, connection, address, time.monotonic())
+        self.threads.submit(self.process_in_thread, connection, address, time.monotonic())
 
     def process_in_thread(self, connection, address, now: float) -> None:
         accepted.at = now
@@ -126,20 +117,16 @@ class Server(ThreadedWSGIServer):
 
 def main() -> None:
     options = Options.from_command_line(__doc__.partition("\n")[0], FRONT_END)
-    start_program()
-    host, port = options.listen
-    log.info("starting; http://%s:%d answers 503 until a worker is ready", host, port)
+    start_program(options)
     logging.getLogger("werkzeug").setLevel(logging.ERROR)  # no line for each request
     WSGIRequestHandler.timeout = options.timeout_s  # of a client that stops in the middle
     app = create_app(options)
-    server = Server(host, port, app)
-    server.pool = concurrent.futures.ThreadPoolExecutor(THREADS)
+    server = Server(options.host, options.port, app)
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: threading.Thread(target=server.shutdown).start())
-    cluster = app.start()
+    app.start()
     server.serve_forever(poll_interval=0.1)
-    server.pool.shutdown()
-    cluster.close()
+    server.threads.shutdown()
 
 
 if __name__ == "__main__":

@@ -11,25 +11,23 @@ import asyncio
 import contextlib
 import json
 import math
-import time
 
 import uvicorn
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
-from starlette.middleware import Middleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.routing import Route, WebSocketRoute
 from starlette.websockets import WebSocket, WebSocketDisconnect
 
 from ray_tensorflow import (
-    FRONT_END, MAX_BODY_BYTES, METHODS, Cluster, Error, InvalidRequest, Metrics, Options, log, match_path, parse_json,
-    parse_value, start_program)
+    FRONT_END, MAX_BODY_BYTES, METHODS, Cluster, Error, InvalidRequest, Options, match_path, parse_json, parse_value,
+    start_program)
 
 
 def create_app(options: Options | None = None) -> Starlette:
     """The ASGI application. Without ``options`` they are read from the environment when the cluster starts."""
-    cluster, metrics = None, Metrics()
+    cluster: Cluster | None = None
 
     @contextlib.asynccontextmanager
     async def lifespan(app: Starlette):
@@ -47,8 +45,8 @@ def create_app(options: Options | None = None) -> Starlette:
         health = cluster.health()
         return answer(health, 200 if health["status"] == "ready" else 503)
 
-    async def tell_metrics(request: Request) -> Response:
-        return Response(metrics.text(cluster.health()), media_type="text/plain; version=0.0.4")
+    async def metrics(request: Request) -> Response:
+        return Response(cluster.metrics(), media_type="text/plain; version=0.0.4")
 
     async def rest(request: Request) -> Response:
         name, version, verb = match_path(request.method, request.scope["raw_path"].decode("latin-1"))
@@ -59,28 +57,23 @@ def create_app(options: Options | None = None) -> Starlette:
         is_gzip = "gzip" in request.headers.get("Content-Encoding", "")
         return answer(await cluster.ask_async(name, verb, (body, is_gzip), version))
 
-    async def answer_message(message: bytes) -> str:
-        """One message of a WebSocket, answered with its id."""
-        identity = None
-        try:
-            document = parse_json(message)
-            identity, model = document.get("id"), document.get("model")
-            if ("value" in document) == isinstance(model, str):
-                raise InvalidRequest("A message has either a value to add or the name of a model to run")
-            if isinstance(model, str):
-                text = (await cluster.ask_async(model, "predict", (message, False))).decode("utf-8", "replace")
-            else:
-                text = json.dumps({"result": await cluster.add_async(document["value"])})
-        except Error as error:
-            text = json.dumps({"error": error.message})
-        return f'{{"id": {json.dumps(identity)}, {text[1:]}'
-
     async def push(socket: WebSocket) -> None:
         """Many requests at once on one WebSocket, each answered with its id as soon as it is done."""
         places = asyncio.Semaphore(cluster.options.max_queue)
 
         async def serve(message: bytes) -> None:
-            await socket.send_text(await answer_message(message))
+            identity = None
+            try:
+                document = parse_json(message)
+                identity, model = document.get("id"), document.get("model")
+                if model is None:
+                    text = json.dumps({"result": await cluster.add_async(document.get("value"))})
+                else:
+                    body = await cluster.ask_async(str(model), "predict", (message, False))
+                    text = body.decode(errors="replace")
+            except Error as error:
+                text = json.dumps({"error": error.message})
+            await socket.send_text(f'{{"id": {json.dumps(identity)}, {text[1:]}')
             places.release()
 
         await socket.accept()
@@ -96,31 +89,17 @@ def create_app(options: Options | None = None) -> Starlette:
             pass
 
     async def refuse(request: Request, error: Exception) -> Response:
-        """Every error is JSON: ours, the framework's, and what nobody foresaw, which is logged by the server."""
+        """Every error is JSON: ours, the framework's, and what nobody foresaw, which the server logs."""
         if isinstance(error, HTTPException):
             error = Error(f"{error.detail}: {request.method} {request.url.path[:100]}", error.status_code)
         elif not isinstance(error, Error):
             error = Error("The client went away" if isinstance(error, ClientDisconnect) else "Internal error")
-        return answer({"error": error.message}, error.status, error.headers)
+        return answer({"error": cluster.count(error).message}, error.status, error.headers)
 
-    def count(app):
-        """What is answered, and how long that took, for ``/metrics``."""
-        async def counting(scope, receive, send):
-            started = time.monotonic()
-
-            async def sending(message):
-                if message["type"] == "http.response.start":
-                    path, seconds = scope["raw_path"].decode("latin-1"), time.monotonic() - started
-                    metrics.observe(cluster, scope["method"], path, message["status"], seconds)
-                await send(message)
-
-            await app(scope, receive, sending)
-        return counting
-
-    routes = [Route("/", add), Route("/health", health), Route("/metrics", tell_metrics), WebSocketRoute("/ws", push),
+    routes = [Route("/", add), Route("/health", health), Route("/metrics", metrics), WebSocketRoute("/ws", push),
               Route("/{path:path}", rest, methods=METHODS)]  # TensorFlow Serving's rules match the path as it was sent
     handlers = dict.fromkeys((Error, HTTPException, ClientDisconnect, Exception), refuse)
-    return Starlette(routes=routes, middleware=[Middleware(count)], exception_handlers=handlers, lifespan=lifespan)
+    return Starlette(routes=routes, exception_handlers=handlers, lifespan=lifespan)
 
 
 def answer(content: bytes | dict, status: int = 200, headers: dict | None = None) -> Response:
@@ -130,15 +109,14 @@ def answer(content: bytes | dict, status: int = 200, headers: dict | None = None
 
 async def read_body(request: Request, timeout_s: float) -> bytes:
     body = bytearray()
-    try:
+    with contextlib.suppress(TimeoutError):
         async with asyncio.timeout(timeout_s):
             async for part in request.stream():
                 body += part
                 if len(body) > MAX_BODY_BYTES:
                     raise InvalidRequest(f"The body is larger than {MAX_BODY_BYTES // 2**20} MiB", 413)
-    except TimeoutError:
-        raise InvalidRequest(f"The body did not arrive within the deadline of {timeout_s:g} s", 408) from None
-    return bytes(body)
+            return bytes(body)
+    raise InvalidRequest(f"The body did not arrive within the deadline of {timeout_s:g} s", 408)
 
 
 app = create_app()
@@ -146,11 +124,9 @@ app = create_app()
 
 def main() -> None:
     options = Options.from_command_line(__doc__.partition("\n")[0], FRONT_END)
-    start_program()
-    host, port = options.listen
-    log.info("starting; http://%s:%d answers 503 until a worker is ready", host, port)
-    uvicorn.run(create_app(options), host=host, port=port, log_level="warning", access_log=False, proxy_headers=False,
-                timeout_graceful_shutdown=math.ceil(options.timeout_s) + 1)
+    start_program(options)
+    uvicorn.run(create_app(options), host=options.host, port=options.port, log_level="warning", access_log=False,
+                proxy_headers=False, timeout_graceful_shutdown=math.ceil(options.timeout_s) + 1)
 
 
 if __name__ == "__main__":

@@ -1726,7 +1726,7 @@ class Line:
 
     def __init__(self, index: int, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, batcher: Batcher):
         self.index = index
-        self.is_silent = False  # it gets no new work unless there is no other
+        self.is_hung = False  # it gets no new work unless there is no other
         self.trips: dict[int, dict[int, Request]] = {}  # what is not answered yet
         self._numbers, self._writer = itertools.count(), writer
         self.closed = asyncio.create_task(self._listen(reader, batcher))
@@ -1883,7 +1883,7 @@ class Batcher:
         if not is_one_run:  # all workers get their part
             count = -(-count // sum(PLACES - len(line.trips) for line in lines))
         under_way = [next(iter(trip.values())).model
-                     for line in self.lines if not line.is_silent for trip in line.trips.values()]
+                     for line in self.lines if not line.is_hung for trip in line.trips.values()]
         if model.merged and count < self.options.max_batch:
             early_s = queue[0].deadline - self.options.timeout_s + self.options.batch_wait_ms / 1000 - now
             if early_s > 0:
@@ -1893,7 +1893,7 @@ class Batcher:
                 return False
         if model.calls_out and sum(self.models[other].calls_out for other in under_way) >= PLACES * len(self.lines) - 1:
             return False  # what it waits for may need a place, too
-        line = min(lines, key=lambda line: line.is_silent)
+        line = min(lines, key=lambda line: line.is_hung)
         requests, size_bytes = [], 0
         while queue and len(requests) < min(count, self.options.max_batch) and size_bytes < TRIP_BYTES:
             request = self._leave(queue)
@@ -1932,7 +1932,7 @@ class Batcher:
 # ======================================================================================================================
 
 PING_S = 0.5  # between two looks at an actor
-SILENT_S = 1.5  # a worker that has not answered for so long gets no new work
+SUSPECT_S = 1.5  # a worker that has not answered for so long gets no new work
 PATIENCE_S = {"worker": 4.0, "parameter server": 30.0}  # an actor that has not answered for so long is ended
 
 
@@ -1942,7 +1942,7 @@ class Member:
 
     kind: str  # "parameter server" or "worker"
     index: int
-    state: str = "starting"  # ready, silent
+    state: str = "starting"  # ready, hung
     restarts: int = 0
     pid: int | None = None  # of its last life
     about: dict[str, Any] = dataclasses.field(default_factory=dict)  # this life
@@ -2372,7 +2372,7 @@ class Cluster:
                     await asyncio.wait([*signs, ping], timeout=PING_S, return_when=asyncio.FIRST_COMPLETED)
                     if time.monotonic() - asked < 1.5 * PING_S:  # else it is this very loop that comes too late
                         silent_s += PING_S
-                    self._set_silent(member, silent_s > SILENT_S)
+                    self._set_hung(member, silent_s > SUSPECT_S)
                     if silent_s > patience_s:
                         await self._kill(member)
                         return f"it did not answer for {patience_s:g} s"
@@ -2381,19 +2381,19 @@ class Cluster:
                 if member.line and member.line.closed.done():
                     return "its connection was closed"
                 if not ping.exception():
-                    self._set_silent(member, False)
+                    self._set_hung(member, False)
                     member.about["trouble"] = ping.result()
                 await asyncio.wait(signs, timeout=PING_S, return_when=asyncio.FIRST_COMPLETED)
         finally:
             for future in (stays, ping):
                 future.cancel() or future.cancelled() or future.exception()
 
-    def _set_silent(self, member: Member, is_silent: bool) -> None:
-        if is_silent != (member.state == "silent"):
-            member.state = "silent" if is_silent else "ready"
+    def _set_hung(self, member: Member, is_hung: bool) -> None:
+        if is_hung != (member.state == "hung"):
+            member.state = "hung" if is_hung else "ready"
             log.warning("%s is %s  pid %d", member, member.state, member.pid)
         if member.line:
-            member.line.is_silent = is_silent
+            member.line.is_hung = is_hung
 
     async def _kill(self, member: Member) -> None:
         """End the process of an actor that hears nothing; Ray by itself would leave it as it is."""

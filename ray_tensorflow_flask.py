@@ -1,17 +1,13 @@
 """The Flask front end: a thread for each request, which waits for its answer.
 
     python ray_tensorflow_flask.py --workers 2 --model half_plus_two=DIR
-    curl '127.0.0.1:8080/?value=3'
-    curl -d '{"instances": [1.0, 2.0, 5.0]}' 127.0.0.1:8080/v1/models/half_plus_two:predict
 
 Or any WSGI server on ``ray_tensorflow_flask:app``: the cluster starts with the first request.
 """
 
 import concurrent.futures
-import json
 import logging
 import math
-import re
 import signal
 import threading
 import time
@@ -46,56 +42,50 @@ def create_app(options: Options | None = None) -> Flask:
             raise Unavailable("Too many connections are waiting already; try again later.")
 
     @app.get("/")
-    def add() -> Response:
+    def add() -> dict:
         if request.environ["SERVER_PROTOCOL"] == "HTTP/0.9":  # a request cut short may look like it
             raise InvalidRequest("HTTP 0.9 is not spoken here")
-        return answer({"result": cluster.add(parse_value(request.query_string.decode("latin-1")))})
+        return {"result": cluster.add(parse_value(request.query_string.decode("latin-1")))}
 
     @app.get("/health")
-    def health() -> Response:
+    def health() -> tuple[dict, int]:
         health = cluster.health()
-        return answer(health, 200 if health["status"] == "ready" else 503)
+        return health, 200 if health["status"] == "ready" else 503
 
     @app.get("/metrics")
     def metrics() -> Response:
         return Response(cluster.metrics(), mimetype="text/plain; version=0.0.4")
 
     @app.route("/<path:path>", methods=METHODS)  # TensorFlow Serving's rules match the path as it was sent
-    def rest(path: str) -> Response:
+    def rest(path: str) -> Response | dict:
         name, version, verb = match_path(request.method, raw_path())
         if request.method == "GET":
-            return answer(cluster.describe(name, version, verb))
+            return cluster.describe(name, version, verb)
         cluster.find(name, version)
         body = request.get_data(cache=False)
         if len(body) > MAX_BODY_BYTES:
             raise InvalidRequest(f"The body is larger than {MAX_BODY_BYTES // 2**20} MiB", 413)
         is_gzip = "gzip" in request.headers.get("Content-Encoding", "")
-        return answer(cluster.ask(name, verb, (body, is_gzip), version))
+        return Response(cluster.ask(name, verb, (body, is_gzip), version), mimetype="application/json")
 
     @app.errorhandler(Exception)
-    def refuse(error: Exception) -> Response:
+    def refuse(error: Exception) -> tuple[dict, int, dict]:
         """Every error is JSON: ours, the framework's, and what nobody foresaw."""
         if isinstance(error, HTTPException):
             error = Error(f"{error.name}: {request.method} {request.path[:100]}", error.code or 500)
         elif not isinstance(error, Error):
             log.exception("a request failed")
             error = Error("Internal error")
-        return answer({"error": cluster.count(error).message}, error.status, error.headers)
+        return {"error": cluster.count(error).message}, error.status, error.headers
 
     app.start = start
     return app
 
 
-def answer(content: bytes | dict, status: int = 200, headers: dict | None = None) -> Response:
-    body = content if isinstance(content, bytes) else json.dumps(content)
-    return Response(body, status, headers, mimetype="application/json")
-
-
 def raw_path() -> str:
     """The path as it was sent, where the server tells; WSGI itself only has it percent-decoded."""
     target = request.environ.get("RAW_URI") or request.environ.get("REQUEST_URI")
-    target = target or urllib.parse.quote(request.path, safe="/:!$&'()*+,;=@~")
-    return re.sub("^https?://[^/?]*", "", target, flags=re.I).partition("?")[0]
+    return (target or urllib.parse.quote(request.path, safe="/:!$&'()*+,;=@~")).partition("?")[0]
 
 
 app = create_app()

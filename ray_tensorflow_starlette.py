@@ -1,8 +1,6 @@
 """The Starlette front end: one event loop, in which all requests wait for their answers.
 
     python ray_tensorflow_starlette.py --workers 2 --model half_plus_two=DIR
-    curl '127.0.0.1:8080/?value=3'
-    curl -d '{"instances": [1.0, 2.0, 5.0]}' 127.0.0.1:8080/v1/models/half_plus_two:predict
 
 Or any ASGI server on ``ray_tensorflow_starlette:app``: the cluster starts and ends with the application's lifespan.
 """
@@ -16,7 +14,7 @@ import uvicorn
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
-from starlette.responses import Response
+from starlette.responses import JSONResponse, Response
 from starlette.routing import Route, WebSocketRoute
 from starlette.websockets import WebSocket, WebSocketDisconnect
 
@@ -39,11 +37,12 @@ def create_app(options: Options | None = None) -> Starlette:
     async def add(request: Request) -> Response:
         if request.scope["http_version"] == "0.9":  # a request cut short may look like it
             raise InvalidRequest("HTTP 0.9 is not spoken here")
-        return answer({"result": await cluster.add_async(parse_value(request.scope["query_string"].decode("latin-1")))})
+        value = parse_value(request.scope["query_string"].decode("latin-1"))
+        return JSONResponse({"result": await cluster.add_async(value)})
 
     async def health(request: Request) -> Response:
         health = cluster.health()
-        return answer(health, 200 if health["status"] == "ready" else 503)
+        return JSONResponse(health, 200 if health["status"] == "ready" else 503)
 
     async def metrics(request: Request) -> Response:
         return Response(cluster.metrics(), media_type="text/plain; version=0.0.4")
@@ -51,11 +50,12 @@ def create_app(options: Options | None = None) -> Starlette:
     async def rest(request: Request) -> Response:
         name, version, verb = match_path(request.method, request.scope["raw_path"].decode("latin-1"))
         if request.method == "GET":
-            return answer(cluster.describe(name, version, verb))
+            return JSONResponse(cluster.describe(name, version, verb))
         cluster.find(name, version)
         body = await read_body(request, cluster.options.timeout_s)
         is_gzip = "gzip" in request.headers.get("Content-Encoding", "")
-        return answer(await cluster.ask_async(name, verb, (body, is_gzip), version))
+        answer = await cluster.ask_async(name, verb, (body, is_gzip), version)
+        return Response(answer, media_type="application/json")
 
     async def push(socket: WebSocket) -> None:
         """Many requests at once on one WebSocket, each answered with its id as soon as it is done."""
@@ -69,10 +69,9 @@ def create_app(options: Options | None = None) -> Starlette:
                 if model is None:
                     text = json.dumps({"result": await cluster.add_async(document.get("value"))})
                 else:
-                    body = await cluster.ask_async(str(model), "predict", (message, False))
-                    text = body.decode(errors="replace")
+                    text = (await cluster.ask_async(str(model), "predict", (message, False))).decode(errors="replace")
             except Error as error:
-                text = json.dumps({"error": error.message})
+                text = json.dumps({"error": cluster.count(error).message})
             await socket.send_text(f'{{"id": {json.dumps(identity)}, {text[1:]}')
             places.release()
 
@@ -94,17 +93,12 @@ def create_app(options: Options | None = None) -> Starlette:
             error = Error(f"{error.detail}: {request.method} {request.url.path[:100]}", error.status_code)
         elif not isinstance(error, Error):
             error = Error("The client went away" if isinstance(error, ClientDisconnect) else "Internal error")
-        return answer({"error": cluster.count(error).message}, error.status, error.headers)
+        return JSONResponse({"error": cluster.count(error).message}, error.status, error.headers)
 
     routes = [Route("/", add), Route("/health", health), Route("/metrics", metrics), WebSocketRoute("/ws", push),
               Route("/{path:path}", rest, methods=METHODS)]  # TensorFlow Serving's rules match the path as it was sent
     handlers = dict.fromkeys((Error, HTTPException, ClientDisconnect, Exception), refuse)
     return Starlette(routes=routes, exception_handlers=handlers, lifespan=lifespan)
-
-
-def answer(content: bytes | dict, status: int = 200, headers: dict | None = None) -> Response:
-    body = content if isinstance(content, bytes) else json.dumps(content)
-    return Response(body, status, headers, media_type="application/json")
 
 
 async def read_body(request: Request, timeout_s: float) -> bytes:

@@ -27,6 +27,7 @@ import contextlib
 import copy
 import dataclasses
 import fcntl
+import glob
 import hashlib
 import http.client
 import importlib
@@ -64,9 +65,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 log = logging.getLogger("ray_tensorflow")
 
 
-# ======================================================================================================================
-# Errors: what can go wrong, as one tree; each message is one sentence that says what happened and what to do
-# ======================================================================================================================
+# == Errors: what can go wrong, as one tree; each message is one sentence that says what happened and what to do =======
 
 
 class Error(Exception):
@@ -121,9 +120,7 @@ def first_sentence(error: BaseException | str) -> str:
     return re.sub(r"\s*\[\[.*?\]\]", "", lines[0]) if lines else type(error).__name__
 
 
-# ======================================================================================================================
-# Options: one dataclass is the source of every name, type, default, limit and help text
-# ======================================================================================================================
+# == Options: one dataclass is the source of every name, type, default, limit and help text ============================
 
 ADDER = "adder"
 FRONT_END, COMMAND = "front end", "command"
@@ -153,25 +150,18 @@ def number(kind: type, least: float, most: float = math.inf, above: bool = False
     return parse
 
 
-def text(value) -> str:
-    if not isinstance(value, str) or not value:
-        raise ValueError("a non-empty text")
-    return value
-
-
-def one_of(*values: str) -> Callable[[Any], str]:
+def matching(pattern: str, allowed: str, convert: Callable[[str], Any] = str) -> Callable[[Any], Any]:
     def parse(value):
-        if str(value).lower() not in values:
-            raise ValueError(" or ".join(values))
-        return str(value).lower()
+        if not isinstance(value, (str, bool, os.PathLike)) or not re.fullmatch(pattern, str(value), re.S):
+            raise ValueError(allowed)
+        return convert(str(value))
 
     return parse
 
 
-def array_file(value) -> str:
-    if not isinstance(value, (str, os.PathLike)) or not os.fspath(value).endswith((".npy", ".npz")):
-        raise ValueError("a file whose name ends in .npy or .npz")
-    return os.fspath(value)
+text = matching(".+", "a non-empty text")
+array_file = matching(r".*\.np[yz]", "a file whose name ends in .npy or .npz")
+switch = matching("(?i:1|true|0|false)", "1 or 0", lambda value: value.lower() in ("1", "true"))
 
 
 class ModelSource(NamedTuple):
@@ -185,32 +175,25 @@ class ModelSource(NamedTuple):
         return f"{self.name} ({self.folder or self.function})"
 
 
-def is_saved_model(folder: str) -> bool:
-    return any(os.path.isfile(os.path.join(folder, name)) for name in ("saved_model.pb", "saved_model.pbtxt"))
-
-
 def model_source(value) -> ModelSource:
     """Parse ``[NAME=]DIR`` or ``[NAME=]module:function``; a folder of numbered versions means its highest."""
     if isinstance(value, ModelSource):
         return value
-    if not isinstance(value, (str, os.PathLike)):
-        raise ValueError("[NAME=]DIR or [NAME=]module:function")
-    name, where = re.fullmatch(r"(?:([\w.-]+)=)?(.*)", os.fspath(value), re.S).groups()
-    folder = os.path.abspath(where)
-    if not where or not os.path.isdir(folder):
-        if re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", where):
-            return ModelSource(name or where.partition(":")[2], 1, function=where)
+    name, where = re.fullmatch(r"(?:([\w.-]+)=)?(.*)", str(value), re.S).groups()
+    if re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", where) and not os.path.isdir(where):
+        return ModelSource(name or where.partition(":")[2], 1, function=where)
+    if not where or not os.path.isdir(where):
         raise ValueError("a folder that exists, or module:function, with an optional NAME= before it")
-    parent, base = os.path.split(folder)
-    if is_saved_model(folder) and base.isdecimal():  # one version of several, named outright
-        return ModelSource(name or os.path.basename(parent), int(base), folder)
-    if is_saved_model(folder):
-        return ModelSource(name or base, 1, folder)
-    versions = [v for v in os.listdir(folder) if v.isdecimal() and is_saved_model(os.path.join(folder, v))]
-    if not versions:
+    parent, base = os.path.split(os.path.abspath(where))
+    if glob.glob("saved_model.pb*", root_dir=where):  # perhaps one version of several, named outright
+        is_version = base.isdecimal()
+        name = name or (os.path.basename(parent) if is_version else base)
+        return ModelSource(name, int(base) if is_version else 1, os.path.abspath(where))
+    versions = [path.partition("/")[0] for path in glob.glob("*/saved_model.pb*", root_dir=where)]
+    version = max((version for version in versions if version.isdecimal()), key=int, default=None)
+    if version is None:
         raise ValueError("a folder with a saved_model.pb in it, or in one of its folders that are named by a number")
-    version = max(versions, key=int)
-    return ModelSource(name or base, int(version), os.path.join(folder, version))
+    return ModelSource(name or base, int(version), os.path.abspath(os.path.join(where, version)))
 
 
 def model_sources(values) -> tuple[ModelSource, ...]:
@@ -237,14 +220,13 @@ class Options:
     parameter_servers: int = option(1, "TensorFlow ps tasks, over which variables are spread", number(int, 1))
     placement: str = option(
         "shared", "shared: models live and run on the parameter server, one copy in all; mirrored: each worker keeps a"
-        " copy of the weights on its own device and runs there", one_of("shared", "mirrored"))
+        " copy of the weights on its own device and runs there", matching("shared|mirrored", "shared or mirrored"))
     max_batch: int = option(64, "most requests that one session.run takes together", number(int, 1))
     batch_wait_ms: float = option(0.0, "how long a batch may wait for company, in milliseconds", number(float, 0))
     max_queue: int = option(1024, "waiting requests past which new ones are refused", number(int, 1))
     timeout_s: float = option(30.0, "deadline of one request, in seconds", number(float, 0, above=True))
     exact: bool = option(
-        False, "merge rows of several requests only where every answer stays the same to the last bit",
-        lambda value: one_of("1", "true", "0", "false")(value) in ("1", "true"))
+        False, "merge rows of several requests only where every answer stays the same to the last bit", switch)
     checkpoint_dir: str | None = option(
         None, "folder in which the sum and changed variables are kept, through power cuts and for the next start;"
         " without it they are kept as long as the program runs", text)
@@ -308,9 +290,7 @@ class Options:
         return texts
 
 
-# ======================================================================================================================
-# Graphs: a model in one process, whether it comes from a SavedModel or from a function
-# ======================================================================================================================
+# == Graphs: a model in one process, whether it comes from a SavedModel or from a function =============================
 
 
 class TensorSpec(NamedTuple):
@@ -508,11 +488,8 @@ class Graph:
             arrays, failure = [*feed, *self._callables[signature](*feed)], None
         except Exception as error:
             failure = failure_of(error)
-        if failure:  # raised out here, by a frame that does not know the session: its end would wait for its server
-            code, message, is_ours = failure
-            if code in DISCONNECTED and not is_ours:
-                raise ConnectionError(message)
-            raise ModelError(message, HTTP_STATUS.get(code, 500))
+        if failure:
+            raise failure  # out here, where it does not hold the session: its end would wait for its server
         outputs = [arrays[place] for place in self._places[signature]]
         return [np.array(output, object) if isinstance(output, bytes) else np.asarray(output) for output in outputs]
 
@@ -540,7 +517,7 @@ class Graph:
             and signature.inputs and not signature.calls_out
             and (self.atomic if signature.writes else self._rows_are_independent(signature, options))]
 
-    def _rows_are_independent(self, signature: Signature, options: Options, rows: int = 8, seconds: float = 10) -> bool:
+    def _rows_are_independent(self, signature: Signature, options: Options, rows: int = 8) -> bool:
         """Is each row's answer the same, whatever rows it shares a run with? Tried on random rows.
 
         Not a matter of course: a softmax over the batch, its mean or its length are other numbers in other company.
@@ -548,12 +525,10 @@ class Graph:
         is allowed, unless ``--exact``; many sizes then, since kernels are picked by shape.
         """
         sizes = {2, 3, 5, 8, 13, 16, 32, options.max_batch} if options.exact else {2, 8, 16}
-        sample, deadline = sample_rows(signature, max(rows, *sizes)), time.monotonic() + seconds
+        sample = sample_rows(signature, max(rows, *sizes))
         try:
             alone = [self.run(signature.name, [array[i:i + 1] for array in sample]) for i in range(rows)]
             for size in sorted(size for size in sizes if size <= options.max_batch):
-                if time.monotonic() > deadline:
-                    raise TimeoutError(f"it takes more than {seconds} s to be tried")
                 together = self.run(signature.name, [array[:size] for array in sample])
                 for result, *singles in zip(together, *alone[:size]):
                     if len(result) != size or not same(result[:rows], np.concatenate(singles), options.exact):
@@ -662,26 +637,15 @@ HTTP_STATUS = {1: 499, 3: 400, 4: 504, 5: 404, 6: 409, 7: 403, 8: 429, 9: 400, 1
 DISCONNECTED = (4, 10, 14)  # what a run fails with when its parameter server is gone, or another one is in its place
 
 
-class PythonFailure(Exception):
-    """How a Python function in a graph fails with a ``tensorflow::error::Code`` and words of its own.
-
-    TensorFlow makes it a part of a message of its own, in which only plain characters are safe.
-    """
-
-    def __init__(self, code: int, message: str):
-        super().__init__(f"<{code}:{base64.b64encode(message.encode()).decode()}>")
+def failure_of(error: Exception) -> ModelError | ConnectionError:
+    """What a run raises when TensorFlow raised this. Our own Python functions in graphs fail with "HTTP 503: why"."""
+    if ours := re.search(r"RuntimeError: HTTP (\d{3}): (.*)", str(error)):
+        return ModelError(ours[2], int(ours[1]))
+    code, message = getattr(error, "error_code", None), first_sentence(error)
+    return ConnectionError(message) if code in DISCONNECTED else ModelError(message, HTTP_STATUS.get(code, 500))
 
 
-def failure_of(error: Exception) -> tuple[int | None, str, bool]:
-    """What made a run fail: ``tensorflow::error::Code``, message, and whether a PythonFailure said so."""
-    if found := re.search(r"PythonFailure: <(\d+):([\w+/=]*)>", str(error)):
-        return int(found[1]), base64.b64decode(found[2]).decode(), True
-    return getattr(error, "error_code", None), first_sentence(error), False
-
-
-# ======================================================================================================================
-# TensorFlowVariables: the variables behind an output, to get and to set, in any process
-# ======================================================================================================================
+# == TensorFlowVariables: the variables behind an output, to get and to set, in any process ============================
 
 
 class TensorFlowVariables:
@@ -806,9 +770,7 @@ def objects(values: list) -> np.ndarray:
     return array
 
 
-# ======================================================================================================================
-# Remote predict: another server's model as an operation of one's own graph
-# ======================================================================================================================
+# == Remote predict: another server's model as an operation of one's own graph =========================================
 
 # HTTP status to tensorflow::error::Code, where a server of TensorFlow Serving's REST contract answered with an error
 ERROR_CODES = {400: 3, 401: 16, 403: 7, 404: 5, 409: 10, 413: 3, 429: 8, 499: 1, 501: 12, 502: 14, 503: 14, 504: 4}
@@ -841,22 +803,24 @@ def remote_predict(
     path += f"/versions/{model_version}" if model_version >= 0 else ""
 
     def call(*inputs):
-        code, message = 0, ""
+        failure = None
         outputs = [np.array(b"", object) if dtype == object else np.zeros((), dtype) for dtype in dtypes.values()]
         named = {alias: np.asarray(value) for alias, value in zip(input_tensor_aliases, inputs)}
         try:
             outputs = call_remote(target_address, path, signature_name, named, dtypes, max_rpc_deadline_millis / 1000)
         except Error as error:
-            code, message = ERROR_CODES.get(error.status, 13), error.message
+            failure = error
         except TimeoutError:
-            code, message = 4, f"{target_address} did not answer within {max_rpc_deadline_millis} ms"
+            failure = DeadlineExceeded(f"{target_address} did not answer within {max_rpc_deadline_millis} ms")
         except OSError as error:
-            code, message = 14, f"{target_address} cannot be reached: {error.strerror or error}"
+            failure = Unavailable(f"{target_address} cannot be reached: {error.strerror or error}")
         except Exception as error:
-            code, message = 13, f"{target_address} does not answer as TensorFlow Serving does: {first_sentence(error)}"
-        if code and fail_op_on_rpc_error:
-            raise PythonFailure(code, message)
-        return [np.int32(code), message.encode(), *outputs]
+            failure = ModelError(f"{target_address} does not answer as it should: {first_sentence(error)}")
+        if failure is None:
+            return [np.int32(0), b"", *outputs]
+        if fail_op_on_rpc_error:
+            raise RuntimeError(f"HTTP {failure.status}: {failure}")
+        return [np.int32(ERROR_CODES.get(failure.status, 13)), str(failure).encode(), *outputs]
 
     code, message, *outputs = tf.numpy_function(call, input_tensors, [tf.int32, tf.string, *types], name=name)
     code.set_shape([])
@@ -899,9 +863,7 @@ def request_http(address: str, method: str, path: str, body: bytes | None, deadl
     return text
 
 
-# ======================================================================================================================
-# REST: TensorFlow Serving's contract. Front ends match paths, workers decode bodies and encode answers
-# ======================================================================================================================
+# == REST: TensorFlow Serving's contract. Front ends match paths, workers decode bodies and encode answers =============
 
 MAX_BODY_BYTES = 64 * 2**20
 SLICE = 50_000  # numbers that are made JSON at once: Python's lock is held meanwhile
@@ -1190,9 +1152,7 @@ def encode_results(signature: Signature, verb: str, examples: int, outputs: list
     return to_bytes(json.dumps({"results": results}, ensure_ascii=False))
 
 
-# ======================================================================================================================
-# The parameter server: holds the variables, keeps them, and in `shared` placement runs the models
-# ======================================================================================================================
+# == The parameter server: holds the variables, keeps them, and in `shared` placement runs the models ==================
 
 KEEP_EVERY_S = 10.0  # how old the kept variables of a model may be that changes them when it runs
 GONE_S = 10.0  # a shared cluster ends when no front end has been heard for so long
@@ -1305,7 +1265,7 @@ def keep_sum(total: np.ndarray) -> np.ndarray:
         if checkpoints:
             checkpoints.keep_sum(total.item())
     except Unavailable as error:
-        raise PythonFailure(ERROR_CODES[error.status], error.message) from None
+        raise RuntimeError(f"HTTP {error.status}: {error}") from None
     return total
 
 
@@ -1322,7 +1282,7 @@ class ParameterServer:
         self.server = None
         self.about: dict[str, Any] | None = None  # what ``start`` tells, when all is loaded
         self.kept: dict[str, int] = {}  # a fingerprint of each model's variables as they were kept last
-        self.weights: dict[str, tuple[str, list]] = {}  # of mirrored models: version, where the object store has them
+        self.weights: dict[str, str] = {}  # the version of each mirrored model's
         self.trouble: str | None = None  # with keeping variables
         self.heard = math.inf  # when a front end was heard last
         self.turn = concurrent.futures.ThreadPoolExecutor(1)  # so that the event loop can always answer ping()
@@ -1346,7 +1306,7 @@ class ParameterServer:
                     await self._load(addresses)
                 self.about = about_this_actor() | {
                     "life": secrets.token_hex(8), "folder": self.folder, "addresses": addresses, "models": self.models}
-            return self.about | {"weights": {model: version for model, (version, _) in self.weights.items()}}
+            return self.about | {"weights": dict(self.weights)}
 
     async def stay(self) -> None:
         """Never returns: a call whose failure tells at once that this process is gone."""
@@ -1359,10 +1319,6 @@ class ParameterServer:
 
     async def get_weights(self, model: str) -> dict[str, np.ndarray]:
         return await self._in_turn(self.graphs[model].variables.get_weights)
-
-    async def latest(self, model: str) -> list:
-        """Where the object store has a mirrored model's weights; in a list, so that Ray leaves it alone."""
-        return self.weights[model][1]
 
     async def set_weights(self, model: str, weights: dict[str, np.ndarray]) -> None:
         """They are kept when this returns, and every worker has them, or is dead."""
@@ -1427,13 +1383,10 @@ class ParameterServer:
             checkpoints.keep_sum(graph.variables.get_weights()["sum"].item())
         self._keep_if_changed(graph)
         if is_mirror:
-            self._publish(graph)
+            self.weights[source.name] = secrets.token_hex(8)
         rule = f"merged-{self.options.max_batch}-{self.options.exact}-{graph.fingerprint}"
         merged = tuple(checkpoints.remember(rule, lambda: graph.find_merged(self.options)))
         return Model(source.name, source.version, graph.metadata(), merged, graph.calls_out)
-
-    def _publish(self, graph: Graph) -> None:
-        self.weights[graph.source.name] = secrets.token_hex(8), [ray.put(graph.variables.get_weights())]
 
     def _set_weights(self, graph: Graph, weights: dict[str, np.ndarray]) -> None:
         graph.variables.set_weights(weights)
@@ -1442,7 +1395,7 @@ class ParameterServer:
         else:
             checkpoints.keep(graph.source, graph.variables.get_weights())
         if graph.source.name in self.weights:
-            self._publish(graph)
+            self.weights[graph.source.name] = secrets.token_hex(8)
 
     def _keep_if_changed(self, graph: Graph) -> None:
         """But for the adder, which keeps each sum before it is answered."""
@@ -1520,9 +1473,7 @@ async def call(reference):
         raise error.cause if isinstance(error.cause, Exception) else error from None
 
 
-# ======================================================================================================================
-# The workers: each builds the same graphs against the parameter server, and answers what it is sent
-# ======================================================================================================================
+# == The workers: each builds the same graphs against the parameter server, and answers what it is sent ================
 
 PLACES = 2  # batches that a front end sends a worker at once: one runs while the next one is decoded
 
@@ -1565,8 +1516,8 @@ class Worker:
                     self.have = there["life"], {}
                 for model, version in there["weights"].items():
                     if self.have[1].get(model) != version:
-                        [weights] = await call(server.latest.remote(model))
-                        await asyncio.to_thread(self.graphs[model].variables.set_weights, await weights)
+                        weights = await call(server.get_weights.remote(model))
+                        await asyncio.to_thread(self.graphs[model].variables.set_weights, weights)
                         self.have[1][model] = version
 
     async def stay(self) -> None:
@@ -1699,9 +1650,7 @@ def run_merged(graph: Graph, group: list[tuple]) -> dict[int, Any] | None:
     return answers
 
 
-# ======================================================================================================================
-# Lines: how batches travel. One call of Ray's takes ten times the processor time of a message on a connection
-# ======================================================================================================================
+# == Lines: how batches travel. One call of Ray's takes ten times the processor time of a message on a connection ======
 
 LARGE_BYTES = 2**16  # an array of so many bytes goes beside the pickle, uncopied
 
@@ -1756,9 +1705,7 @@ class Line:
         batcher.remove(self)
 
 
-# ======================================================================================================================
-# The batcher: gathers concurrent requests before they travel, and hands them to the workers round-robin
-# ======================================================================================================================
+# == The batcher: gathers concurrent requests before they travel, and hands them to the workers round-robin ============
 
 TRIP_BYTES = 2**25  # most that requests which travel together have together
 QUEUE_BYTES = 2**28
@@ -1776,7 +1723,7 @@ class Request:
     future: Any
     size_bytes: int
     deadline: float
-    is_sent: bool = False
+    timer: asyncio.TimerHandle | None = None  # that ends the wait then
     is_repeated: bool = False  # a worker was lost that had it
 
 
@@ -1794,8 +1741,6 @@ class Batcher:
         self.waiting = 0
         self._waiting_bytes = 0
         self._queues: dict[tuple[str, int | None], collections.deque[Request]] = {}
-        self._open: collections.OrderedDict[Request, None] = collections.OrderedDict()  # by deadline
-        self._timer: asyncio.TimerHandle | None = None
         self._is_due = False
         self._closed: Error | None = None
         self.answered: collections.Counter[tuple[str, str]] = collections.Counter()  # by model and verb
@@ -1809,13 +1754,12 @@ class Batcher:
         if self.waiting >= self.options.max_queue or self._waiting_bytes > QUEUE_BYTES:
             message = f"Too many requests are waiting already ({self.waiting}); try again later."
             return self.resolve(request, Unavailable(message))
-        self._open[request] = None
+        loop = asyncio.get_running_loop()
+        request.timer = loop.call_later(request.deadline - time.monotonic(), self._end_wait, request)
         self._enqueue(request)
         if not self._is_due:
             self._is_due = True
-            asyncio.get_running_loop().call_soon(self.dispatch)  # after all that is ready in this turn of the loop
-        if self._timer is None:
-            self._keep_time()
+            loop.call_soon(self.dispatch)  # after all that is ready in this turn of the loop
 
     def _enqueue(self, request: Request, first: bool = False) -> None:
         queue = self._queues.setdefault((request.model, request.worker), collections.deque())
@@ -1832,20 +1776,19 @@ class Batcher:
         if line in self.lines:
             self.lines.remove(line)
         for request in reversed([request for trip in line.trips.values() for request in trip.values()]):
-            if request not in self._open:
-                continue
             if request.verb == "add" or request.is_repeated:
                 why = "a change that was asked for may or may not have been applied"
                 self.resolve(request, WorkerLost(f"Worker {line.index} was lost; {why}."))
             else:
-                request.is_sent, request.is_repeated = False, True
+                request.is_repeated = True
                 self._enqueue(request, first=True)
         line.trips.clear()
         self.dispatch()
 
     def resolve(self, request: Request, answer: Any) -> None:
         """Give a caller the answer, unless nobody waits for it any more."""
-        self._open.pop(request, None)
+        if request.timer:
+            request.timer.cancel()
         with contextlib.suppress(asyncio.InvalidStateError, concurrent.futures.InvalidStateError):
             if isinstance(answer, Exception):
                 return request.future.set_exception(answer)
@@ -1855,13 +1798,18 @@ class Batcher:
             self.took[next(end for end in BUCKETS_S if seconds <= end)] += 1
             self.took_s += seconds
 
+    def _end_wait(self, request: Request) -> None:
+        message = f"No answer within the deadline of {self.options.timeout_s:g} s"
+        self.resolve(request, DeadlineExceeded(f"{message}; a change that was asked for may have been applied."))
+        self.dispatch()  # which drops it from its queue
+
     def close(self, error: Error | None) -> None:
         """Answer all that is left, and whatever comes, with this; until called with None."""
         self._closed = error
-        for request in list(self._open) if error else ():
+        under_way = [trip.values() for line in self.lines for trip in line.trips.values()]
+        for request in itertools.chain(*self._queues.values(), *under_way) if error else ():
             self.resolve(request, error)
-        for queue in self._queues.values():
-            self._drop_done(queue)
+        self.dispatch()  # which drops what has its answer
 
     def dispatch(self) -> None:
         """Send all batches that are due to workers that have a place. Models take turns, and so do workers."""
@@ -1898,7 +1846,6 @@ class Batcher:
         while queue and len(requests) < min(count, self.options.max_batch) and size_bytes < TRIP_BYTES:
             request = self._leave(queue)
             if not request.future.done():
-                request.is_sent = True
                 size_bytes += request.size_bytes
                 requests.append(request)
         self.lines.remove(line)
@@ -1915,21 +1862,10 @@ class Batcher:
     def _drop_done(self, queue: collections.deque[Request]) -> None:
         """Nobody waits for these any more."""
         while queue and queue[0].future.done():
-            self._open.pop(self._leave(queue), None)
-
-    def _keep_time(self) -> None:
-        """End the waits whose deadline has passed, and be called again at the next one."""
-        while self._open and (left_s := (request := next(iter(self._open))).deadline - time.monotonic()) <= 0:
-            change = "; a change that was asked for may have been applied" if request.is_sent else ""
-            message = f"No answer within the deadline of {self.options.timeout_s:g} s{change}."
-            self.resolve(request, DeadlineExceeded(message))
-            self._drop_done(self._queues.get((request.model, request.worker), collections.deque()))
-        self._timer = asyncio.get_running_loop().call_later(left_s, self._keep_time) if self._open else None
+            self._leave(queue)
 
 
-# ======================================================================================================================
-# The cluster: what scripts, notebooks and front ends hold in their hands
-# ======================================================================================================================
+# == The cluster: what scripts, notebooks and front ends hold in their hands ===========================================
 
 PING_S = 0.5  # between two looks at an actor
 SUSPECT_S = 1.5  # a worker that has not answered for so long gets no new work
@@ -1978,8 +1914,7 @@ class Cluster:
         self._thread: threading.Thread | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._home: int | None = None  # the thread of the home loop
-        self._joined, self._described, self._first = asyncio.Event(), asyncio.Event(), asyncio.Event()
-        self._closing = asyncio.Event()
+        self._described, self._first, self._closing = asyncio.Event(), asyncio.Event(), asyncio.Event()
         self._run, self._folder = secrets.token_hex(8), None  # in which variables are kept
         self._namespace = "ray_tensorflow" if self.options.address else f"ray_tensorflow-{self._run}"
 
@@ -2067,20 +2002,12 @@ class Cluster:
         """The variables of a served model by name. Arrays may be read-only: copy what you want to write to."""
         return self._call_server("get_weights", model)
 
-    async def get_weights_async(self, model: str) -> dict[str, np.ndarray]:
-        """As ``get_weights``, awaitable."""
-        return await asyncio.to_thread(self._call_server, "get_weights", model)
-
     def set_weights(self, model: str, weights: dict[str, np.ndarray]) -> None:
         """Set some or all variables of a served model; a wrong name or shape is an InvalidRequest, and none is set.
 
         Once it returns, no later request is answered with the old ones, mirrors included.
         """
         self._call_server("set_weights", model, as_arrays(weights))
-
-    async def set_weights_async(self, model: str, weights: dict[str, np.ndarray]) -> None:
-        """As ``set_weights``, awaitable."""
-        await asyncio.to_thread(self._call_server, "set_weights", model, as_arrays(weights))
 
     def map(
         self, batches: Iterable[Any], model: str, signature: str = "serving_default", version: int | None = None,
@@ -2160,7 +2087,7 @@ class Cluster:
         def shown(member: Member) -> dict[str, Any]:
             in_flight = {"in_flight": sum(map(len, member.line.trips.values()))} if member.line else {}
             known = {"index": member.index, "state": member.state, "restarts": member.restarts}
-            return known | member.about | in_flight
+            return known | {name: value for name, value in member.about.items() if value is not None} | in_flight
 
         models = {model.name: {"version": model.version} | (
             {"error": model.error} if model.error else {"merged": model.merged})
@@ -2224,7 +2151,7 @@ class Cluster:
 
     def _refuse_at_home(self) -> None:
         if threading.get_ident() == self._home:
-            raise InvalidRequest("A blocking call in the cluster's own event loop would never return: await its twin.")
+            raise InvalidRequest("A blocking call in the cluster's own event loop would never return: await its twin, or use to_thread.")
 
     def _call_server(self, method: str, model: str, *arguments) -> Any:
         """Call the first parameter server."""
@@ -2266,8 +2193,6 @@ class Cluster:
     async def _serve(self) -> None:
         """Until ``close``."""
         self._home = threading.get_ident()
-        if not self.options.address:
-            self._joined.set()
         tasks = [asyncio.create_task(self._keep(member)) for member in self._servers + self._workers]
         await self._closing.wait()
         self._batcher.close(Unavailable("The server is shutting down."))
@@ -2281,8 +2206,8 @@ class Cluster:
 
     async def _keep(self, member: Member) -> None:
         """Bring an actor up to date, and again whenever it, or the parameter server, was away; until cancelled."""
-        if member.kind == "worker":  # the others start after the first one is ready: serving comes first
-            await (self._first if member.index else self._joined).wait()
+        if member.kind == "worker" and (member.index or self.options.address):  # else beside the parameter server
+            await (self._first if member.index else self._described).wait()  # one that serves comes first
         while True:
             started = time.monotonic()
             try:
@@ -2338,7 +2263,6 @@ class Cluster:
         is_first = member is self._servers[0]
         if is_first and self.options.address:
             await call(member.actor.join.remote(self.options.shared))
-            self._joined.set()
         about = await call(member.actor.start.remote())
         if is_first:
             if about["folder"] != self._folder:  # others made this cluster
@@ -2531,9 +2455,7 @@ def ray_runtime(options: Options):
             shutil.rmtree(folder, ignore_errors=True)
 
 
-# ======================================================================================================================
-# The command: add in all workers, or predict a whole file
-# ======================================================================================================================
+# == The command: add in all workers, or predict a whole file ==========================================================
 
 
 def predict_file(cluster: Cluster, model: str, source: str, target: str) -> None:

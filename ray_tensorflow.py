@@ -321,7 +321,7 @@ class Model(NamedTuple):
     name: str
     version: int
     metadata: dict[str, Any] = {}  # its SignatureDefs as proto3 JSON
-    merged: tuple[str, ...] = ()  # the signatures of which several requests may share one run
+    merged: list[str] = []  # the signatures of which several requests may share one run
     calls_out: bool = False
     error: str | None = None
 
@@ -1385,7 +1385,7 @@ class ParameterServer:
         if is_mirror:
             self.weights[source.name] = secrets.token_hex(8)
         rule = f"merged-{self.options.max_batch}-{self.options.exact}-{graph.fingerprint}"
-        merged = tuple(checkpoints.remember(rule, lambda: graph.find_merged(self.options)))
+        merged = checkpoints.remember(rule, lambda: graph.find_merged(self.options))
         return Model(source.name, source.version, graph.metadata(), merged, graph.calls_out)
 
     def _set_weights(self, graph: Graph, weights: dict[str, np.ndarray]) -> None:

@@ -87,6 +87,15 @@ def counter(tf):
     return {"count": ({"x": x}, {"count": counted}), "read": ({"x": x}, {"count": count.read_value() + 0 * tf.reduce_sum(x)})}
 
 
+def old_counter(tf):
+    """TensorFlow 1's reference variable, incremented without a lock around it."""
+    x = tf.placeholder(tf.int64, [None], name="x")
+    with tf.variable_scope("", use_resource=False):
+        count = tf.get_variable("count", [], tf.int64, tf.zeros_initializer())
+    with tf.control_dependencies([x]):
+        return {"serving_default": ({"x": x}, {"count": tf.identity(count.assign_add(1))})}
+
+
 def failing(tf):
     """Signatures that fail, each with another of TensorFlow's error codes, and some whose outputs are no rows."""
     x = tf.placeholder(tf.int32, None, name="x")

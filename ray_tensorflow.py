@@ -50,7 +50,7 @@ import threading
 import time
 import urllib.parse
 import zlib
-from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Iterator
+from collections.abc import AsyncIterable, AsyncIterator, Callable, Coroutine, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -75,15 +75,8 @@ class Error(Exception):
     status = 500
 
     def __init__(self, message: str, status: int | None = None):
-        self.message, self.status = message, status or self.status
-        super().__init__(message, self.status)  # both are arguments, so that the error survives a pickle
-
-    def __str__(self) -> str:
-        return self.message
-
-    @property
-    def headers(self) -> dict[str, str]:
-        return {"Retry-After": "1"} if self.status in (429, 503) else {}
+        super().__init__(message)
+        self.status = status or self.status
 
 
 class OptionError(Error):
@@ -129,9 +122,7 @@ FRONT_END, COMMAND = "front end", "command"
 
 def option(default, help: str, parse: Callable[[Any], Any], only: str | None = None):
     """A field of ``Options``; ``parse`` checks a value (given as text or not), or raises ValueError(what is allowed).
-
-    ``only`` says whose command line has it: a FRONT_END's, the COMMAND's, or everybody's.
-    """
+    ``only`` says whose command line has it: a FRONT_END's, the COMMAND's, or everybody's."""
     return dataclasses.field(default=default, metadata={"help": help, "parse": parse, "only": only})
 
 
@@ -605,8 +596,7 @@ def same(a: np.ndarray, b: np.ndarray, exact: bool) -> bool:
     epsilon = 2**-7 if a.dtype.name == "bfloat16" else np.finfo(a.dtype).eps
     a, b = (array.astype(np.result_type(array, np.float64)).reshape(len(array), -1) for array in (a, b))
     largest = np.max(np.abs(b), axis=1, keepdims=True, where=np.isfinite(b), initial=0)
-    with np.errstate(invalid="ignore"):
-        return bool(np.all((a == b) | (np.abs(a - b) <= 128 * epsilon * largest) | np.isnan(a) & np.isnan(b)))
+    return np.allclose(a, b, rtol=0, atol=128 * epsilon * largest, equal_nan=True)
 
 
 # tensorflow::error::Code to HTTP status, as TensorFlow Serving has it; any other is 500
@@ -1105,7 +1095,6 @@ def encode_results(signature: Signature, verb: str, examples: int, outputs: list
 
 KEEP_EVERY_S = 10.0  # how old the kept variables of a model may be that changes them when it runs
 GONE_S = 10.0  # a shared cluster ends when no front end has been heard for so long
-SUM_RECORD = struct.Struct("<dI")  # the adder's sum and the CRC-32 of its eight bytes
 
 
 class Checkpoints:
@@ -1143,9 +1132,9 @@ class Checkpoints:
         self._write_aside(self.path(source), lambda file: np.savez(file, **plain))
 
     def keep_sum(self, total: float) -> None:
-        """The adder's, for each batch, and so in place once there is a file: that takes a hundredth of the time, and so
-        few bytes are in one sector of the disk, which is written as a whole or not at all."""
-        record, path = SUM_RECORD.pack(total, zlib.crc32(struct.pack("<d", total))), self.path(ADDER_SOURCE)
+        """The adder's, twice over; for each batch, and so in place once there is a file: that takes a hundredth of the
+        time, and so few bytes are in one sector of the disk, which is written as a whole or not at all."""
+        record, path = struct.pack("<dd", total, total), self.path(ADDER_SOURCE)
         if self._sum_file is None:
             self._write_aside(path, lambda file: file.write(record))
             self._sum_file = os.open(path, os.O_WRONLY)
@@ -1164,10 +1153,10 @@ class Checkpoints:
             with open(path, "rb") as file:
                 if source != ADDER_SOURCE:
                     return {name.removeprefix("variables/"): array for name, array in np.load(file).items()}
-                total, check = SUM_RECORD.unpack(file.read())
-                if check != zlib.crc32(struct.pack("<d", total)):
-                    raise ValueError("its checksum is wrong")
-                return {"sum": np.float64(total)}
+                record = file.read()
+                if len(record) != 16 or record[:8] != record[8:]:
+                    raise ValueError("it is not one number twice")
+                return {"sum": np.frombuffer(record)[0]}
         except Exception as error:  # there is no end to what numpy and zipfile raise
             if isinstance(error, FileNotFoundError) and not (is_needed and self._has_begun):
                 return {}
@@ -1277,9 +1266,10 @@ class ParameterServer:
                 await worker.start.remote()
 
     async def keep(self) -> None:
-        """Keep the variables that models have changed since they were kept last."""
+        """Keep the variables of the models that change them when they run."""
         for graph in self.graphs.values():
-            await self._in_turn(self._keep_if_changed, graph)
+            if graph.writes:
+                await self._in_turn(self._keep, graph)
 
     async def _in_turn(self, method, *arguments):
         return await asyncio.get_running_loop().run_in_executor(self.turn, method, *arguments)
@@ -1332,9 +1322,8 @@ class ParameterServer:
             graph.variables.set_weights(checkpoints.load(source, is_needed=graph.writes))
         except InvalidRequest as error:
             raise ModelError(f"The checkpoint {checkpoints.path(source)} is not of this model: {error}") from None
-        if source == ADDER_SOURCE:
-            checkpoints.keep_sum(graph.variables.get_weights()["sum"].item())
-        self._keep_if_changed(graph)
+        if graph.writes:
+            self._keep(graph)
         if is_mirror:
             self.weights[source.name] = secrets.token_hex(8)
         rule = f"merged-{self.options.max_batch}-{self.options.exact}-{graph.fingerprint}"
@@ -1343,21 +1332,20 @@ class ParameterServer:
 
     def _set_weights(self, graph: Graph, weights: dict[str, np.ndarray]) -> None:
         graph.variables.set_weights(weights)
-        if graph.source == ADDER_SOURCE:  # a run keeps the sum, and no other add can come between
-            graph.run("serving_default", [np.zeros(1)])
-        else:
-            checkpoints.keep(graph.source, graph.variables.get_weights())
+        self._keep(graph)
         if graph.source.name in self.weights:
             self.weights[graph.source.name] = secrets.token_hex(8)
 
-    def _keep_if_changed(self, graph: Graph) -> None:
-        """But for the adder, which keeps each sum before it is answered."""
-        if graph.writes and graph.source != ADDER_SOURCE:
-            weights = graph.variables.get_weights()
-            fingerprint = zlib.crc32(pickle.dumps(weights))
-            if self.kept.get(graph.source.name) != fingerprint:
-                checkpoints.keep(graph.source, weights)
-                self.kept[graph.source.name] = fingerprint
+    def _keep(self, graph: Graph) -> None:
+        """Keep a model's variables, if they are not as they were kept last."""
+        if graph.source == ADDER_SOURCE:  # each run keeps the sum, and no other add can come between
+            graph.run("serving_default", [np.zeros(1)])
+            return
+        weights = graph.variables.get_weights()
+        fingerprint = zlib.crc32(pickle.dumps(weights))
+        if self.kept.get(graph.source.name) != fingerprint:
+            checkpoints.keep(graph.source, weights)
+            self.kept[graph.source.name] = fingerprint
 
     async def _live(self, others: list) -> None:
         """Keep variables now and then. End with another parameter server, so that Ray brings both back and all is
@@ -1623,7 +1611,7 @@ class Line:
         self.index = index
         self.is_hung = False  # it gets no new work unless there is no other
         self.trips: dict[int, dict[int, Request]] = {}  # what is not answered yet
-        self._numbers, self._writer = itertools.count(), writer
+        self.writer, self._numbers = writer, itertools.count()
         self.closed = asyncio.create_task(self._listen(reader, batcher))
         batcher.add(self)
 
@@ -1631,10 +1619,7 @@ class Line:
         number = next(self._numbers)
         self.trips[number] = dict(enumerate(requests))
         contents = [(request.verb, request.body, request.deadline - now, request.is_repeated) for request in requests]
-        self._writer.writelines(to_frame((number, model, contents)))
-
-    def close(self) -> None:
-        self._writer.close()
+        self.writer.writelines(to_frame((number, model, contents)))
 
     async def _listen(self, reader: asyncio.StreamReader, batcher: Batcher) -> None:
         with contextlib.suppress(OSError, EOFError):
@@ -1647,7 +1632,7 @@ class Line:
                 if not trip:
                     del self.trips[number]
                     batcher.dispatch()
-        self.close()
+        self.writer.close()
         batcher.remove(self)
 
 
@@ -1844,6 +1829,7 @@ class Cluster:
         self.options = dataclasses.replace(options or Options(), **changes)
         self._servers = [Member("parameter server", index) for index in range(self.options.parameter_servers)]
         self._workers = [Member("worker", index) for index in range(self.options.workers)]
+        self.models: dict[str, Model] = {}
         self._batcher = Batcher(self.options)
         self._errors: collections.Counter[int] = collections.Counter()  # by HTTP status
         self._failure: Error | None = None  # why nothing is served, when that is not just for the moment
@@ -1973,7 +1959,7 @@ class Cluster:
                 about = pending.pop(future)
                 yield future.result()
         except Error as error:
-            raise type(error)(f"batch {about}: {error.message}", error.status) from error
+            raise type(error)(f"batch {about}: {error}", error.status) from error
         finally:
             for future in pending:
                 future.cancel()
@@ -1982,18 +1968,18 @@ class Cluster:
         """As ``map``, for ``async for``; ``batches`` may be asynchronous too. It is threads that wait, not the loop."""
         loop, end = asyncio.get_running_loop(), object()
         if isinstance(batches, AsyncIterable):
-            step = aiter(batches).__anext__
-            batches = iter(lambda: asyncio.run_coroutine_threadsafe(or_else(step(), end), loop).result(), end)
+            iterator = aiter(batches)
+
+            async def step() -> Any:
+                return await anext(iterator, end)
+
+            batches = iter(lambda: asyncio.run_coroutine_threadsafe(step(), loop).result(), end)
         results = self.map(batches, *arguments, **options)
         try:
             while (result := await asyncio.to_thread(next, results, end)) is not end:
                 yield result
         finally:
             await asyncio.to_thread(results.close)
-
-    @property
-    def models(self) -> dict[str, Model]:
-        return self._batcher.models
 
     def find(self, name: str, version: int | None = None) -> Model:
         """A served model. Raises InvalidRequest in TensorFlow Serving's words, or Unavailable."""
@@ -2036,10 +2022,13 @@ class Cluster:
                 "parameter_servers": list(map(shown, self._servers)), "workers": list(map(shown, self._workers)),
                 "models": models, "waiting": self._batcher.waiting}
 
-    def count(self, error: Error) -> Error:
-        """Count what a front end answers with this error."""
+    def refuse(self, error: Exception) -> tuple[dict[str, str], int, dict[str, str]]:
+        """What a front end answers to a request that raised this: body, status and headers."""
+        if not isinstance(error, Error):
+            log.error("a request failed", exc_info=error)
+            error = Error("Internal error")
         self._errors[error.status] += 1
-        return error
+        return {"error": str(error)}, error.status, {"Retry-After": "1"} if error.status in (429, 503) else {}
 
     def metrics(self) -> str:
         """What ``GET /metrics`` answers: what this process has done, in Prometheus' text format."""
@@ -2204,7 +2193,8 @@ class Cluster:
             for model in about["models"].values() if not self._described.is_set() else ():
                 if model.error:
                     log.error("%s", model.error)
-            self._batcher.models, self._failure = about["models"], None
+            self.models = self._batcher.models = about["models"]
+            self._failure = None
             self._batcher.close(None)
             self._described.set()
         elif member.kind == "worker":
@@ -2261,7 +2251,7 @@ class Cluster:
         member.state, member.about = "starting", {}
         for worker in [member] if member.kind == "worker" else self._workers:  # which have to connect anew
             if worker.line:
-                worker.line.close()
+                worker.line.writer.close()
         member.line = None
 
     def _fail(self, error: Error) -> None:
@@ -2310,14 +2300,6 @@ def size_of(body: Any) -> int:
     first, second = body if isinstance(body, tuple) else (b"", 0)
     arrays = second.values() if isinstance(second, dict) else [second]
     return len(first) + sum(getattr(array, "nbytes", 0) for array in arrays)
-
-
-async def or_else(step: Awaitable[Any], end: Any) -> Any:
-    """The next item of an asynchronous iterator, or ``end``."""
-    try:
-        return await step
-    except StopAsyncIteration:
-        return end
 
 
 # For the Ray that we start.

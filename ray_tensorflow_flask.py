@@ -30,6 +30,7 @@ def create_app(options: Options | None = None) -> Flask:
     cluster, starting = None, threading.Lock()
     app = Flask(__name__, static_folder=None)
     app.config["MAX_CONTENT_LENGTH"] = MAX_BODY_BYTES + 1  # a chunked body is cut there without a word
+    app.config["PROVIDE_AUTOMATIC_OPTIONS"] = False
     app.url_map.merge_slashes = False
 
     @app.before_request
@@ -60,6 +61,7 @@ def create_app(options: Options | None = None) -> Flask:
     def rest(path: str) -> Response | dict:
         sent = request.environ.get("RAW_URI") or request.environ.get("REQUEST_URI")  # WSGI itself has it decoded alone
         sent = sent or urllib.parse.quote(request.path, safe="/:!$&'()*+,;=@~")
+        sent = sent if sent.startswith("/") else "/" + sent.split("/", 3)[-1]  # http://host/path, as proxies are asked
         name, version, verb = match_path(request.method, sent.partition("?")[0])
         if request.method == "GET":
             return cluster.describe(name, version, verb)

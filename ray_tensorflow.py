@@ -28,6 +28,7 @@ import copy
 import dataclasses
 import errno
 import fcntl
+import functools
 import glob
 import hashlib
 import http.client
@@ -1462,6 +1463,7 @@ class Worker:
         async with self.starting:
             await asyncio.wrap_future(self.tensorflow)
             if self.door is None:
+                self.loop = asyncio.get_running_loop()
                 host = ray.util.get_node_ip_address()
                 self.listener = await asyncio.start_server(self._serve_line, host, limit=2**24)
                 self.door = self.listener.sockets[0].getsockname()[:2]
@@ -1499,24 +1501,18 @@ class Worker:
                 return
             self.lines.add(writer)
             while True:
-                task = asyncio.create_task(self._make_trip(writer, *await read_frame(reader)))
-                self.trips.add(task)
-                task.add_done_callback(self.trips.discard)
+                number, model, requests = await read_frame(reader)
+                trip = asyncio.create_task(self._run(model, requests, functools.partial(self._reply, writer, number)))
+                self.trips.add(trip)
+                trip.add_done_callback(self._end_trip)
         self.lines.discard(writer)
 
-    async def _make_trip(self, writer: asyncio.StreamWriter, number: int, model: str, requests: list[tuple]) -> None:
-        loop = asyncio.get_running_loop()
+    def _reply(self, writer: asyncio.StreamWriter, number: int, answers: dict[int, Any]) -> None:
+        self.loop.call_soon_threadsafe(writer.writelines, to_frame((number, answers)))
 
-        def reply(answers: dict[int, Any]) -> None:
-            loop.call_soon_threadsafe(writer.writelines, to_frame((number, answers)))
-
-        try:
-            await self._run(model, requests, reply)
-        except WorkerLost:
-            pass  # its lines are closed, which tells who waits
-        except Exception as error:  # whatever it is: nobody is to wait for ever
-            message = f"Worker {self.index} failed: {type(error).__name__}: {first_sentence(error)}"
-            reply(dict.fromkeys(range(len(requests)), Error(message)))
+    def _end_trip(self, trip: asyncio.Task) -> None:
+        self.trips.discard(trip)
+        trip.exception()  # if there is one, the line is closed, which tells who waits
 
     async def _run(self, model: str, requests: list[tuple], reply: Callable[[dict[int, Any]], Any]) -> None:
         graph, have = self.graphs[model], self.have
@@ -1529,6 +1525,9 @@ class Worker:
                 for writer in self.lines:
                     writer.close()
             raise WorkerLost(f"The parameter server of worker {self.index} was lost: {error}") from None
+        except Exception as error:  # whatever it is: nobody is to wait for ever
+            message = f"Worker {self.index} failed: {type(error).__name__}: {first_sentence(error)}"
+            reply(dict.fromkeys(range(len(requests)), Error(message)))
 
     def _connect(self, there: dict[str, Any]) -> None:
         """Connect to another life of the parameter server. Threads that still wait for the last one are left behind."""
@@ -1636,8 +1635,8 @@ class Line:
         self.closed = asyncio.create_task(self._listen(reader, batcher))
         batcher.add(self)
 
-    def send(self, model: str, requests: list[Request], now: float) -> None:
-        number = next(self._numbers)
+    def send(self, model: str, requests: list[Request]) -> None:
+        number, now = next(self._numbers), time.monotonic()
         self.trips[number] = dict(enumerate(requests))
         contents = [(request.verb, request.body, request.deadline - now, request.is_repeated) for request in requests]
         self.writer.writelines(to_frame((number, model, contents)))
@@ -1675,7 +1674,7 @@ class Request:
     future: asyncio.Future
     size_bytes: int
     deadline: float
-    timer: asyncio.TimerHandle | None = None  # that ends the wait then
+    timer: asyncio.TimerHandle | None = None  # that ends the wait at the deadline
     is_repeated: bool = False  # a worker was lost that had it
 
 
@@ -1702,34 +1701,35 @@ class Batcher:
         """Requests that are not sent yet."""
         return sum(map(len, self._queues.values()))
 
-    def submit(self, request: Request) -> None:
-        """Queue a request; its future will be resolved."""
-        self.held_bytes += request.size_bytes
+    async def submit(self, model: str, verb: str, body: Any, worker: int | None = None) -> Any:
+        """The answer to a request, which waits in its queue first. Raises Error."""
         if self._closed:
-            return self.resolve(request, self._closed)
-        if self.waiting >= self.options.max_queue or self.held_bytes > HELD_BYTES + request.size_bytes:
-            message = f"Too many requests are waiting already ({self.waiting}); try again later."
-            return self.resolve(request, Unavailable(message))
-        loop = asyncio.get_running_loop()
-        request.timer = loop.call_later(request.deadline - time.monotonic(), self._end_wait, request)
-        self._queues.setdefault((request.model, request.worker), collections.deque()).append(request)
+            raise self._closed.with_traceback(None)
+        if self.waiting >= self.options.max_queue or self.held_bytes > HELD_BYTES:
+            raise Unavailable(f"Too many requests are waiting already ({self.waiting}); try again later.")
+        loop, deadline = asyncio.get_running_loop(), time.monotonic() + self.options.timeout_s
+        request = Request(model, worker, verb, body, loop.create_future(), size_of(body), deadline)
+        request.timer = loop.call_later(self.options.timeout_s, self._end_wait, request)
+        self.held_bytes += request.size_bytes
+        self._queues.setdefault((model, worker), collections.deque()).append(request)
         if not self._is_due:
             self._is_due = True
             loop.call_soon(self.dispatch)  # after all that is ready in this turn of the loop
+        return await request.future
 
     def resolve(self, request: Request, answer: Any) -> None:
         """Give a caller the answer, unless there is one or nobody waits for it any more."""
         self.held_bytes, request.size_bytes = self.held_bytes - request.size_bytes, 0
-        if request.timer:
-            request.timer.cancel()
-        with contextlib.suppress(asyncio.InvalidStateError):
-            if isinstance(answer, Exception):
-                return request.future.set_exception(answer)
-            request.future.set_result(answer)
-            seconds = time.monotonic() - request.deadline + self.options.timeout_s
-            self.answered[request.model, request.verb] += 1
-            self.took[next(end for end in BUCKETS_S if seconds <= end)] += 1
-            self.took_s += seconds
+        request.timer.cancel()
+        if request.future.done():
+            return
+        if isinstance(answer, Exception):
+            return request.future.set_exception(answer)
+        request.future.set_result(answer)
+        seconds = time.monotonic() - request.deadline + self.options.timeout_s
+        self.answered[request.model, request.verb] += 1
+        self.took[next(end for end in BUCKETS_S if seconds <= end)] += 1
+        self.took_s += seconds
 
     def add(self, line: Line) -> None:
         self.lines.insert(0, line)
@@ -1764,37 +1764,43 @@ class Batcher:
 
     def dispatch(self) -> None:
         """Send all batches that are due to workers that have a place. Models take turns, and so do workers."""
-        self._is_due = False
-        while any([self._take(*key) for key in list(self._queues)]):
-            pass
+        self._is_due, keys = False, collections.deque(self._queues)
+        while keys:
+            key = keys.popleft()
+            if batch := self._next_batch(*key):
+                line, requests = batch
+                self.lines.remove(line)
+                self.lines.append(line)
+                line.send(key[0], requests)
+                keys.append(key)
 
-    def _take(self, name: str, worker: int | None) -> bool:
-        """Send one batch of this queue, if it is due and there is a place for it."""
-        queue, model, now = self._queues[name, worker], self.models[name], time.monotonic()
+    def _next_batch(self, name: str, worker: int | None) -> tuple[Line, list[Request]] | None:
+        """What of this queue is to be sent now, and to whom; if it is due, and there is a place for it."""
+        queue, model = self._queues[name, worker], self.models[name]
         while queue and queue[0].future.done():  # nobody waits for it any more
             self.resolve(queue.popleft(), None)
         if not queue:
             del self._queues[name, worker]
-            return False
+            return None
         lines = [line for line in self.lines if worker in (None, line.index)]
         lines = [line for line in lines if not line.is_hung] or lines
         lines = [line for line in lines if len(line.trips) < PLACES]
         if not lines:
-            return False
+            return None
         is_one_run, count = model.merged and self.options.placement == "shared", len(queue)
         if not is_one_run:  # all workers get their part
             count = -(-count // sum(PLACES - len(line.trips) for line in lines))
         under_way = [next(iter(trip.values())).model
                      for line in self.lines if not line.is_hung for trip in line.trips.values()]
         if model.merged and count < self.options.max_batch:
-            early_s = queue[0].deadline - self.options.timeout_s + self.options.batch_wait_ms / 1000 - now
+            early_s = queue[0].deadline - self.options.timeout_s + self.options.batch_wait_ms / 1000 - time.monotonic()
             if early_s > 0:
                 asyncio.get_running_loop().call_later(early_s, self.dispatch)
-                return False
+                return None
             if is_one_run and under_way.count(name) >= PLACES:  # more at once would only be smaller
-                return False
+                return None
         if model.calls_out and sum(self.models[other].calls_out for other in under_way) >= PLACES * len(self.lines) - 1:
-            return False  # what it waits for may need a place, too
+            return None  # what it waits for may need a place, too
         requests, size_bytes = [], 0
         while queue and len(requests) < min(count, self.options.max_batch) and size_bytes < TRIP_BYTES:
             request = queue.popleft()
@@ -1803,10 +1809,14 @@ class Batcher:
             else:
                 size_bytes += request.size_bytes
                 requests.append(request)
-        self.lines.remove(lines[0])
-        self.lines.append(lines[0])
-        lines[0].send(name, requests, now)
-        return True
+        return lines[0], requests
+
+
+def size_of(body: Any) -> int:
+    """Roughly the bytes that travel: an HTTP body's, or those of arrays."""
+    first, second = body if isinstance(body, tuple) else (b"", 0)
+    arrays = second.values() if isinstance(second, dict) else [second]
+    return len(first) + sum(getattr(array, "nbytes", 0) for array in arrays)
 
 
 # == The cluster: what scripts, notebooks and front ends hold in their hands ===========================================
@@ -1973,7 +1983,8 @@ class Cluster:
             while True:
                 for about, batch in itertools.islice(source, ahead - len(pending)):
                     self.find(model, version)
-                    pending[self._cross(self._ask(model, "arrays", (signature, as_arrays(batch))))] = about
+                    answer = self._batcher.submit(model, "arrays", (signature, as_arrays(batch)))
+                    pending[self._cross(answer)] = about
                 if not pending:
                     return
                 done = pending if ordered else concurrent.futures.wait(pending, return_when="FIRST_COMPLETED").done
@@ -2071,21 +2082,15 @@ class Cluster:
     def ask(self, model: str, verb: str, body: Any, version: int | None = None, worker: int | None = None) -> Any:
         """What ``decode`` says of the verb. Raises Error."""
         self.find(model, version)
-        return self._wait(self._cross(self._ask(model, verb, body, worker)))
+        return self._wait(self._cross(self._batcher.submit(model, verb, body, worker)))
 
     async def ask_async(
         self, model: str, verb: str, body: Any, version: int | None = None, worker: int | None = None
     ) -> Any:
         """As ``ask``, awaitable."""
         self.find(model, version)
-        asking = self._ask(model, verb, body, worker)
-        return await (asking if threading.get_ident() == self._home else asyncio.wrap_future(self._cross(asking)))
-
-    async def _ask(self, model: str, verb: str, body: Any, worker: int | None = None) -> Any:
-        deadline = time.monotonic() + self.options.timeout_s
-        request = Request(model, worker, verb, body, self._loop.create_future(), size_of(body), deadline)
-        self._batcher.submit(request)
-        return await request.future
+        answer = self._batcher.submit(model, verb, body, worker)
+        return await (answer if threading.get_ident() == self._home else asyncio.wrap_future(self._cross(answer)))
 
     async def _call_server(self, method: str, model: str, *arguments) -> Any:
         """Call the first parameter server."""
@@ -2311,13 +2316,6 @@ def as_arrays(inputs: Any) -> Any:
         return {name: np.asarray(value) for name, value in inputs.items()} if is_named else np.asarray(inputs)
     except ValueError:
         raise InvalidRequest("An input is ragged: all its rows must have the same shape") from None
-
-
-def size_of(body: Any) -> int:
-    """Roughly the bytes that travel: an HTTP body's, or those of arrays."""
-    first, second = body if isinstance(body, tuple) else (b"", 0)
-    arrays = second.values() if isinstance(second, dict) else [second]
-    return len(first) + sum(getattr(array, "nbytes", 0) for array in arrays)
 
 
 def from_loop(items: AsyncIterator[Any], loop: asyncio.AbstractEventLoop) -> Iterator[Any]:

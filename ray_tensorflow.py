@@ -984,18 +984,27 @@ def parse_tensor(where: str, value: Any, dtype: np.dtype) -> np.ndarray:
     elements = np.array(value, object)  # as deep as all its lists have the same length
     flat = elements.ravel().tolist()
     texts = list(map(parse_string, flat)) if dtype == object else ()
-    if None in texts or not set(map(type, flat)) <= set(types):
-        index = texts.index(None) if texts else next(i for i, element in enumerate(flat) if type(element) not in types)
-        where += "".join(f"[{i}]" for i in np.unravel_index(index, elements.shape))
-        also = " and as many at each place" if list in map(type, flat) else ""
-        raise InvalidRequest(f"{where}: expected {expected}{also}, got {shown(flat[index])}")
-    if dtype == object:
-        return objects(texts).reshape(elements.shape)
     try:
-        with np.errstate(over="ignore"):
-            return np.array(flat, dtype if dtype.kind in "biu" else np.float64).astype(dtype).reshape(elements.shape)
-    except OverflowError:
-        raise InvalidRequest(f"{where}: expected {expected} within the range of {dtype}, got {shown(value)}") from None
+        if list in map(type, flat):
+            sizes = [len(element) if isinstance(element, list) else None for element in flat]
+            wrong, expected = [size != sizes[0] for size in sizes], f"a list of {sizes[0]}" if sizes[0] else expected
+        elif texts:
+            wrong = [text is None for text in texts]
+        elif not set(map(type, flat)) <= set(types):
+            wrong = [type(element) not in types for element in flat]
+        else:
+            with np.errstate(over="ignore"):
+                return np.array(flat, dtype if dtype.kind in "biu" else float).astype(dtype).reshape(elements.shape)
+    except OverflowError:  # a number of hundreds of digits, or one that the dtype does not have
+        if dtype.kind not in "iu":
+            return np.array([float(str(element)) for element in flat]).astype(dtype).reshape(elements.shape)
+        limits, expected = np.iinfo(dtype), f"a whole number that {dtype} has"
+        wrong = [not limits.min <= element <= limits.max for element in flat]
+    if dtype == object and True not in wrong:
+        return objects(texts).reshape(elements.shape)
+    index = wrong.index(True) if True in wrong else 0
+    place = "".join(f"[{i}]" for i in np.unravel_index(index, elements.shape))
+    raise InvalidRequest(f"{where}{place}: expected {expected}, got {shown(flat[index])}")
 
 
 def parse_string(value: Any) -> bytes | None:
@@ -1083,9 +1092,10 @@ def plain(array: np.ndarray, name: str) -> Any:
 
 def shortest(array: np.ndarray) -> np.ndarray:
     """Float64 with the same few decimals that the narrower floats have: 0.1, and not 0.10000000149011612."""
-    wide, result = array.astype(np.float64), np.full(array.shape, np.nan)
-    if array.dtype == np.float32:  # tried on all at once, which is twelve times faster
-        with np.errstate(all="ignore"):
+    result = np.full(array.shape, np.nan)
+    with np.errstate(all="ignore"):
+        if array.dtype == np.float32:  # tried on all at once, which is twelve times faster
+            wide = array.astype(np.float64)
             magnitude = np.floor(np.log10(np.abs(wide)))
             for digits in (6, 7, 8, 9):
                 scale = 10.0 ** (digits - 1 - magnitude)
@@ -2356,6 +2366,8 @@ def ray_runtime(options: Options):
         if not options.address:
             temporary = tempfile.gettempdir()
             folder = tempfile.mkdtemp(prefix="ray_tensorflow_", dir=temporary if len(temporary) < 18 else "/tmp")
+            if shutil.disk_usage(folder).free < 2**20:  # Ray would try for ever
+                raise Unavailable(f"Less than 1 MiB is free in {os.path.dirname(folder)}: make room, or set TMPDIR.")
             variables["KERAS_HOME"] = os.path.join(folder, "keras")  # else Keras makes a folder at home
             os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
             if not os.environ.get("RAY_AUTH_TOKEN_PATH"):  # else it is written to the home folder

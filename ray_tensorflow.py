@@ -717,6 +717,8 @@ def variable_operations(operations: list) -> list:
 def to_array(what: str, value: Any, dtype: np.dtype) -> np.ndarray:
     """Cast without loss of kind: ints to floats, not floats to ints; text to bytes. Raises InvalidRequest."""
     array = np.asarray(value)
+    if array.dtype.kind == "V" and array.itemsize == dtype.itemsize:  # bfloat16, which numpy's files do not know
+        array = array.view(dtype)
     if dtype == object:
         flat = [v.encode() if isinstance(v, str) else v for v in array.astype(object).ravel().tolist()]
         if not all(isinstance(v, bytes) for v in flat):
@@ -1160,7 +1162,8 @@ class Checkpoints:
         self._write_aside(self._marker, lambda file: file.write(b"begun"))
 
     def keep(self, source: ModelSource, weights: dict[str, np.ndarray]) -> None:
-        plain = {f"variables/{name}": np.asarray(v, "S" if v.dtype == object else None) for name, v in weights.items()}
+        plain = {f"variables/{name}": value if value.dtype != object else np.array(value + b".", "S")
+                 for name, value in weights.items()}  # numpy strips zeros from the end of a text
         self._write_aside(self.path(source), lambda file: np.savez(file, **plain))
 
     def keep_sum(self, total: float) -> None:
@@ -1184,7 +1187,8 @@ class Checkpoints:
         try:
             with open(path, "rb") as file:
                 if source != ADDER_SOURCE:
-                    return {name.removeprefix("variables/"): array for name, array in np.load(file).items()}
+                    return {name.removeprefix("variables/"): array if array.dtype.kind != "S" else objects(
+                        text[:-1] for text in array.flat).reshape(array.shape) for name, array in np.load(file).items()}
                 record = file.read()
                 if len(record) != 16 or record[:8] != record[8:]:
                     raise ValueError("it is not one number twice")
@@ -1875,7 +1879,7 @@ class Cluster:
         self._batcher = Batcher(self.options)
         self._errors: collections.Counter[int] = collections.Counter()  # by HTTP status
         self._failure: Error | None = None  # why nothing is served, when that is not just for the moment
-        self._changed = threading.Condition()
+        self._changed, self._maker = threading.Condition(), concurrent.futures.ThreadPoolExecutor(1)
         self._thread: threading.Thread | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._home: int | None = None  # the thread of the home loop
@@ -2157,6 +2161,7 @@ class Cluster:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+        await asyncio.to_thread(self._maker.shutdown, cancel_futures=True)  # what is made later starts another Ray
         lines = [worker.line.closed for worker in self._workers if worker.line]
         self._lose(self._servers[0])  # and so all lines
         await asyncio.gather(*lines)
@@ -2169,7 +2174,7 @@ class Cluster:
         while True:
             started = time.monotonic()
             try:
-                member.actor = member.actor or await asyncio.to_thread(self._make, member)
+                member.actor = member.actor or await self._loop.run_in_executor(self._maker, self._make, member)
                 await self._start(member)
                 log.info("%s ready  pid %d  %.1f s", member, member.pid, time.monotonic() - started)
                 log.warning("%s lost  pid %d  %s", member, member.pid, await self._watch(member))
@@ -2361,7 +2366,7 @@ def ray_runtime(options: Options):
     here = os.path.dirname(os.path.abspath(__file__))
     paths = [here, *(path or os.getcwd() for path in sys.path if not path.startswith((sys.prefix, sys.base_prefix)))]
     variables = {"PYTHONPATH": os.pathsep.join(dict.fromkeys(paths))}  # actors find modules where this process does
-    folder, where = None, {"address": options.address}
+    folder, where, is_clustered = None, {"address": options.address}, ray_constants.ENABLE_RAY_CLUSTER
     try:
         if not options.address:
             temporary = tempfile.gettempdir()
@@ -2383,9 +2388,11 @@ def ray_runtime(options: Options):
         raise Unavailable(f"No Ray cluster answers at {options.address!r}: {reason}") from None
     finally:
         ray.shutdown()
-        ray_constants.ENABLE_RAY_CLUSTER = True
-        if folder:
-            shutil.rmtree(folder, ignore_errors=True)
+        ray_constants.ENABLE_RAY_CLUSTER = is_clustered
+        for _ in range(100):  # Ray's last processes may write into it while they end
+            if folder and os.path.exists(folder):
+                shutil.rmtree(folder, ignore_errors=True)
+                time.sleep(0.05)
 
 
 # == The command: add in all workers, or predict a whole file ==========================================================

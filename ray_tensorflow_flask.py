@@ -105,6 +105,8 @@ def main() -> None:
     start_program(options)
     logging.getLogger("werkzeug").setLevel(logging.ERROR)  # no line for each request
     WSGIRequestHandler.timeout = options.timeout_s  # of a client that stops in the middle
+    WSGIRequestHandler.error_content_type = "application/json"  # of what is hardly HTTP: no HTML there, either
+    WSGIRequestHandler.error_message_format = '{"error": "%(explain)s"}'
     app = create_app(options)
     server = Server(options.host, options.port, app)
     for number in (signal.SIGINT, signal.SIGTERM):

@@ -16,7 +16,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route, WebSocketRoute
-from starlette.websockets import WebSocket, WebSocketDisconnect
+from starlette.websockets import WebSocket, WebSocketDisconnect, WebSocketDisconnected
 
 from ray_tensorflow import (
     FRONT_END, MAX_BODY_BYTES, METHODS, Cluster, Error, InvalidRequest, Options, match_path, parse_json, parse_value,
@@ -87,7 +87,7 @@ def create_app(options: Options | None = None) -> Starlette:
                     if event["type"] == "websocket.disconnect":
                         raise WebSocketDisconnect
                     requests.create_task(serve(event.get("bytes") or event["text"].encode("utf-8", "surrogatepass")))
-        except* WebSocketDisconnect:
+        except* (WebSocketDisconnect, WebSocketDisconnected):  # the second one: answers behind the first that failed
             pass
 
     async def refuse(request: Request, error: Exception) -> Response:

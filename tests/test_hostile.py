@@ -92,12 +92,6 @@ def wrong_head(r: random.Random) -> bytes:
         b"a: " + b"b" * 100_000, b"\r\n".join(b"h%d: x" % i for i in range(2000))]))
 
 
-def wrong_chunks(r: random.Random) -> bytes:
-    size = r.choice([b"zz", b"-2", b"5", b"1", b"", b"f" * 40, b"f" * 16, b"0x2", b"+2", b" 2", b"2_0"])
-    head = post(b"").replace(b"Content-Length: 0", b"Transfer-Encoding: chunked")
-    return head + size + r.choice([b"\r\n{}\r\n0\r\n\r\n", b"\n{}\n0\n\n", b"\r\n{}", b"\r\n{}0\r\n\r\n"])
-
-
 def not_http(r: random.Random) -> bytes:
     return r.choice([
         r.randbytes(200), b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + r.randbytes(99), b"\0" * 5000, b"hello",
@@ -123,11 +117,11 @@ def damaged(r: random.Random) -> bytes:
 def pipelined(r: random.Random) -> bytes:
     """Good requests before and behind a malformed one."""
     good = b"GET /?value=0 HTTP/1.1\r\nHost: a\r\n\r\n"
-    return good * r.randint(0, 3) + r.choice([wrong_document, wrong_head, wrong_chunks, not_http])(r) + good
+    return good * r.randint(0, 3) + r.choice([wrong_document, wrong_head, not_http])(r) + good
 
 
 WELL_FORMED = (wrong_document, wrong_example, wrong_json, wrong_gzip, wrong_path)  # as HTTP
-MALFORMED = (wrong_method, wrong_head, wrong_chunks, not_http, truncated, damaged, pipelined)
+MALFORMED = (wrong_method, wrong_head, not_http, truncated, damaged, pipelined)
 
 
 # -- sending them ------------------------------------------------------------------------------------------------------

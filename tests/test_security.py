@@ -4,7 +4,6 @@ import base64
 import contextlib
 import glob
 import io
-import ipaddress
 import json
 import os
 import pickle
@@ -20,6 +19,7 @@ import pytest
 from websockets.sync.client import connect
 
 SECRET = "what no answer may hold"
+LOOPBACK = "0100007F", "0000000000000000FFFF00000100007F", "0" * 24 + "01000000"  # 127.0.0.1, as IPv6 has it, and ::1
 
 # -- what listens where ------------------------------------------------------------------------------------------------
 
@@ -44,7 +44,7 @@ def commands(front_end) -> dict[int, str]:
 
 @pytest.fixture
 def listening(commands) -> dict[tuple[str, int], str]:
-    """(address, port) to command line, of every TCP socket of all its processes that listens."""
+    """(address in hexadecimal, port) to command line, of every TCP socket of all its processes that listens."""
     owners, found = {}, {}
     for pid, command in commands.items():
         for path in glob.glob(f"/proc/{pid}/fd/*"):
@@ -54,24 +54,18 @@ def listening(commands) -> dict[tuple[str, int], str]:
         with open(f"/proc/net/{table}") as file:
             for fields in map(str.split, file.readlines()[1:]):
                 if fields[3] == "0A" and (command := owners.get(f"socket:[{fields[9]}]")):
-                    host, port = fields[1].split(":")
-                    words = [bytes.fromhex(host[i:i + 8])[::-1] for i in range(0, len(host), 8)]
-                    found[str(ipaddress.ip_address(b"".join(words))), int(port, 16)] = command
+                    address, port = fields[1].split(":")
+                    found[address, int(port, 16)] = command
     return found
-
-
-def is_loopback(address: str) -> bool:
-    ip = ipaddress.ip_address(address)
-    return (getattr(ip, "ipv4_mapped", None) or ip).is_loopback
 
 
 def test_everything_but_one_port_of_tensorflows_listens_on_this_machine_alone(front_end, commands, listening):
     """grpc_server_lib.cc asks for 0.0.0.0 whatever the ClusterSpec says, which gRPC makes [::] where there is IPv6."""
     for name in ("gcs_server", "raylet", "ray::ParameterServer", "ray::Worker"):
         assert any(name in command for command in commands.values())
-    assert ("127.0.0.1", front_end.port) in listening
-    [(address, command)] = [(place[0], command) for place, command in listening.items() if not is_loopback(place[0])]
-    assert ipaddress.ip_address(address).is_unspecified and command.startswith("ray::ParameterServer")
+    assert (LOOPBACK[0], front_end.port) in listening
+    [command] = [command for (address, _), command in listening.items() if address not in LOOPBACK]
+    assert command.startswith("ray::ParameterServer")
 
 
 def raylet(commands: dict[int, str]) -> tuple[int, str]:
@@ -118,6 +112,8 @@ def canary(tmp_path):
     path = str(tmp_path / "canary")
     yield path
     assert not os.path.exists(path)
+    pickle.loads(bombs(path)[0])  # and this is how it would have come into being
+    assert os.path.exists(path)
 
 
 @pytest.fixture
@@ -127,17 +123,11 @@ def secret(tmp_path) -> str:
     return str(tmp_path / "secret")
 
 
-def test_the_bomb_goes_off_when_it_is_unpickled(tmp_path):
-    pickle.loads(pickle.dumps(Bomb(str(tmp_path / "made"))))
-    assert (tmp_path / "made").exists()
-
-
 def bombs(canary: str) -> list[bytes]:
     """A pickle, and what numpy.load would unpickle."""
-    array, archive = io.BytesIO(), io.BytesIO()
-    np.save(array, np.array([Bomb(canary)], object), allow_pickle=True)
-    np.savez(archive, instances=np.array([Bomb(canary)], object))
-    return [pickle.dumps(Bomb(canary), 2), array.getvalue(), archive.getvalue()]
+    file = io.BytesIO()
+    np.save(file, np.array([Bomb(canary)], object), allow_pickle=True)
+    return [pickle.dumps(Bomb(canary), 2), file.getvalue()]
 
 
 def expressions(canary: str) -> list[str]:
@@ -148,7 +138,7 @@ def expressions(canary: str) -> list[str]:
 def places(secret: str) -> list[str]:
     """What would be a path or a function, if a name could be one."""
     return ["/etc/passwd", secret, "../" * 12 + secret.lstrip("/"), "..%2f" * 12 + "etc%2fpasswd", f"file://{secret}",
-            f"{secret}\0.pb", "linear/../../secret", "os:system", "example_models:linear"]
+            f"{secret}\0.pb", "os:system", "example_models:linear"]
 
 
 def assert_is_refused(answer):

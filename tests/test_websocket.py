@@ -56,20 +56,12 @@ def test_answers_come_as_they_are_done_and_are_told_apart_by_their_id(open_socke
 
 
 @pytest.mark.parametrize("message, identity, error", [
-    ("{nope", None, "JSON"),
-    ("", None, "JSON"),
-    (b"\xff\xfe", None, "JSON"),
-    ("[]", None, "object"),
-    ({}, None, "value"),
-    ({"id": [1, {"a": None}]}, [1, {"a": None}], "value"),
-    ({"id": "ü", "value": "x"}, "ü", "value"),
-    ({"id": 2.5, "value": True}, 2.5, "value"),
-    ('{"id": 3, "value": NaN}', 3, "value"),
-    ({"id": 4, "value": 10**400}, 4, "value"),
+    ("{nope", None, "JSON"), (b"\xff\xfe", None, "JSON"), ("[]", None, "object"), ({}, None, "value"),
+    ({"id": [1, {"a": None}]}, [1, {"a": None}], "value"), ({"id": "ü", "value": True}, "ü", "value"),
+    ('{"id": 3, "value": NaN}', 3, "value"), ({"id": 4, "value": 10**400}, 4, "value"),
     ({"id": 5, "model": "nope", "instances": [1]}, 5, "Servable not found for request: Latest(nope)"),
     ({"id": 6, "model": ["linear"], "instances": [1]}, 6, "Servable not found"),
     ({"id": 7, "model": "linear"}, 7, "instances"),
-    ({"id": 8, "model": "linear", "signature_name": "no", "instances": [1]}, 8, 'signature name: "no" not found'),
     ({"id": 9, "model": "linear", "instances": [["\ud800"]]}, 9, "instances[0][0]"),
     ({"id": 10, "model": "linear", "instances": [[1, 2]]}, 10, ""),
 ])

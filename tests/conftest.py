@@ -1,7 +1,6 @@
 """What the tests share: real servers, one cluster for the session, models to serve, and a leak detector.
 
-Three speeds, by file: pure (test_options, test_batcher, test_codec: no Ray, no TensorFlow), graph (test_graph, test_weights:
-TensorFlow in this process), cluster (the rest). Tests that break things start their own servers.
+Three speeds: pure (no Ray, no TensorFlow), TensorFlow in this process, cluster. What breaks things starts its own server.
 """
 
 import atexit
@@ -39,36 +38,6 @@ os.environ[OWNER] = "test"
 START_S = 240  # how long a start may take on a machine that is busy
 
 
-def processes(owner: str) -> dict[int, str]:
-    """Pid and command line of the living processes of this test run that belong to "test" or to "session"."""
-    found = {}
-    for folder in glob.glob("/proc/[0-9]*"):
-        pid = int(folder.rpartition("/")[2])
-        with contextlib.suppress(OSError):
-            with open(f"{folder}/environ", "rb") as file:
-                environment = file.read().split(b"\0")
-            with open(f"{folder}/stat") as file:
-                state = file.read().rpartition(")")[2].split()[0]
-            mine = f"{RUN}={os.environ[RUN]}".encode() in environment and f"{OWNER}={owner}".encode() in environment
-            if mine and state != "Z" and pid != os.getpid():
-                with open(f"{folder}/cmdline", "rb") as file:
-                    found[pid] = file.read().replace(b"\0", b" ").decode(errors="replace")
-    return found
-
-
-def folders() -> set[str]:
-    return set(glob.glob(os.path.join(tempfile.gettempdir(), "ray_tensorflow_*")))
-
-
-def wait_until(condition, seconds: float = START_S, what: str = ""):
-    """Poll until the condition is true; its value."""
-    end = time.monotonic() + seconds
-    while not (value := condition()):
-        assert time.monotonic() < end, f"not within {seconds} s: {what or condition}"
-        time.sleep(0.02)
-    return value
-
-
 def pytest_addoption(parser):
     parser.addoption("--long", action="store_true", help="also those tests that break and load things for minutes")
 
@@ -83,6 +52,41 @@ def pytest_collection_modifyitems(config, items):
             item.add_marker(pytest.mark.skip(reason="takes long: runs with --long"))
 
 
+def wait_until(condition, seconds: float = START_S, what: str = ""):
+    """Poll until the condition is true; its value."""
+    end = time.monotonic() + seconds
+    while not (value := condition()):
+        assert time.monotonic() < end, f"not within {seconds} s: {what or condition}"
+        time.sleep(0.02)
+    return value
+
+
+# -- nothing is left over ----------------------------------------------------------------------------------------------
+
+SESSION_FOLDERS: set[str] = set()
+
+
+def processes(owner: str) -> dict[int, str]:
+    """Pid and command line of the living processes of this test run that belong to "test" or to "session"."""
+    found = {}
+    for folder in glob.glob("/proc/[0-9]*"):
+        pid = int(folder.rpartition("/")[2])
+        with contextlib.suppress(OSError):
+            with open(f"{folder}/environ", "rb") as file:
+                environment = file.read().split(b"\0")
+            with open(f"{folder}/stat") as file:
+                state = file.read().rpartition(")")[2].split()[0]
+            mine = {f"{RUN}={os.environ[RUN]}".encode(), f"{OWNER}={owner}".encode()} <= set(environment)
+            if mine and state != "Z" and pid != os.getpid():
+                with open(f"{folder}/cmdline", "rb") as file:
+                    found[pid] = file.read().replace(b"\0", b" ").decode(errors="replace")
+    return found
+
+
+def folders() -> set[str]:
+    return set(glob.glob(os.path.join(tempfile.gettempdir(), "ray_tensorflow_*")))
+
+
 @contextlib.contextmanager
 def owned_by_session():
     """What starts in this block may outlive the test that needed it first."""
@@ -95,22 +99,20 @@ def owned_by_session():
 
 
 @pytest.fixture(autouse=True)
-def leak_detector(request):
+def leak_detector():
     """No process and no temporary folder is left over by a test."""
-    before = folders() if not SESSION_FOLDERS else folders() - SESSION_FOLDERS
+    before = folders()
     yield
     wait_until(lambda: not processes("test"), 30, f"these to end: {processes('test')}")
     assert not folders() - before - SESSION_FOLDERS
-
-
-SESSION_FOLDERS: set[str] = set()
 
 
 @pytest.fixture(scope="session", autouse=True)
 def session_leak_detector():
     """Nothing at all is left when the session ends."""
     yield
-    wait_until(lambda: not processes("session") and not processes("test"), 30, f"these to end: {processes('session')}")
+    left = lambda: processes("session") | processes("test")
+    wait_until(lambda: not left(), 30, f"these to end: {left()}")
     assert not [folder for folder in SESSION_FOLDERS if os.path.exists(folder)]
 
 
@@ -141,19 +143,16 @@ class Server:
     """A server process on a free port of 127.0.0.1, by default one of the two front ends, run as a user would."""
 
     def __init__(self, kind: str, *options: str, command: list[str] | None = None, **popen):
-        self.kind, self.port = kind, free_port()
-        command = command or [sys.executable, os.path.join(REPOSITORY, f"ray_tensorflow_{kind}.py"), "--port", "{port}"]
-        self.log = tempfile.TemporaryFile()
-        self.process = subprocess.Popen(
-            [part.format(port=self.port) for part in command] + list(options), stdout=self.log, stderr=self.log, **popen)
+        self.kind, self.port, self.log = kind, free_port(), tempfile.TemporaryFile()
+        default = [sys.executable, os.path.join(REPOSITORY, f"ray_tensorflow_{kind}.py"), "--port", "{port}"]
+        command = [part.format(port=self.port) for part in command or default]
+        self.process = subprocess.Popen([*command, *options], stdout=self.log, stderr=self.log, **popen)
 
-    def request(self, method: str, path: str, body: bytes | str | None = None, headers: dict | None = None, timeout: float = 60) -> Answer:
+    def request(self, method: str, path: str, body=None, headers: dict | None = None, timeout: float = 60) -> Answer:
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=timeout)
-        try:
+        with contextlib.closing(connection):
             connection.request(method, path, body, headers or {})
             return Answer(connection.getresponse())
-        finally:
-            connection.close()
 
     def get(self, path: str) -> Answer:
         return self.request("GET", path)
@@ -172,17 +171,16 @@ class Server:
 
     def wait_ready(self, workers: int = 1):
         """Until it serves with so many workers."""
-        wait_until(self.is_listening, what="the port to listen")
 
         def ready():
-            assert self.process.poll() is None, self.output()
-            health = self.get("/health")
-            return health.status == 200 and sum(w["state"] == "ready" for w in health.json["workers"]) >= workers
+            health = self.get("/health") if self.is_listening() else None
+            return health and health.status == 200 and workers <= sum(
+                worker["state"] == "ready" for worker in health.json["workers"])
 
         try:
             wait_until(ready, what="/health to be ready")
-        except AssertionError:
-            raise AssertionError(f"{self.get('/health')}\n{self.output()}") from None
+        except AssertionError as error:
+            raise AssertionError(f"{error}\n{self.output()}") from None
         return self
 
     def output(self) -> str:
@@ -206,16 +204,13 @@ class Server:
         self.stop()
 
 
-def model_options(models: dict[str, str]) -> list[str]:
-    return [part for name, source in models.items() for part in ("--model", f"{name}={source}")]
-
-
 @pytest.fixture(scope="session", params=["flask", "starlette"])
 def front_end(request, models):
     """Each front end in turn, with two workers and all models, as a process of its own."""
     before = folders()
+    options = [part for name, source in models.items() for part in ("--model", f"{name}={source}")]
     with owned_by_session():
-        server = Server(request.param, "--workers", "2", *model_options(models))
+        server = Server(request.param, "--workers", "2", *options)
     with server:
         server.wait_ready(workers=2)
         SESSION_FOLDERS.update(folders() - before)
@@ -252,12 +247,11 @@ def models(tmp_path_factory) -> dict[str, str]:
     """Name to source of all models that the shared servers serve: made here, and real ones where they are."""
     import example_models
 
-    folder = tmp_path_factory.mktemp("models")
-    made = {name: example_models.save(name, str(folder / name)) for name in example_models.SAVED}
-    made |= {name: f"example_models:{name}" for name in example_models.FUNCTIONS}
-    return made | real_models()
+    saved = example_models.save(str(tmp_path_factory.mktemp("models")))
+    return saved | {name: f"example_models:{name}" for name in example_models.FUNCTIONS} | real_models()
 
 
 def real_models() -> dict[str, str]:
     """The SavedModels beside the repository, where they exist."""
-    return {os.path.basename(path): path for path in sorted(glob.glob(os.path.join(REPOSITORY, "..", "shared", "models", "*"))) if os.path.isdir(path)}
+    paths = sorted(glob.glob(os.path.join(REPOSITORY, "..", "shared", "models", "*", "")))
+    return {os.path.basename(os.path.dirname(path)): os.path.dirname(path) for path in paths}

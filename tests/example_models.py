@@ -1,15 +1,15 @@
-"""Models for the tests: functions that build a graph, as users write them, and SavedModels made with TensorFlow 1 and 2.
+"""Models for the tests: functions that build a graph, as users write them, and SavedModels of TensorFlow 1 and 2.
 
-Importing this file imports no tensorflow: the test process does so only when it saves or runs a model itself.
+Importing this file imports no tensorflow.
 """
 
 import functools
+import importlib
 import json
 import os
 import subprocess
 import sys
 import time
-
 
 # -- one's own graphs: module:function ---------------------------------------------------------------------------------
 
@@ -31,7 +31,7 @@ def same_names(tf):
 
 
 def echo(tf):
-    """Every dtype of JSON's, each input given back as the output of its name: signature "all", and one for each dtype."""
+    """Every dtype of JSON's, each input given back: signature "all", and one for each dtype."""
     dtypes = ("float32", "float64", "int8", "int16", "int32", "int64", "uint8", "uint32", "uint64", "bool", "string")
     inputs = {dtype: tf.placeholder(dtype, None, name=f"in_{dtype}") for dtype in dtypes}
     outputs = {dtype: tf.identity(tensor) for dtype, tensor in inputs.items()}
@@ -50,7 +50,8 @@ def several(tf):
     x = tf.placeholder(tf.float32, [None, 2], name="x")
     n = tf.placeholder(tf.int64, [None], name="n")
     scaled = x * tf.cast(n, tf.float32)[:, tf.newaxis]
-    return {"serving_default": ({"x": x, "n": n}, {"scaled": scaled, "total": tf.reduce_sum(scaled, axis=1), "next": n + 1})}
+    outputs = {"scaled": scaled, "total": tf.reduce_sum(scaled, axis=1), "next": n + 1}
+    return {"serving_default": ({"x": x, "n": n}, outputs)}
 
 
 def scalar(tf):
@@ -84,16 +85,8 @@ def counter(tf):
     x = tf.placeholder(tf.int64, [None], name="x")
     with tf.control_dependencies([x]):
         counted = tf.CriticalSection().execute(lambda: tf.identity(count.assign_add(1)))
-    return {"count": ({"x": x}, {"count": counted}), "read": ({"x": x}, {"count": count.read_value() + 0 * tf.reduce_sum(x)})}
-
-
-def old_counter(tf):
-    """TensorFlow 1's reference variable, incremented without a lock around it."""
-    x = tf.placeholder(tf.int64, [None], name="x")
-    with tf.variable_scope("", use_resource=False):
-        count = tf.get_variable("count", [], tf.int64, tf.zeros_initializer())
-    with tf.control_dependencies([x]):
-        return {"serving_default": ({"x": x}, {"count": tf.identity(count.assign_add(1))})}
+        read = count.read_value()
+    return {"count": ({"x": x}, {"count": counted}), "read": ({"x": x}, {"count": read})}
 
 
 def failing(tf):
@@ -101,7 +94,8 @@ def failing(tf):
     x = tf.placeholder(tf.int32, None, name="x")
     missing = tf.io.read_file(tf.strings.join(["/no/such/file/", tf.strings.as_string(x)]))
     table = tf.raw_ops.HashTableV2(key_dtype=tf.string, value_dtype=tf.int64, shared_name="never filled")
-    found = tf.raw_ops.LookupTableFindV2(table_handle=table, keys=tf.strings.as_string(x), default_value=tf.constant(0, tf.int64))
+    found = tf.raw_ops.LookupTableFindV2(
+        table_handle=table, keys=tf.strings.as_string(x), default_value=tf.constant(0, tf.int64))
     count = tf.get_variable("count", [], tf.int32, tf.zeros_initializer(), use_resource=True)
     end = tf.raw_ops.ResourceCountUpTo(resource=count.handle, limit=0, T=tf.int32) + x
     queue = tf.FIFOQueue(1, tf.int32, [[]], shared_name="closed")
@@ -126,9 +120,9 @@ def peak(tf):
 
 
 def line(tf):
-    """y = w x + b, to be learned: "train" takes one step of gradient descent, whose learning rate is 0.5, on its own rows."""
+    """y = w x + b, to be learned: "train" takes one step of gradient descent on its rows, at a learning rate of 0.5."""
     x, y = (tf.placeholder(tf.float32, [None], name=name) for name in "xy")
-    w, b = tf.get_variable("w", [], initializer=tf.zeros_initializer()), tf.get_variable("b", [], initializer=tf.zeros_initializer())
+    w, b = (tf.get_variable(name, [], initializer=tf.zeros_initializer()) for name in "wb")
     loss = tf.reduce_mean(tf.square(w * x + b - y)) / 2
     step = tf.train.GradientDescentOptimizer(0.5).minimize(loss)
     with tf.control_dependencies([step]):
@@ -137,7 +131,7 @@ def line(tf):
 
 
 def late(tf):
-    """y = 2 x; the third process to build it, the second worker, has to wait until there is a file "open" in a folder."""
+    """y = 2 x; the third process to build it, the second worker, waits until there is a file "open" in a folder."""
     gate = os.environ["RAY_TENSORFLOW_TEST_GATE"]
     place = len(os.listdir(gate))
     with open(os.path.join(gate, str(place)), "x"):
@@ -146,12 +140,6 @@ def late(tf):
         time.sleep(0.05)
     x = tf.placeholder(tf.float32, [None], name="x")
     return {"serving_default": ({"x": x}, {"y": 2 * x})}
-
-
-def bare(tf):
-    """A variable itself as an output."""
-    x = tf.placeholder(tf.float32, [None], name="x")
-    return {"serving_default": ({"x": x}, {"w": tf.get_variable("w", initializer=[1.0, 2.0]), "y": x + 1})}
 
 
 def broken(tf):
@@ -180,7 +168,7 @@ def half_plus_remote(tf):
 
 
 def remote(tf):
-    """For each of REMOTE_CASES (JSON: name to arguments of remote_predict) a failing signature, and NAME_status that is not."""
+    """For each of REMOTE_CASES (JSON: name to arguments) a signature that may fail, and NAME_status that does not."""
     from ray_tensorflow import remote_predict
 
     signatures = {}
@@ -189,7 +177,8 @@ def remote(tf):
         outputs = case.pop("outputs", {"y": "float32"})
         case = {"target_address": f"127.0.0.1:{os.environ['REMOTE_PORT']}", "model_name": "half_plus_two"} | case
         call = functools.partial(
-            remote_predict, list(inputs), list(inputs.values()), list(outputs), output_types=list(outputs.values()), **case)
+            remote_predict, list(inputs), list(inputs.values()), list(outputs), output_types=list(outputs.values()),
+            **case)
         code, message, tensors = call(fail_op_on_rpc_error=False)
         signatures[name] = (inputs, dict(zip(outputs, call())))
         signatures[f"{name}_status"] = (inputs, {"code": code, "message": message, **dict(zip(outputs, tensors))})
@@ -212,7 +201,8 @@ def gate(tf):
 def crowd(tf):
     """y = x, but to 12345 the answer is how many rows ran together, which the trial of random rows does not see."""
     x = tf.placeholder(tf.float32, [None], name="x")
-    return {"serving_default": ({"x": x}, {"y": tf.where(tf.equal(x, 12345), tf.fill(tf.shape(x), tf.cast(tf.size(x), tf.float32)), x)})}
+    count = tf.fill(tf.shape(x), tf.cast(tf.size(x), tf.float32))
+    return {"serving_default": ({"x": x}, {"y": tf.where(tf.equal(x, 12345), count, x)})}
 
 
 def table(tf, rows: int = 1_000_000):
@@ -231,28 +221,29 @@ def small_table(tf):
 
 
 def save_words(tf, folder: str) -> None:
-    """TF1: text to number and back by lookup tables with a vocabulary in assets; two versions of which the higher counts."""
-    v1 = tf.compat.v1
-    vocabulary = os.path.join(os.path.dirname(folder), "vocabulary.txt")
+    """TF1: text to number and back by tables with a vocabulary in assets; two versions, of which the higher counts."""
+    v1, vocabulary = tf.compat.v1, folder + ".txt"
+    line, number_of_line = tf.lookup.TextFileIndex.WHOLE_LINE, tf.lookup.TextFileIndex.LINE_NUMBER
     for version, words in ((2, "old\n"), (10, "zero\none\ntwo\n")):
         with open(vocabulary, "w") as file:
             file.write(words)
         with v1.Graph().as_default(), v1.Session() as session:
             to_number = tf.lookup.StaticVocabularyTable(
-                tf.lookup.TextFileInitializer(vocabulary, tf.string, tf.lookup.TextFileIndex.WHOLE_LINE, tf.int64, tf.lookup.TextFileIndex.LINE_NUMBER), 1)
+                tf.lookup.TextFileInitializer(vocabulary, tf.string, line, tf.int64, number_of_line), 1)
             to_word = tf.lookup.StaticHashTable(
-                tf.lookup.TextFileInitializer(vocabulary, tf.int64, tf.lookup.TextFileIndex.LINE_NUMBER, tf.string, tf.lookup.TextFileIndex.WHOLE_LINE), "?")
+                tf.lookup.TextFileInitializer(vocabulary, tf.int64, number_of_line, tf.string, line), "?")
             word, number = v1.placeholder(tf.string, [None]), v1.placeholder(tf.int64, [None])
             v1.add_to_collection(v1.GraphKeys.ASSET_FILEPATHS, v1.constant(vocabulary))
+            signatures = {
+                "serving_default": ({"word": word}, {"number": to_number.lookup(word)}),
+                "back": ({"number": number}, {"word": to_word.lookup(number)}),
+                "upper": ({"word": word}, {"word": tf.strings.upper(word), "length": tf.strings.length(word)})}
             session.run(v1.tables_initializer())
             builder = v1.saved_model.Builder(os.path.join(folder, str(version)))
-            signature = v1.saved_model.predict_signature_def
             builder.add_meta_graph_and_variables(
-                session, ["serve"], main_op=v1.tables_initializer(), assets_collection=v1.get_collection(v1.GraphKeys.ASSET_FILEPATHS),
-                signature_def_map={
-                    "serving_default": signature({"word": word}, {"number": to_number.lookup(word)}),
-                    "back": signature({"number": number}, {"word": to_word.lookup(number)}),
-                    "upper": signature({"word": word}, {"word": tf.strings.upper(word), "length": tf.strings.length(word)})})
+                session, ["serve"], main_op=v1.tables_initializer(),
+                assets_collection=v1.get_collection(v1.GraphKeys.ASSET_FILEPATHS),
+                signature_def_map={k: v1.saved_model.predict_signature_def(*sides) for k, sides in signatures.items()})
             builder.save()
 
 
@@ -261,8 +252,8 @@ def save_picture(tf, folder: str) -> None:
     tf.keras.utils.set_random_seed(1)
     layers = tf.keras.layers
     model = tf.keras.Sequential([
-        tf.keras.Input((28, 28, 1)), layers.Conv2D(8, 3, activation="relu"), layers.MaxPooling2D(), layers.Conv2D(16, 3, activation="relu"),
-        layers.Flatten(), layers.Dense(10, activation="softmax")])
+        tf.keras.Input((28, 28, 1)), layers.Conv2D(8, 3, activation="relu"), layers.MaxPooling2D(),
+        layers.Conv2D(16, 3, activation="relu"), layers.Flatten(), layers.Dense(10, activation="softmax")])
     model.export(os.path.join(folder, "3"), verbose=False)
 
 
@@ -283,53 +274,65 @@ def save_affine(tf, folder: str) -> None:
 
 
 def save_scores(tf, folder: str) -> None:
-    """TF1: signatures for classify and regress, right and wrong, on examples with a feature x of two floats and a name."""
+    """TF1: signatures for classify and regress, right and wrong, on examples with two floats x and a name."""
     v1 = tf.compat.v1
     with v1.Graph().as_default(), v1.Session() as session:
-        inputs = v1.placeholder(tf.string, [None])
-        x = v1.placeholder(tf.float32, [None])
+        inputs, x = v1.placeholder(tf.string, [None]), v1.placeholder(tf.float32, [None])
         features = {"x": tf.io.FixedLenFeature([2], tf.float32), "name": tf.io.FixedLenFeature([], tf.string, "")}
         parsed = tf.io.parse_example(inputs, features)
-        scores, name = parsed["x"], parsed["name"][:, tf.newaxis]
-        classes = tf.concat([name + "-a", name + "-b"], axis=1)
-        total, y = tf.reduce_sum(scores, axis=1), x * 2
-        info = v1.saved_model.build_tensor_info
+        scores, name, y = parsed["x"], parsed["name"][:, tf.newaxis], x * 2
+        classes, total = tf.concat([name + "-a", name + "-b"], axis=1), tf.reduce_sum(scores, axis=1)
 
-        def signature(method, outputs, inputs={"inputs": inputs}):
-            sides = ({key: info(tensor) for key, tensor in side.items()} for side in (inputs, outputs))
+        def signature(method, inputs, outputs):
+            sides = [{k: v1.saved_model.build_tensor_info(v) for k, v in side.items()} for side in (inputs, outputs)]
             return v1.saved_model.build_signature_def(*sides, f"tensorflow/serving/{method}")
 
-        classify, regress = (lambda **outputs: signature("classify", outputs)), (lambda **outputs: signature("regress", outputs))
+        classify = {
+            "classify": {"classes": classes, "scores": scores},
+            "only_scores": {"scores": scores},
+            "only_classes": {"classes": classes},
+            "classify_flat": {"scores": total},
+            "classify_uneven": {"classes": classes, "scores": scores[:, :1]},
+            "classify_first": {"scores": scores[:1]},
+            "classify_other": {"other": scores},
+            "scores_and_other": {"scores": scores, "other": name},
+            "classify_three": {"classes": classes, "scores": scores, "other": name},
+            "classify_numbers": {"classes": scores},
+            "classify_double": {"scores": tf.cast(scores, tf.float64)}}
+        regress = {
+            "regress": {"outputs": total},
+            "regress_column": {"outputs": total[:, tf.newaxis]},
+            "regress_wide": {"outputs": scores},
+            "regress_first": {"outputs": total[:1]},
+            "regress_other": {"other": total},
+            "regress_both": {"outputs": total, "other": scores},
+            "regress_int": {"outputs": tf.cast(total, tf.int32)}}
+        signatures = {
+            "serving_default": signature("predict", {"x": x}, {"y": y}),
+            "twice": signature("predict", {"x": x}, {"a": y, "b": y}),
+            "classify_named": signature("classify", {"x": inputs}, {"scores": scores}),
+            "regress_two": signature("regress", {"inputs": inputs, "x": x}, {"outputs": total})}
+        signatures |= {k: signature("classify", {"inputs": inputs}, outputs) for k, outputs in classify.items()}
+        signatures |= {k: signature("regress", {"inputs": inputs}, outputs) for k, outputs in regress.items()}
         builder = v1.saved_model.Builder(os.path.join(folder, "1"))
-        builder.add_meta_graph_and_variables(session, ["serve"], signature_def_map={
-            "serving_default": signature("predict", {"y": y}, {"x": x}), "twice": signature("predict", {"a": y, "b": y}, {"x": x}),
-            "classify": classify(classes=classes, scores=scores), "only_scores": classify(scores=scores), "only_classes": classify(classes=classes),
-            "classify_flat": classify(scores=total), "classify_uneven": classify(classes=classes, scores=scores[:, :1]),
-            "classify_first": classify(scores=scores[:1]), "classify_other": classify(other=scores),
-            "scores_and_other": classify(scores=scores, other=name), "classify_three": classify(classes=classes, scores=scores, other=name),
-            "classify_numbers": classify(classes=scores), "classify_double": classify(scores=tf.cast(scores, tf.float64)),
-            "classify_named": signature("classify", {"scores": scores}, {"x": inputs}),
-            "regress": regress(outputs=total), "regress_column": regress(outputs=total[:, tf.newaxis]), "regress_wide": regress(outputs=scores),
-            "regress_first": regress(outputs=total[:1]), "regress_other": regress(other=total), "regress_both": regress(outputs=total, other=scores),
-            "regress_int": regress(outputs=tf.cast(total, tf.int32)),
-            "regress_two": signature("regress", {"outputs": total}, {"inputs": inputs, "x": x})})
+        builder.add_meta_graph_and_variables(session, ["serve"], signature_def_map=signatures)
         builder.save()
 
 
 SAVED = {"words": save_words, "picture": save_picture, "affine": save_affine, "scores": save_scores}
 
 
-def save(name: str, folder: str) -> str:
-    """Save a model under a folder, in a process of its own (TF1 and TF2 do not mix in one); the folder."""
-    os.makedirs(folder)
-    subprocess.run([sys.executable, __file__, name, folder], check=True, capture_output=True)
-    return folder
+def save(folder: str) -> dict[str, str]:
+    """Save all of these under a folder, in a process of its own that ends with its TensorFlow; name to folder."""
+    subprocess.run([sys.executable, __file__, folder], check=True, capture_output=True)
+    return {name: os.path.join(folder, name) for name in SAVED}
 
 
 if __name__ == "__main__":
     import tensorflow
 
-    SAVED[sys.argv[1]](tensorflow, sys.argv[2])
+    for name, function in SAVED.items():
+        function(tensorflow, os.path.join(sys.argv[1], name))
 
 
 # -- what a plain session answers --------------------------------------------------------------------------------------
@@ -339,25 +342,22 @@ class PlainSession:
     """The reference: one source in an ordinary in-process session, run as TensorFlow's own tutorials do."""
 
     def __init__(self, source: str):
-        import tensorflow.compat.v1 as tf
-        from ray_tensorflow import model_source
+        from ray_tensorflow import Options, import_tensorflow
 
-        tf.disable_eager_execution()
-        source = model_source(source)
+        tf, [source] = import_tensorflow(), Options(model=source).model
         self.graph = tf.Graph()
         with self.graph.as_default():
             self.session = tf.Session()
             if source.folder:
                 definitions = tf.saved_model.load(self.session, ["serve"], source.folder).signature_def
-                names = {s: [{k: t.name for k, t in side.items()} for side in (d.inputs, d.outputs)] for s, d in definitions.items()}
+                signatures = {name: (d.inputs, d.outputs) for name, d in definitions.items()}
             else:
-                import importlib
-
                 module, _, function = source.function.partition(":")
-                built = getattr(importlib.import_module(module), function)(tf)
-                names = {s: [{k: t.name for k, t in side.items()} for side in sides] for s, sides in built.items()}
+                signatures = getattr(importlib.import_module(module), function)(tf)
                 self.session.run([tf.global_variables_initializer(), tf.tables_initializer()])
-        self.names = names
+        self.names = {  # of the tensors by that of the signature: inputs, outputs
+            signature: [{key: tensor.name for key, tensor in side.items()} for side in sides]
+            for signature, sides in signatures.items()}
 
     def predict(self, inputs: dict, signature: str = "serving_default") -> dict:
         feeds, fetches = self.names[signature]

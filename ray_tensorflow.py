@@ -625,10 +625,11 @@ def same(a: np.ndarray, b: np.ndarray, exact: bool) -> bool:
     if exact or not a.size:
         return a.tobytes() == b.tobytes()
     epsilon = 2**-7 if a.dtype.name == "bfloat16" else np.finfo(a.dtype).eps
+    units = 8 if a.itemsize == 2 else 128  # of 16 bits, whose last digits are coarse
     a, b = (array.astype(np.result_type(array, np.float64)).reshape(len(array), -1) for array in (a, b))
     largest = np.max(np.abs(b), axis=1, keepdims=True, where=np.isfinite(b), initial=0)
     with np.errstate(invalid="ignore"):
-        return bool(np.all((a == b) | (np.abs(a - b) <= 128 * epsilon * largest) | np.isnan(a) & np.isnan(b)))
+        return bool(np.all((a == b) | (np.abs(a - b) <= units * epsilon * largest) | np.isnan(a) & np.isnan(b)))
 
 
 # tensorflow::error::Code to HTTP status, as TensorFlow Serving has it; any other is 500

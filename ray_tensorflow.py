@@ -142,7 +142,7 @@ def number(kind: type, least: float, most: float = math.inf, above: bool = False
             result, as_float = kind(value), float(value)
         except (TypeError, ValueError, OverflowError):
             raise ValueError(allowed) from None
-        in_range = (least < result if above else least <= result) and result <= most and not math.isinf(result)
+        in_range = (least < result if above else least <= result) and result <= most and not math.isinf(as_float)
         if isinstance(value, bool) or result != as_float or not in_range:
             raise ValueError(allowed)
         return result

@@ -2431,7 +2431,7 @@ def ray_runtime(options: Options):
     here = os.path.dirname(os.path.abspath(__file__))
     paths = [here, *(path or os.getcwd() for path in sys.path if not path.startswith((sys.prefix, sys.base_prefix)))]
     variables = {"PYTHONPATH": os.pathsep.join(dict.fromkeys(paths))}  # actors find modules where this process does
-    folder, where = None, {"address": options.address}
+    folder, where, is_clustered = None, {"address": options.address}, ray_constants.ENABLE_RAY_CLUSTER
     try:
         if not options.address:
             temporary = tempfile.gettempdir()
@@ -2451,7 +2451,7 @@ def ray_runtime(options: Options):
         raise Unavailable(f"No Ray cluster answers at {options.address!r}: {reason}") from None
     finally:
         ray.shutdown()
-        ray_constants.ENABLE_RAY_CLUSTER = True
+        ray_constants.ENABLE_RAY_CLUSTER = is_clustered
         if folder:
             shutil.rmtree(folder, ignore_errors=True)
 

@@ -1911,7 +1911,7 @@ class Cluster:
         self._batcher = Batcher(self.options)
         self._errors: collections.Counter[int] = collections.Counter()  # by HTTP status
         self._status, self._failure = "new", None  # starting, serving, stopping, stopped; why not
-        self._changed = threading.Condition()
+        self._changed, self._making = threading.Condition(), threading.Lock()
         self._thread: threading.Thread | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._home: int | None = None  # the thread of the home loop
@@ -2180,8 +2180,9 @@ class Cluster:
                     self._loop.run_until_complete(self._serve())
                 else:
                     asyncio.run_coroutine_threadsafe(self._serve(), self._loop).result()
-                if not self.options.address:
-                    self._end_actors()
+                with self._making:  # what is made now would start another Ray when this one has ended
+                    if not self.options.address:
+                        self._end_actors()
         except Exception as error:
             if self._status != "stopping":  # else it was ended on purpose while it started
                 why = f"Ray could not be started: {first_sentence(error)}"
@@ -2231,6 +2232,12 @@ class Cluster:
 
     def _make(self, member: Member):
         """The actor of this name; Ray keeps it alive, and the cluster has only one, whoever made it."""
+        with self._making:
+            if self._closing.is_set():
+                raise Unavailable("The server is shutting down.")
+            return self._make_actor(member)
+
+    def _make_actor(self, member: Member):
         is_worker, node = member.kind == "worker", ray.get_runtime_context().get_node_id()
         gpus, sharers = int(ray.cluster_resources().get("GPU", 0)), self.options.workers
         if self.options.placement == "shared":
@@ -2443,7 +2450,7 @@ def ray_runtime(options: Options):
             ray_constants.ENABLE_RAY_CLUSTER = False  # of several nodes: nothing else keeps all of Ray on 127.0.0.1
             where = {"address": "local", "num_cpus": options.threads, "include_dashboard": False,
                      "object_store_memory": 80 * 2**20, "_temp_dir": os.path.join(folder, "r"),  # with room for sockets
-                     "_system_config": RAY_SETTINGS}
+                     "_system_config": dict(RAY_SETTINGS)}  # to which Ray adds this folder
         ray.init(runtime_env={"env_vars": variables}, log_to_driver=False, logging_level="CRITICAL", **where)
         yield
     except ConnectionError as error:

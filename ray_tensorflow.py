@@ -26,7 +26,9 @@ import concurrent.futures
 import contextlib
 import copy
 import dataclasses
+import errno
 import fcntl
+import functools
 import glob
 import hashlib
 import http.client
@@ -48,8 +50,9 @@ import tempfile
 import threading
 import time
 import urllib.parse
+import zipfile
 import zlib
-from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterable, Iterator
+from collections.abc import AsyncIterable, AsyncIterator, Callable, Coroutine, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -74,15 +77,8 @@ class Error(Exception):
     status = 500
 
     def __init__(self, message: str, status: int | None = None):
-        self.message, self.status = message, status or self.status
-        super().__init__(message, self.status)  # both are arguments, so that the error survives a pickle
-
-    def __str__(self) -> str:
-        return self.message
-
-    @property
-    def headers(self) -> dict[str, str]:
-        return {"Retry-After": "1"} if self.status in (429, 503) else {}
+        super().__init__(message.encode(errors="replace").decode())  # JSON may have brought half a surrogate pair
+        self.status = status or self.status
 
 
 class OptionError(Error):
@@ -128,24 +124,19 @@ FRONT_END, COMMAND = "front end", "command"
 
 def option(default, help: str, parse: Callable[[Any], Any], only: str | None = None):
     """A field of ``Options``; ``parse`` checks a value (given as text or not), or raises ValueError(what is allowed).
-
-    ``only`` says whose command line has it: a FRONT_END's, the COMMAND's, or everybody's.
-    """
+    ``only`` says whose command line has it: a FRONT_END's, the COMMAND's, or everybody's."""
     return dataclasses.field(default=default, metadata={"help": help, "parse": parse, "only": only})
 
 
 def number(kind: type, least: float, most: float = math.inf, above: bool = False) -> Callable[[Any], Any]:
     def parse(value):
-        allowed = f"a {'whole ' if kind is int else ''}number {'above' if above else 'of at least'} {least}"
-        allowed += f" and at most {most}" if most < math.inf else ""
-        try:
-            result, as_float = kind(value), float(value)
-        except (TypeError, ValueError, OverflowError):
-            raise ValueError(allowed) from None
-        in_range = (least < result if above else least <= result) and result <= most and not math.isinf(as_float)
-        if isinstance(value, bool) or result != as_float or not in_range:
-            raise ValueError(allowed)
-        return result
+        with contextlib.suppress(TypeError, ValueError, OverflowError):
+            result = kind(value)
+            is_exact = result == float(value) and math.isfinite(result) and not isinstance(value, bool)
+            if is_exact and least <= result <= most and not (above and result == least):
+                return result
+        limit = f" and at most {most}" if most < math.inf else ""
+        raise ValueError(f"a {'whole ' if kind is int else ''}number {'above' if above else 'of at least'} {least}{limit}")
 
     return parse
 
@@ -377,9 +368,7 @@ def session_config(tf, addresses: list[str], timeout_s: float):
     config = tf.ConfigProto(
         allow_soft_placement=True, operation_timeout_in_ms=round(timeout_s * 1000),
         experimental=tf.ConfigProto.Experimental(share_session_state_in_clusterspec_propagation=True))
-    job = config.cluster_def.job.add(name="ps")
-    for task, address in enumerate(addresses):
-        job.tasks[task] = address
+    config.cluster_def.job.add(name="ps", tasks=dict(enumerate(addresses)))
     return config
 
 
@@ -405,35 +394,37 @@ class Graph:
     def __init__(self, tf, source: ModelSource, home: int = 0, tasks: int = 1):
         from tensorflow.python.saved_model import loader_impl
 
-        self.source, self.home, self.atomic = source, home, False
+        self.source, self.home, self.atomic, self.session = source, home, False, None
         self._loader = loader_impl.SavedModelLoader(source.folder) if source.folder else None
         meta_graph = self._build(tf) if self._loader is None else copy.deepcopy(
             self._loader.get_meta_graph_def_from_tags(["serve"]))
-        self._signature_defs = definitions = meta_graph.signature_def
+        self._definitions = dict(sorted(meta_graph.signature_def.items()))
         prepare_nodes(meta_graph, container=f"{source.name}/{source.version}".encode().hex())
         self.fingerprint = hashlib.sha256(meta_graph.SerializeToString(deterministic=True)).hexdigest()
 
         device = f"/job:ps/task:{home}" if tasks else None
         if source.function and tasks > 1:
             device = tf.train.replica_device_setter(tasks, worker_device=device)
-        self.graph = tf.Graph()
+        self.graph, self.signatures, self._ends, outputs = tf.Graph(), {}, {}, []
         with self.graph.as_default(), tf.device(device):
             self._saver = tf.train.import_meta_graph(meta_graph)
-            names = {info.name for d in definitions.values() for info in d.outputs.values() if info.dtype and info.name}
-            self.variables = TensorFlowVariables([self.graph.get_tensor_by_name(name) for name in sorted(names)])
-        self.graph.finalize()
-
-        self.session, self._callables, self._places = None, {}, {}
-        self.signatures: dict[str, Signature] = {}
-        for name, definition in definitions.items():
-            sides = definition.inputs, definition.outputs
-            infos = [info for side in sides for info in side.values()]
-            if definition.outputs and all(info.WhichOneof("encoding") == "name" and info.dtype for info in infos):
-                types = operation_types(meta_graph.graph_def, [info.name for info in definition.outputs.values()])
+            for name, definition in self._definitions.items():
+                infos = [*definition.inputs.values(), *definition.outputs.values()]
+                if not definition.outputs or not all(info.name and info.dtype for info in infos):
+                    continue  # an operation to be run at the start, or a tensor that is not dense
+                feed, fetch = ({key: self.graph.get_tensor_by_name(side[key].name) for key in sorted(side)}
+                               for side in (definition.inputs, definition.outputs))
+                types = operation_types(tf, meta_graph.graph_def, [tensor.op.name for tensor in fetch.values()])
                 self.signatures[name] = Signature(
-                    name, *({k: tensor_spec(self.graph, side[k]) for k in sorted(side)} for side in sides),
+                    name, *({key: tensor_spec(tensor, side[key].tensor_shape) for key, tensor in tensors.items()}
+                            for side, tensors in ((definition.inputs, feed), (definition.outputs, fetch))),
                     method=definition.method_name, writes=any(map(STATE_CHANGING.fullmatch, types)),
                     calls_out=not self.atomic and any(map(PYTHON_FUNCTION.fullmatch, types)))
+                outputs.extend(fetch.values())
+                # an output may be an input itself, or another output, and TensorFlow fetches neither
+                self._ends[name] = [t.name for t in feed.values()], [tf.identity(t).name for t in fetch.values()]
+            self.variables = TensorFlowVariables(outputs)
+        self.graph.finalize()
         self.writes = any(signature.writes for signature in self.signatures.values())
         self.calls_out = any(signature.calls_out for signature in self.signatures.values())
 
@@ -445,38 +436,30 @@ class Graph:
         function = getattr(importlib.import_module(module), name)
         self.atomic = getattr(function, "atomic", False)
         self._builder = tf.Graph()  # kept: it owns the Python functions of its py_func operations
+        meta_graph = meta_graph_pb2.MetaGraphDef()
         with self._builder.as_default():
-            signatures = {  # a variable may stand for its value
-                signature: [{k: tf.convert_to_tensor(v) for k, v in side.items()} for side in sides]
-                for signature, sides in function(tf).items()}
+            for signature, sides in function(tf).items():
+                infos = [{key: tf.saved_model.build_tensor_info(tf.convert_to_tensor(value))  # of a variable: its value
+                          for key, value in side.items()} for side in sides]
+                definition = tf.saved_model.build_signature_def(*infos, tf.saved_model.PREDICT_METHOD_NAME)
+                meta_graph.signature_def[signature].CopyFrom(definition)
             initializers = tf.global_variables_initializer(), tf.local_variables_initializer(), tf.tables_initializer()
             self._initializer = tf.group(*initializers, name="initialize_all").name
-        meta_graph = meta_graph_pb2.MetaGraphDef(graph_def=self._builder.as_graph_def())
-        for signature, sides in signatures.items():
-            infos = [{k: tf.saved_model.build_tensor_info(tensor) for k, tensor in side.items()} for side in sides]
-            definition = tf.saved_model.build_signature_def(*infos, tf.saved_model.PREDICT_METHOD_NAME)
-            meta_graph.signature_def[signature].CopyFrom(definition)
+            meta_graph.graph_def.CopyFrom(self._builder.as_graph_def())
         return meta_graph
 
     def connect(self, tf, addresses: list[str], options: Options, timeout_s: float = 0) -> None:
         """Make the session, on the parameter servers at these addresses or in this process, and a callable for each
         signature. The session before it is left behind, since its end may wait for a server that is gone."""
-        from tensorflow.core.protobuf import config_pb2
+        from tensorflow.core.protobuf.config_pb2 import CallableOptions
 
         target = f"grpc://{addresses[self.home]}" if addresses else ""
         config = session_config(tf, addresses, timeout_s) if addresses else server_config(tf, options, self.calls_out)
-        left = [self.session, self._callables]
-        self.session, self._callables = tf.Session(target, self.graph, config), {}
-        for name, signature in self.signatures.items():
-            definition = self._signature_defs[name]
-            feed = [definition.inputs[alias].name for alias in signature.inputs]
-            fetch = [definition.outputs[alias].name for alias in signature.outputs]
-            once = list(dict.fromkeys(tensor for tensor in fetch if tensor not in feed))  # TensorFlow wants it so
-            self._places[name] = [(feed + once).index(tensor) for tensor in fetch]  # an output may be an input itself
-            # half the time of session.run, and no check against static shapes; make_callable is session.run in disguise
-            call = config_pb2.CallableOptions(feed=feed, fetch=once)
-            self._callables[name] = self.session._make_callable_from_options(call)
-        self.variables.set_session(self.session)
+        left = [self.session, getattr(self, "_callables", None)]
+        self.session = self.variables.sess = tf.Session(target, self.graph, config)
+        # half the time of session.run, and no check against static shapes; make_callable is session.run in disguise
+        self._callables = {name: self.session._make_callable_from_options(CallableOptions(feed=feed, fetch=fetch))
+                           for name, (feed, fetch) in self._ends.items()}
         threading.Thread(target=left.clear, daemon=True).start()
 
     def run(self, signature: str, feed: list[np.ndarray]) -> list[np.ndarray]:
@@ -485,19 +468,17 @@ class Graph:
         Raises ModelError with the HTTP status that fits, or ConnectionError when the parameter server has gone.
         """
         try:
-            arrays, failure = [*feed, *self._callables[signature](*feed)], None
+            outputs, failure = self._callables[signature](*feed), None
         except Exception as error:
             failure = failure_of(error)
         if failure:
             raise failure  # out here, where it does not hold the session: its end would wait for its server
-        outputs = [arrays[place] for place in self._places[signature]]
         return [np.array(output, object) if isinstance(output, bytes) else np.asarray(output) for output in outputs]
 
     def restore(self, variables: bool = True) -> None:
         """Put the variables' (unless they come from elsewhere) and tables' first values in place."""
         if self._loader is None:
-            self.session.run(self.graph.get_operation_by_name(self._initializer))
-            return
+            return self.session.run(self.graph.get_operation_by_name(self._initializer))
         if variables:
             self._loader.restore_variables(self.session, self._saver)
         self._loader.run_init_ops(self.session, ["serve"])
@@ -506,32 +487,31 @@ class Graph:
         from google.protobuf import json_format
 
         how = {"always_print_fields_with_no_presence": True, "preserving_proto_field_name": True}
-        definitions = {k: json_format.MessageToDict(d, **how) for k, d in sorted(self._signature_defs.items())}
+        definitions = {name: json_format.MessageToDict(d, **how) for name, d in self._definitions.items()}
         return {"signature_def": {"signature_def": definitions}}
 
     def find_merged(self, options: Options) -> list[str]:
-        """The signatures of which several requests may share a run, found by experiment."""
-        return [
-            name for name, signature in self.signatures.items()
-            if all(spec.has_rows for spec in [*signature.inputs.values(), *signature.outputs.values()])
-            and signature.inputs and not signature.calls_out
-            and (self.atomic if signature.writes else self._rows_are_independent(signature, options))]
+        """The signatures of which several requests may share a run."""
+        return [name for name, signature in self.signatures.items()
+                if signature.inputs and not signature.calls_out
+                and all(spec.has_rows for spec in [*signature.inputs.values(), *signature.outputs.values()])
+                and (self.atomic if signature.writes else self._rows_are_independent(signature, options))]
 
-    def _rows_are_independent(self, signature: Signature, options: Options, rows: int = 8) -> bool:
+    def _rows_are_independent(self, signature: Signature, options: Options) -> bool:
         """Is each row's answer the same, whatever rows it shares a run with? Tried on random rows.
 
         Not a matter of course: a softmax over the batch, its mean or its length are other numbers in other company.
         Matrix products of several rows add in another order than those of one, and so differ in the last digits: that
         is allowed, unless ``--exact``; many sizes then, since kernels are picked by shape.
         """
-        sizes = {2, 3, 5, 8, 13, 16, 32, options.max_batch} if options.exact else {2, 8, 16}
-        sample = sample_rows(signature, max(rows, *sizes))
+        sizes = [2, 3, 5, 8, 13, 16, 32, options.max_batch] if options.exact else [2, 8, 16]
+        sample = sample_rows(signature, max(sizes))
         try:
-            alone = [self.run(signature.name, [array[i:i + 1] for array in sample]) for i in range(rows)]
-            for size in sorted(size for size in sizes if size <= options.max_batch):
+            alone = [self.run(signature.name, [array[i:i + 1] for array in sample]) for i in range(8)]
+            for size in sizes:
                 together = self.run(signature.name, [array[:size] for array in sample])
                 for result, *singles in zip(together, *alone[:size]):
-                    if len(result) != size or not same(result[:rows], np.concatenate(singles), options.exact):
+                    if len(result) != size or not same(result[:8], np.concatenate(singles), options.exact):
                         return False
         except Exception as error:  # it does not like our random rows, and we cannot know what it likes
             log.info("model %s: %r is not merged: %s", self.source.name, signature.name, first_sentence(error))
@@ -574,30 +554,21 @@ STATE_CHANGING = re.compile(
 PYTHON_FUNCTION = re.compile(r"(Eager)?PyFunc(Stateless)?")
 
 
-def operation_types(graph_def, outputs: list[str]) -> set[str]:
-    """The types of all operations that these tensors depend on: by inputs, control inputs and called functions."""
-    functions = {f.signature.name: f.node_def for f in graph_def.library.function}
-    nodes = {node.name: node for node in graph_def.node}
-    seen, stack = {}, [nodes[name.partition(":")[0]] for name in outputs]
-    while stack:
-        node = stack.pop()
-        if id(node) in seen:
-            continue
-        seen[id(node)] = node
-        if nodes.get(node.name) is node:  # within a function all nodes count, so nothing is followed there
-            stack.extend(nodes[name.lstrip("^").partition(":")[0]] for name in node.input)
-        for attribute in node.attr.values():
-            for function in [attribute.func, *attribute.list.func]:
-                stack.extend(functions.get(function.name, ()))
-        stack.extend(functions.get(node.op, ()))
-    return {node.op for node in seen.values()}
+def operation_types(tf, graph_def, names: list[str]) -> set[str]:
+    """The types of these operations and of all that they depend on, those within called functions included."""
+    functions = {function.signature.name: function.node_def for function in graph_def.library.function}
+    nodes = list(tf.graph_util.extract_sub_graph(graph_def, names).node)
+    for node in nodes:  # which grow meanwhile
+        called = [f.name for attribute in node.attr.values() for f in [attribute.func, *attribute.list.func]]
+        for name in [node.op, *called]:
+            nodes.extend(functions.pop(name, ()))
+    return {node.op for node in nodes}
 
 
-def tensor_spec(graph, info) -> TensorSpec:
+def tensor_spec(tensor, declared) -> TensorSpec:
     """The declared shape, and the dtype that the tensor has: there are SavedModels that declare another one."""
-    shape = [None if d.size < 0 else d.size for d in info.tensor_shape.dim]
-    dtype = np.dtype(graph.get_tensor_by_name(info.name).dtype.as_numpy_dtype)
-    return TensorSpec(dtype.name, None if info.tensor_shape.unknown_rank else tuple(shape))
+    shape = None if declared.unknown_rank else tuple(None if d.size < 0 else d.size for d in declared.dim)
+    return TensorSpec(np.dtype(tensor.dtype.as_numpy_dtype).name, shape)
 
 
 def sample_rows(signature: Signature, rows: int) -> list[np.ndarray]:
@@ -628,8 +599,7 @@ def same(a: np.ndarray, b: np.ndarray, exact: bool) -> bool:
     units = 8 if a.itemsize == 2 else 128  # of 16 bits, whose last digits are coarse
     a, b = (array.astype(np.result_type(array, np.float64)).reshape(len(array), -1) for array in (a, b))
     largest = np.max(np.abs(b), axis=1, keepdims=True, where=np.isfinite(b), initial=0)
-    with np.errstate(invalid="ignore"):
-        return bool(np.all((a == b) | (np.abs(a - b) <= units * epsilon * largest) | np.isnan(a) & np.isnan(b)))
+    return np.allclose(a, b, rtol=0, atol=units * epsilon * largest, equal_nan=True)
 
 
 # tensorflow::error::Code to HTTP status, as TensorFlow Serving has it; any other is 500
@@ -747,6 +717,8 @@ def variable_operations(operations: list) -> list:
 def to_array(what: str, value: Any, dtype: np.dtype) -> np.ndarray:
     """Cast without loss of kind: ints to floats, not floats to ints; text to bytes. Raises InvalidRequest."""
     array = np.asarray(value)
+    if array.dtype.kind == "V" and array.itemsize == dtype.itemsize:  # bfloat16, which numpy's files do not know
+        array = array.view(dtype)
     if dtype == object:
         flat = [v.encode() if isinstance(v, str) else v for v in array.astype(object).ravel().tolist()]
         if not all(isinstance(v, bytes) for v in flat):
@@ -763,12 +735,9 @@ def to_array(what: str, value: Any, dtype: np.dtype) -> np.ndarray:
     return result
 
 
-
-def objects(values: list) -> np.ndarray:
+def objects(values: Iterable[Any]) -> np.ndarray:
     """A vector of these, whatever they are."""
-    array = np.empty(len(values), object)
-    array[:] = values
-    return array
+    return np.fromiter(values, object)
 
 
 # == Remote predict: another server's model as an operation of one's own graph =========================================
@@ -917,10 +886,8 @@ def finite(value: Any) -> float:
 
 # -- from JSON to arrays -----------------------------------------------------------------------------------------------
 
-Decoded = tuple[Signature, list[np.ndarray], Callable[[list[np.ndarray]], Any]]
 
-
-def decode(signatures: dict[str, Signature], verb: str, body: Any) -> Decoded:
+def decode(signatures: dict[str, Signature], verb: str, body: Any) -> tuple[Signature, list[np.ndarray], Callable]:
     """A request's signature, its array for each input, and what makes its outputs the answer. Raises InvalidRequest.
 
     ``body`` is a float for the verb "add", a signature's name and the inputs for "arrays", else the body that came over
@@ -976,7 +943,7 @@ def shown(value: Any) -> str:
     """A JSON value in an error message, cut short."""
     try:
         text = json.dumps(value, ensure_ascii=False)
-    except (RecursionError, ValueError):
+    except RecursionError:
         text = "(something nested deeply)"
     return text if len(text) <= 100 else text[:100] + "..."
 
@@ -986,81 +953,72 @@ def parse_predict(document: dict[str, Any], signature: Signature) -> tuple[bool,
     if ("instances" in document) == ("inputs" in document):
         raise InvalidRequest("There must be either 'instances' (rows) or 'inputs' (columns)")
     is_row, names = "instances" in document, list(signature.inputs)
-    value = document["instances" if is_row else "inputs"]
+    where = "instances" if is_row else "inputs"
+    value = document[where]
     if is_row and (not isinstance(value, list) or not value):
         raise InvalidRequest(f"instances: expected a list that is not empty, got {shown(value)}")
     first = value[0] if is_row else value
-    if len(names) == 1 and (not isinstance(first, dict) or is_base64(first)):
-        columns = [("instances" if is_row else "inputs", value)]
+    if len(names) == 1 and (not isinstance(first, dict) or first.keys() == {"b64"}):
+        columns = {where: value}
     elif is_row:
         for i, row in enumerate(value):
             if not isinstance(row, dict) or row.keys() != signature.inputs.keys():
                 raise InvalidRequest(f"instances[{i}]: expected an object of {names}, got {shown(row)}")
-        columns = [(f"{name} of instances", [row[name] for row in value]) for name in names]
+        columns = {f"{name} of instances": [row[name] for row in value] for name in names}
     else:
         if not isinstance(value, dict) or not value.keys() >= signature.inputs.keys():
             raise InvalidRequest(f"inputs: expected an object of {names}, got {shown(value)}")
-        columns = [(f"inputs.{name}", value[name]) for name in names]
-    dtypes = (np.dtype(spec.dtype) for spec in signature.inputs.values())
-    return is_row, [parse_tensor(*column, dtype) for column, dtype in zip(columns, dtypes)]
+        columns = {f"inputs.{name}": value[name] for name in names}
+    dtypes = [np.dtype(spec.dtype) for spec in signature.inputs.values()]
+    return is_row, [parse_tensor(where, column, dtype) for (where, column), dtype in zip(columns.items(), dtypes)]
+
+
+JSON_TYPES = {  # by the kind of a dtype: what its elements may be
+    "b": ((bool,), "true or false"), "i": ((int,), "a whole number"), "u": ((int,), "a whole number"),
+    "O": ((str, dict), 'a text or {"b64": "..."}'), "f": ((int, float), "a number"), "V": ((int, float), "a number")}  # V: bfloat16
 
 
 def parse_tensor(where: str, value: Any, dtype: np.dtype) -> np.ndarray:
-    """A nested list, or a scalar, to an array; the shape is that of the first elements. Raises InvalidRequest.
-
-    Goes level by level with few steps of Python for each list; only what is wrong is looked at one by one.
-    """
-    shape, flat = [], [value]
-    while flat and set(map(type, flat)) == {list} and len(set(map(len, flat))) == 1:
-        shape.append(len(flat[0]))
-        flat = list(itertools.chain.from_iterable(flat))
-    if dtype.kind == "c":
+    """A nested list, or a scalar, to an array. Raises InvalidRequest."""
+    if dtype.kind not in JSON_TYPES:
         raise InvalidRequest(f"{where}: {dtype} cannot be given as JSON", 501)
-    types, expected = {
-        "b": ({bool}, "true or false"), "i": ({int}, "a whole number"), "u": ({int}, "a whole number"),
-        "O": ({str, dict}, "a text")}.get(dtype.kind, ({int, float}, "a number"))
-    accepts = lambda leaf: type(leaf) in types
+    types, expected = JSON_TYPES[dtype.kind]
+    elements = np.array(value, object)  # as deep as all its lists have the same length
+    flat = elements.ravel().tolist()
+    texts = list(map(parse_string, flat)) if dtype == object else ()
     try:
-        if set(map(type, flat)) <= types and len(shape) < 64:
-            if dtype == object:
-                return objects([parse_string(leaf) for leaf in flat]).reshape(shape)
+        if list in map(type, flat):
+            sizes = [len(element) if isinstance(element, list) else None for element in flat]
+            wrong, expected = [size != sizes[0] for size in sizes], f"a list of {sizes[0]}" if sizes[0] else expected
+        elif texts:
+            wrong = [text is None for text in texts]
+        elif not set(map(type, flat)) <= set(types):
+            wrong = [type(element) not in types for element in flat]
+        else:
             with np.errstate(over="ignore"):
-                return np.array(flat, dtype if dtype.kind in "biu" else np.float64).astype(dtype).reshape(shape)
-    except OverflowError:  # an integer that is too large
+                return np.array(flat, dtype if dtype.kind in "biu" else float).astype(dtype).reshape(elements.shape)
+    except OverflowError:  # a number of hundreds of digits, or one that the dtype does not have
         if dtype.kind not in "iu":
-            return parse_tensor(where, json.loads(json.dumps(value), parse_int=float), dtype)
-        limits = np.iinfo(dtype)
-        accepts, expected = range(limits.min, limits.max + 1).__contains__, f"a whole number that {dtype} has"
-    whole, first = [], value
-    while isinstance(first, list) and first:
-        whole.append(len(first))
-        first = first[0]
-    path, found, size = find_wrong(value, whole, accepts) or ("", value, None)
-    raise InvalidRequest(f"{where}{path}: expected {f'a list of {size}' if size else expected}, got {shown(found)}")
+            return np.array([float(str(element)) for element in flat]).astype(dtype).reshape(elements.shape)
+        limits, expected = np.iinfo(dtype), f"a whole number that {dtype} has"
+        wrong = [not limits.min <= element <= limits.max for element in flat]
+    if dtype == object and True not in wrong:
+        return objects(texts).reshape(elements.shape)
+    index = wrong.index(True) if True in wrong else 0
+    place = "".join(f"[{i}]" for i in np.unravel_index(index, elements.shape))
+    raise InvalidRequest(f"{where}{place}: expected {expected}, got {shown(flat[index])}")
 
 
-def find_wrong(value: Any, shape: list[int], accepts: Callable[[Any], bool], path: str = "") -> tuple | None:
-    """Where a nested list has not this shape, or a leaf is not accepted: path, value there, size it should have."""
-    if not shape:
-        return None if accepts(value) else (path, value, None)
-    if not isinstance(value, list) or len(value) != shape[0]:
-        return path, value, shape[0]
-    found = (find_wrong(item, shape[1:], accepts, f"{path}[{i}]") for i, item in enumerate(value))
-    return next(filter(None, found), None)
-
-
-def parse_string(value: str | dict[str, Any]) -> bytes:
+def parse_string(value: Any) -> bytes | None:
+    """The bytes of a text or of ``{"b64": "..."}``; None if it is neither."""
     try:
         if isinstance(value, str):
             return value.encode()
-        text = re.sub(r"\s", "", value["b64"], flags=re.A)
+        [text] = value.values() if value.keys() == {"b64"} else ()
+        text = re.sub(r"\s", "", text, flags=re.A)
         return base64.b64decode(text if "=" in text else text + "=" * (-len(text) % 4), validate=True)
-    except (KeyError, TypeError, ValueError):
-        raise InvalidRequest(f'expected a text or {{"b64": "..."}}, got {shown(value)}') from None
-
-
-def is_base64(value: dict[str, Any]) -> bool:
-    return len(value) == 1 and isinstance(value.get("b64"), str)
+    except (AttributeError, TypeError, ValueError):
+        return None
 
 
 def parse_examples(document: dict[str, Any]) -> np.ndarray:
@@ -1069,7 +1027,7 @@ def parse_examples(document: dict[str, Any]) -> np.ndarray:
     if not isinstance(examples, list) or not examples:
         raise InvalidRequest(f"examples: expected a list that is not empty, got {shown(examples)}")
     before = serialize_example("context", context)
-    return objects([before + serialize_example(f"examples[{i}]", example) for i, example in enumerate(examples)])
+    return objects(before + serialize_example(f"examples[{i}]", example) for i, example in enumerate(examples))
 
 
 def serialize_example(where: str, features: Any) -> bytes:
@@ -1080,8 +1038,8 @@ def serialize_example(where: str, features: Any) -> bytes:
         values = value if isinstance(value, list) else [value]
         try:
             [kind] = {kinds.get(type(v), "int64_list") for v in values} or {"int64_list"}
-            numbers = (parse_string(v) if kind == "bytes_list" else v for v in values)
-            getattr(example.features.feature[name], kind).value.extend(numbers)
+            take = {"bytes_list": parse_string, "float_list": float, "int64_list": int}[kind]
+            getattr(example.features.feature[name], kind).value.extend(map(take, values))
         except (TypeError, ValueError):  # what protobuf does not take, or of several kinds
             expected = "numbers or texts, all of one kind"
             raise InvalidRequest(f"{where}.{name}: expected {expected}, got {shown(value)}") from None
@@ -1107,10 +1065,7 @@ def encode_predict(signature: Signature, is_row: bool, outputs: list[np.ndarray]
     else:
         pairs = (f"{json.dumps(name)}: {json_text(output, name)}" for name, output in zip(names, outputs))
         text = "{" + ", ".join(pairs) + "}"
-    return to_bytes(f'{{"{"predictions" if is_row else "outputs"}": {text}}}')
-
-
-def to_bytes(text: str) -> bytes:
+    text = f'{{"{"predictions" if is_row else "outputs"}": {text}}}'
     return text.encode("utf-8", "surrogateescape")  # strings that are not UTF-8 pass as they are
 
 
@@ -1127,37 +1082,53 @@ def json_text(array: np.ndarray, name: str) -> str:
 def plain(array: np.ndarray, name: str) -> Any:
     """Nested lists of what JSON has. Floats of less than 64 bits get their own, short decimals."""
     if array.dtype == object and name.endswith("_bytes"):
-        array = objects([{"b64": base64.b64encode(v).decode()} for v in array.ravel()]).reshape(array.shape)
+        array = objects({"b64": base64.b64encode(v).decode()} for v in array.flat).reshape(array.shape)
     elif array.dtype == object:
-        array = objects([v.decode("utf-8", "surrogateescape") for v in array.ravel()]).reshape(array.shape)
+        array = objects(v.decode("utf-8", "surrogateescape") for v in array.flat).reshape(array.shape)
     elif array.dtype.kind in "fV" and array.itemsize < 8:
-        array = np.array([float(str(v)) for v in array.ravel()]).reshape(array.shape)
+        array = shortest(array)
     elif array.dtype.kind not in "fbiu":
         raise InvalidRequest(f"Output {name!r} is of type {array.dtype}, which JSON does not have", 501)
     return array.tolist()
+
+
+def shortest(array: np.ndarray) -> np.ndarray:
+    """Float64 with the same few decimals that the narrower floats have: 0.1, and not 0.10000000149011612."""
+    result = np.full(array.shape, np.nan)
+    with np.errstate(all="ignore"):
+        if array.dtype == np.float32:  # tried on all at once, which is twelve times faster
+            wide = array.astype(np.float64)
+            magnitude = np.floor(np.log10(np.abs(wide)))
+            for digits in (6, 7, 8, 9):
+                scale = 10.0 ** (digits - 1 - magnitude)
+                near = np.where(scale >= 1, np.rint(wide * scale) / scale, np.rint(wide * scale) * (1 / scale))
+                is_found = np.isnan(result) & (np.abs(magnitude) < 10) & (near.astype(np.float32) == array)
+                result[is_found] = near[is_found]
+    left = np.isnan(result)
+    result[left] = [float(str(value)) for value in array[left]]
+    return result
 
 
 def encode_results(signature: Signature, verb: str, examples: int, outputs: list[np.ndarray]) -> bytes:
     """Classify: [label, score] for each class of each example; regress: one number each."""
     named, shapes = dict(zip(signature.outputs, outputs)), {output.shape for output in outputs}
     if verb == "regress" and named.keys() == {"outputs"} and shapes <= {(examples,), (examples, 1)}:
-        return to_bytes('{"results": ' + json_text(named["outputs"].reshape(-1), "outputs") + "}")
+        return f'{{"results": {json_text(named["outputs"].reshape(-1), "outputs")}}}'.encode()
     shape = next(iter(shapes))
     if verb == "regress" or not named.keys() <= {"classes", "scores"} or len(shapes) > 1 or (
-            len(shape) != 2 or len(outputs[0]) != examples):
+            len(shape) != 2 or shape[0] != examples):
         expected = "'outputs' [n]" if verb == "regress" else "'classes', 'scores' or both, [n, classes]"
         raise InvalidRequest(f"To {verb} {examples} examples there must be {expected}, not {list(named)} {shapes}")
     columns = [plain(named[name], name) if name in named else np.full(shape, default).tolist()
                for name, default in (("classes", ""), ("scores", 0.0))]
     results = [list(map(list, zip(*row))) for row in zip(*columns)]
-    return to_bytes(json.dumps({"results": results}, ensure_ascii=False))
+    return json.dumps({"results": results}, ensure_ascii=False).encode("utf-8", "surrogateescape")
 
 
 # == The parameter server: holds the variables, keeps them, and in `shared` placement runs the models ==================
 
 KEEP_EVERY_S = 10.0  # how old the kept variables of a model may be that changes them when it runs
 GONE_S = 10.0  # a shared cluster ends when no front end has been heard for so long
-SUM_RECORD = struct.Struct("<dI")  # the adder's sum and the CRC-32 of its eight bytes
 
 
 class Checkpoints:
@@ -1191,20 +1162,21 @@ class Checkpoints:
         self._write_aside(self._marker, lambda file: file.write(b"begun"))
 
     def keep(self, source: ModelSource, weights: dict[str, np.ndarray]) -> None:
-        plain = {f"variables/{name}": np.asarray(v, "S" if v.dtype == object else None) for name, v in weights.items()}
+        plain = {f"variables/{name}": value if value.dtype != object else np.array(value + b".", "S")
+                 for name, value in weights.items()}  # numpy strips zeros from the end of a text
         self._write_aside(self.path(source), lambda file: np.savez(file, **plain))
 
     def keep_sum(self, total: float) -> None:
-        """The adder's, for each batch, and so in place once there is a file: that takes a hundredth of the time, and so
-        few bytes are in one sector of the disk, which is written as a whole or not at all."""
-        record, path = SUM_RECORD.pack(total, zlib.crc32(struct.pack("<d", total))), self.path(ADDER_SOURCE)
+        """The adder's, twice over; for each batch, and so in place once there is a file: that takes a hundredth of the
+        time, and so few bytes are in one sector of the disk, which is written as a whole or not at all."""
+        record, path = struct.pack("<dd", total, total), self.path(ADDER_SOURCE)
         if self._sum_file is None:
             self._write_aside(path, lambda file: file.write(record))
             self._sum_file = os.open(path, os.O_WRONLY)
             return
-        with keeping(path):
+        with naming_file(path):
             if not os.fstatvfs(self._sum_file).f_bavail:  # there are file systems that need room even so
-                raise OSError(28, "No space left on device")
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             os.pwrite(self._sum_file, record, 0)
             if self.durable:
                 os.fdatasync(self._sum_file)
@@ -1215,11 +1187,12 @@ class Checkpoints:
         try:
             with open(path, "rb") as file:
                 if source != ADDER_SOURCE:
-                    return {name.removeprefix("variables/"): array for name, array in np.load(file).items()}
-                total, check = SUM_RECORD.unpack(file.read())
-                if check != zlib.crc32(struct.pack("<d", total)):
-                    raise ValueError("its checksum is wrong")
-                return {"sum": np.float64(total)}
+                    return {name.removeprefix("variables/"): array if array.dtype.kind != "S" else objects(
+                        text[:-1] for text in array.flat).reshape(array.shape) for name, array in np.load(file).items()}
+                record = file.read()
+                if len(record) != 16 or record[:8] != record[8:]:
+                    raise ValueError("it is not one number twice")
+                return {"sum": np.frombuffer(record)[0]}
         except Exception as error:  # there is no end to what numpy and zipfile raise
             if isinstance(error, FileNotFoundError) and not (is_needed and self._has_begun):
                 return {}
@@ -1236,7 +1209,7 @@ class Checkpoints:
         return found
 
     def _write_aside(self, path: str, write: Callable[[Any], Any]) -> None:
-        with keeping(path):
+        with naming_file(path):
             with open(path + ".new", "wb") as file:
                 write(file)
                 if self.durable:
@@ -1250,7 +1223,7 @@ class Checkpoints:
 
 
 @contextlib.contextmanager
-def keeping(path: str):
+def naming_file(path: str):
     try:
         yield
     except OSError as error:
@@ -1289,17 +1262,16 @@ class ParameterServer:
         self.turn = concurrent.futures.ThreadPoolExecutor(1)  # so that the event loop can always answer ping()
         self.starting = asyncio.Lock()
 
-    async def join(self, options: dict[str, str]) -> None:
-        """A front end wants to share this cluster. Raises OptionError when it cannot."""
-        for name, ours in self.options.shared.items():
-            if options[name] != ours:
-                raise OptionError(f"{name} {options[name]}: the shared cluster runs with {ours}")
-
-    async def start(self) -> dict[str, Any]:
+    async def start(self, wanted: dict[str, str] | None = None) -> dict[str, Any]:
         """Boot, and in the first one load; about this life of the actor: addresses, models, their weights' versions.
 
-        Idempotent. The first one's returns when every variable is restored. Raises ModelError or Unavailable.
+        Idempotent. The first one's returns when every variable is restored. Raises ModelError or Unavailable, and
+        OptionError to a front end that ``wanted`` another cluster than this one, which it would share.
         """
+        ours = self.options.shared
+        for name, value in (wanted or ours).items():
+            if value != ours[name]:
+                raise OptionError(f"{name} {value}: the shared cluster runs with {ours[name]}")
         async with self.starting:
             if self.about is None:
                 addresses = [await self._in_turn(self._boot)]
@@ -1325,18 +1297,24 @@ class ParameterServer:
         """They are kept when this returns, and every worker has them, or is dead."""
         async with self.starting:  # nobody is told a version that is just being replaced
             await self._in_turn(self._set_weights, self.graphs[model], weights)
-        for index in range(self.options.workers) if model in self.weights else ():
-            with contextlib.suppress(ValueError, ray.exceptions.RayError):  # its next life starts with the new weights
-                worker = await find_actor(f"worker {index}", self.namespace)
+        for worker in await self._workers() if model in self.weights else ():
+            with contextlib.suppress(ray.exceptions.RayError):  # its next life starts with the new weights
                 await worker.start.remote()
 
     async def keep(self) -> None:
-        """Keep the variables that models have changed since they were kept last."""
+        """Keep the variables of the models that change them when they run."""
         for graph in self.graphs.values():
-            await self._in_turn(self._keep_if_changed, graph)
+            if graph.writes:
+                await self._in_turn(self._keep, graph)
 
     async def _in_turn(self, method, *arguments):
         return await asyncio.get_running_loop().run_in_executor(self.turn, method, *arguments)
+
+    async def _workers(self) -> list:
+        """Those that there are."""
+        names = [f"worker {index}" for index in range(self.options.workers)]
+        found = await asyncio.gather(*(find_actor(name, self.namespace) for name in names), return_exceptions=True)
+        return [worker for worker in found if not isinstance(worker, Exception)]
 
     def _boot(self) -> str:
         """The address of a TensorFlow server on a port that the system picks. It ends with this process.
@@ -1355,7 +1333,7 @@ class ParameterServer:
 
     async def _load(self, addresses: list[str]) -> None:
         """Load all models onto this server and the others, whose addresses are added."""
-        names = [f"parameter server {i}" for i in range(1, self.options.parameter_servers)]
+        names = [f"parameter server {index}" for index in range(1, self.options.parameter_servers)]
         others = [await find_actor(name, self.namespace) for name in names]
         for other in others:
             addresses += (await call(other.start.remote()))["addresses"]
@@ -1380,9 +1358,8 @@ class ParameterServer:
             graph.variables.set_weights(checkpoints.load(source, is_needed=graph.writes))
         except InvalidRequest as error:
             raise ModelError(f"The checkpoint {checkpoints.path(source)} is not of this model: {error}") from None
-        if source == ADDER_SOURCE:
-            checkpoints.keep_sum(graph.variables.get_weights()["sum"].item())
-        self._keep_if_changed(graph)
+        if graph.writes:
+            self._keep(graph)
         if is_mirror:
             self.weights[source.name] = secrets.token_hex(8)
         rule = f"merged-{self.options.max_batch}-{self.options.exact}-{graph.fingerprint}"
@@ -1391,25 +1368,24 @@ class ParameterServer:
 
     def _set_weights(self, graph: Graph, weights: dict[str, np.ndarray]) -> None:
         graph.variables.set_weights(weights)
-        if graph.source == ADDER_SOURCE:  # a run keeps the sum, and no other add can come between
-            graph.run("serving_default", [np.zeros(1)])
-        else:
-            checkpoints.keep(graph.source, graph.variables.get_weights())
+        self._keep(graph)
         if graph.source.name in self.weights:
             self.weights[graph.source.name] = secrets.token_hex(8)
 
-    def _keep_if_changed(self, graph: Graph) -> None:
-        """But for the adder, which keeps each sum before it is answered."""
-        if graph.writes and graph.source != ADDER_SOURCE:
-            weights = graph.variables.get_weights()
-            fingerprint = zlib.crc32(pickle.dumps(weights))
-            if self.kept.get(graph.source.name) != fingerprint:
-                checkpoints.keep(graph.source, weights)
-                self.kept[graph.source.name] = fingerprint
+    def _keep(self, graph: Graph) -> None:
+        """Keep a model's variables, if they are not as they were kept last."""
+        if graph.source == ADDER_SOURCE:  # each run keeps the sum, and no other add can come between
+            graph.run("serving_default", [np.zeros(1)])
+            return
+        weights = graph.variables.get_weights()
+        fingerprint = zlib.crc32(pickle.dumps(weights))
+        if self.kept.get(graph.source.name) != fingerprint:
+            checkpoints.keep(graph.source, weights)
+            self.kept[graph.source.name] = fingerprint
 
     async def _live(self, others: list) -> None:
-        """Keep variables now and then. End with another parameter server, so that Ray brings both back and all is loaded
-        anew; and end a shared cluster when no front end has been heard for a while."""
+        """Keep variables now and then. End with another parameter server, so that Ray brings both back and all is
+        loaded anew; and end a shared cluster when no front end has been heard for a while."""
         stays = [asyncio.ensure_future(call(other.stay.remote())) for other in others]
         self.heard = kept = time.monotonic()
         while time.monotonic() - self.heard < GONE_S or not self.options.address:
@@ -1425,12 +1401,9 @@ class ParameterServer:
                 kept = time.monotonic()
         with contextlib.suppress(Exception):
             await self.keep()
-        for index in range(self.options.workers):
-            with contextlib.suppress(ValueError):
-                others.append(await find_actor(f"worker {index}", self.namespace))
         if self.options.checkpoint_dir is None:
             shutil.rmtree(self.folder, ignore_errors=True)
-        for actor in [*others, ray.get_runtime_context().current_actor]:
+        for actor in [*await self._workers(), *others, ray.get_runtime_context().current_actor]:
             await asyncio.to_thread(ray.kill, actor)
 
 
@@ -1504,6 +1477,7 @@ class Worker:
         async with self.starting:
             await asyncio.wrap_future(self.tensorflow)
             if self.door is None:
+                self.loop = asyncio.get_running_loop()
                 host = ray.util.get_node_ip_address()
                 self.listener = await asyncio.start_server(self._serve_line, host, limit=2**24)
                 self.door = self.listener.sockets[0].getsockname()[:2]
@@ -1541,24 +1515,18 @@ class Worker:
                 return
             self.lines.add(writer)
             while True:
-                task = asyncio.create_task(self._make_trip(writer, *await read_frame(reader)))
-                self.trips.add(task)
-                task.add_done_callback(self.trips.discard)
+                number, model, requests = await read_frame(reader)
+                trip = asyncio.create_task(self._run(model, requests, functools.partial(self._reply, writer, number)))
+                self.trips.add(trip)
+                trip.add_done_callback(self._end_trip)
         self.lines.discard(writer)
 
-    async def _make_trip(self, writer: asyncio.StreamWriter, number: int, model: str, requests: list[tuple]) -> None:
-        loop = asyncio.get_running_loop()
+    def _reply(self, writer: asyncio.StreamWriter, number: int, answers: dict[int, Any]) -> None:
+        self.loop.call_soon_threadsafe(writer.writelines, to_frame((number, answers)))
 
-        def reply(answers: dict[int, Any]) -> None:
-            loop.call_soon_threadsafe(writer.writelines, to_frame((number, answers)))
-
-        try:
-            await self._run(model, requests, reply)
-        except WorkerLost:
-            pass  # its lines are closed, which tells who waits
-        except Exception as error:  # whatever it is: nobody is to wait for ever
-            message = f"Worker {self.index} failed: {type(error).__name__}: {first_sentence(error)}"
-            reply(dict.fromkeys(range(len(requests)), Error(message)))
+    def _end_trip(self, trip: asyncio.Task) -> None:
+        self.trips.discard(trip)
+        trip.exception()  # if there is one, the line is closed, which tells who waits
 
     async def _run(self, model: str, requests: list[tuple], reply: Callable[[dict[int, Any]], Any]) -> None:
         graph, have = self.graphs[model], self.have
@@ -1571,6 +1539,9 @@ class Worker:
                 for writer in self.lines:
                     writer.close()
             raise WorkerLost(f"The parameter server of worker {self.index} was lost: {error}") from None
+        except Exception as error:  # whatever it is: nobody is to wait for ever
+            message = f"Worker {self.index} failed: {type(error).__name__}: {first_sentence(error)}"
+            reply(dict.fromkeys(range(len(requests)), Error(message)))
 
     def _connect(self, there: dict[str, Any]) -> None:
         """Connect to another life of the parameter server. Threads that still wait for the last one are left behind."""
@@ -1614,15 +1585,16 @@ def answer_requests(graph: Graph, requests: list[tuple], reply: Callable[[dict[i
     reply(refused)
     for group in groups.values():
         now = time.monotonic()
-        group = [request for request in group if now < request[-1]]  # nobody waits for the others any more
-        if len(group) < 2 or not (answers := run_merged(graph, group)):
-            answers = {index: run_one(graph, *request) for index, *request, _ in group}
-        reply(answers)
+        group = [request[:-1] for request in group if now < request[-1]]  # nobody waits for the others any more
+        answers = run_merged(graph, group) if len(group) > 1 else None
+        reply(answers or {index: attempt(lambda: encode(graph.run(signature.name, feed)))
+                          for index, signature, feed, encode in group})
 
 
-def run_one(graph: Graph, signature: Signature, feed: list[np.ndarray], encode: Callable) -> Any:
+def attempt(function: Callable, *arguments) -> Any:
+    """What it returns, or the Error that it raises."""
     try:
-        return encode(graph.run(signature.name, feed))
+        return function(*arguments)
     except Error as error:
         return error.with_traceback(None)
 
@@ -1632,8 +1604,8 @@ def run_merged(graph: Graph, group: list[tuple]) -> dict[int, Any] | None:
 
     Nothing has been changed then: a signature that writes is only merged when a run that fails changes nothing.
     """
-    _, signature, _, _, _ = group[0]
-    feeds = [feed for _, _, feed, _, _ in group]
+    _, signature, _, _ = group[0]
+    feeds = [feed for _, _, feed, _ in group]
     ends = list(itertools.accumulate(len(feed[0]) for feed in feeds))
     try:
         outputs = graph.run(signature.name, list(map(np.concatenate, zip(*feeds))))
@@ -1642,13 +1614,8 @@ def run_merged(graph: Graph, group: list[tuple]) -> dict[int, Any] | None:
     if any(output.shape[:1] != (ends[-1],) for output in outputs):
         signature.merged = False
         return None
-    answers = {}
-    for (index, _, feed, encode, _), end in zip(group, ends):
-        try:
-            answers[index] = encode([output[end - len(feed[0]):end] for output in outputs])
-        except Error as error:
-            answers[index] = error.with_traceback(None)
-    return answers
+    return {index: attempt(encode, [output[end - len(feed[0]):end] for output in outputs])
+            for (index, _, feed, encode), end in zip(group, ends)}
 
 
 # == Lines: how batches travel. One call of Ray's takes ten times the processor time of a message on a connection ======
@@ -1678,18 +1645,15 @@ class Line:
         self.index = index
         self.is_hung = False  # it gets no new work unless there is no other
         self.trips: dict[int, dict[int, Request]] = {}  # what is not answered yet
-        self._numbers, self._writer = itertools.count(), writer
+        self.writer, self._numbers = writer, itertools.count()
         self.closed = asyncio.create_task(self._listen(reader, batcher))
         batcher.add(self)
 
-    def send(self, model: str, requests: list[Request], now: float) -> None:
-        number = next(self._numbers)
+    def send(self, model: str, requests: list[Request]) -> None:
+        number, now = next(self._numbers), time.monotonic()
         self.trips[number] = dict(enumerate(requests))
         contents = [(request.verb, request.body, request.deadline - now, request.is_repeated) for request in requests]
-        self._writer.writelines(to_frame((number, model, contents)))
-
-    def close(self) -> None:
-        self._writer.close()
+        self.writer.writelines(to_frame((number, model, contents)))
 
     async def _listen(self, reader: asyncio.StreamReader, batcher: Batcher) -> None:
         with contextlib.suppress(OSError, EOFError):
@@ -1702,29 +1666,29 @@ class Line:
                 if not trip:
                     del self.trips[number]
                     batcher.dispatch()
-        self.close()
+        self.writer.close()
         batcher.remove(self)
 
 
 # == The batcher: gathers concurrent requests before they travel, and hands them to the workers round-robin ============
 
 TRIP_BYTES = 2**25  # most that requests which travel together have together
-QUEUE_BYTES = 2**28
+HELD_BYTES = 2**28  # most that all requests have which are not answered
 BUCKETS_S = (0.003, 0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, math.inf)  # of the histogram of answers
 
 
 @dataclasses.dataclass(eq=False, slots=True)
 class Request:
-    """One caller's request on its way. ``future`` is asyncio's or a thread's, whichever its caller waits for."""
+    """One caller's request on its way to a worker, and ``future``, for which the caller waits."""
 
     model: str
     worker: int | None  # the one that is to do it, if it matters
     verb: str
     body: Any
-    future: Any
+    future: asyncio.Future
     size_bytes: int
     deadline: float
-    timer: asyncio.TimerHandle | None = None  # that ends the wait then
+    timer: asyncio.TimerHandle | None = None  # that ends the wait at the deadline
     is_repeated: bool = False  # a worker was lost that had it
 
 
@@ -1739,34 +1703,47 @@ class Batcher:
         self.options = options
         self.models: dict[str, Model] = {}
         self.lines: list[Line] = []  # to the workers that can be called; whose turn it is comes first
-        self.waiting = 0
-        self._waiting_bytes = 0
-        self._queues: dict[tuple[str, int | None], collections.deque[Request]] = {}
-        self._is_due = False
-        self._closed: Error | None = None
+        self.held_bytes = 0  # of the requests that are not answered
         self.answered: collections.Counter[tuple[str, str]] = collections.Counter()  # by model and verb
         self.took: collections.Counter[float] = collections.Counter()  # by bucket
         self.took_s = 0.0
+        self._queues: dict[tuple[str, int | None], collections.deque[Request]] = {}
+        self._is_due, self._closed = False, None
 
-    def submit(self, request: Request) -> None:
-        """Queue a request; its future will be resolved."""
+    @property
+    def waiting(self) -> int:
+        """Requests that are not sent yet."""
+        return sum(map(len, self._queues.values()))
+
+    async def submit(self, model: str, verb: str, body: Any, worker: int | None = None) -> Any:
+        """The answer to a request, which waits in its queue first. Raises Error."""
         if self._closed:
-            return self.resolve(request, self._closed)
-        if self.waiting >= self.options.max_queue or self._waiting_bytes > QUEUE_BYTES:
-            message = f"Too many requests are waiting already ({self.waiting}); try again later."
-            return self.resolve(request, Unavailable(message))
-        loop = asyncio.get_running_loop()
-        request.timer = loop.call_later(request.deadline - time.monotonic(), self._end_wait, request)
-        self._enqueue(request)
+            raise self._closed.with_traceback(None)
+        if self.waiting >= self.options.max_queue or self.held_bytes > HELD_BYTES:
+            raise Unavailable(f"Too many requests are waiting already ({self.waiting}); try again later.")
+        loop, deadline = asyncio.get_running_loop(), time.monotonic() + self.options.timeout_s
+        request = Request(model, worker, verb, body, loop.create_future(), size_of(body), deadline)
+        request.timer = loop.call_later(self.options.timeout_s, self._end_wait, request)
+        self.held_bytes += request.size_bytes
+        self._queues.setdefault((model, worker), collections.deque()).append(request)
         if not self._is_due:
             self._is_due = True
             loop.call_soon(self.dispatch)  # after all that is ready in this turn of the loop
+        return await request.future
 
-    def _enqueue(self, request: Request, first: bool = False) -> None:
-        queue = self._queues.setdefault((request.model, request.worker), collections.deque())
-        queue.appendleft(request) if first else queue.append(request)
-        self.waiting += 1
-        self._waiting_bytes += request.size_bytes
+    def resolve(self, request: Request, answer: Any) -> None:
+        """Give a caller the answer, unless there is one or nobody waits for it any more."""
+        self.held_bytes, request.size_bytes = self.held_bytes - request.size_bytes, 0
+        request.timer.cancel()
+        if request.future.done():
+            return
+        if isinstance(answer, Exception):
+            return request.future.set_exception(answer)
+        request.future.set_result(answer)
+        seconds = time.monotonic() - request.deadline + self.options.timeout_s
+        self.answered[request.model, request.verb] += 1
+        self.took[next(end for end in BUCKETS_S if seconds <= end)] += 1
+        self.took_s += seconds
 
     def add(self, line: Line) -> None:
         self.lines.insert(0, line)
@@ -1782,27 +1759,9 @@ class Batcher:
                 self.resolve(request, WorkerLost(f"Worker {line.index} was lost; {why}."))
             else:
                 request.is_repeated = True
-                self._enqueue(request, first=True)
+                self._queues.setdefault((request.model, request.worker), collections.deque()).appendleft(request)
         line.trips.clear()
         self.dispatch()
-
-    def resolve(self, request: Request, answer: Any) -> None:
-        """Give a caller the answer, unless nobody waits for it any more."""
-        if request.timer:
-            request.timer.cancel()
-        with contextlib.suppress(asyncio.InvalidStateError, concurrent.futures.InvalidStateError):
-            if isinstance(answer, Exception):
-                return request.future.set_exception(answer)
-            request.future.set_result(answer)
-            seconds = time.monotonic() - request.deadline + self.options.timeout_s
-            self.answered[request.model, request.verb] += 1
-            self.took[next(end for end in BUCKETS_S if seconds <= end)] += 1
-            self.took_s += seconds
-
-    def _end_wait(self, request: Request) -> None:
-        message = f"No answer within the deadline of {self.options.timeout_s:g} s"
-        self.resolve(request, DeadlineExceeded(f"{message}; a change that was asked for may have been applied."))
-        self.dispatch()  # which drops it from its queue
 
     def close(self, error: Error | None) -> None:
         """Answer all that is left, and whatever comes, with this; until called with None."""
@@ -1812,58 +1771,66 @@ class Batcher:
             self.resolve(request, error)
         self.dispatch()  # which drops what has its answer
 
+    def _end_wait(self, request: Request) -> None:
+        message = f"No answer within the deadline of {self.options.timeout_s:g} s"
+        self.resolve(request, DeadlineExceeded(f"{message}; a change that was asked for may have been applied."))
+        self.dispatch()  # which drops it from its queue
+
     def dispatch(self) -> None:
         """Send all batches that are due to workers that have a place. Models take turns, and so do workers."""
-        self._is_due = False
-        while any([self._take(*key) for key in list(self._queues)]):
-            pass
+        self._is_due, keys = False, collections.deque(self._queues)
+        while keys:
+            key = keys.popleft()
+            if batch := self._next_batch(*key):
+                line, requests = batch
+                self.lines.remove(line)
+                self.lines.append(line)
+                line.send(key[0], requests)
+                keys.append(key)
 
-    def _take(self, name: str, worker: int | None) -> bool:
-        """Send one batch of this queue, if it is due and there is a place for it."""
-        queue, model, now = self._queues[name, worker], self.models[name], time.monotonic()
-        self._drop_done(queue)
+    def _next_batch(self, name: str, worker: int | None) -> tuple[Line, list[Request]] | None:
+        """What of this queue is to be sent now, and to whom; if it is due, and there is a place for it."""
+        queue, model = self._queues[name, worker], self.models[name]
+        while queue and queue[0].future.done():  # nobody waits for it any more
+            self.resolve(queue.popleft(), None)
         if not queue:
             del self._queues[name, worker]
-            return False
-        lines = [line for line in self.lines if len(line.trips) < PLACES and worker in (None, line.index)]
+            return None
+        lines = [line for line in self.lines if worker in (None, line.index)]
+        lines = [line for line in lines if not line.is_hung] or lines
+        lines = [line for line in lines if len(line.trips) < PLACES]
         if not lines:
-            return False
+            return None
         is_one_run, count = model.merged and self.options.placement == "shared", len(queue)
         if not is_one_run:  # all workers get their part
             count = -(-count // sum(PLACES - len(line.trips) for line in lines))
         under_way = [next(iter(trip.values())).model
                      for line in self.lines if not line.is_hung for trip in line.trips.values()]
         if model.merged and count < self.options.max_batch:
-            early_s = queue[0].deadline - self.options.timeout_s + self.options.batch_wait_ms / 1000 - now
+            early_s = queue[0].deadline - self.options.timeout_s + self.options.batch_wait_ms / 1000 - time.monotonic()
             if early_s > 0:
                 asyncio.get_running_loop().call_later(early_s, self.dispatch)
-                return False
+                return None
             if is_one_run and under_way.count(name) >= PLACES:  # more at once would only be smaller
-                return False
+                return None
         if model.calls_out and sum(self.models[other].calls_out for other in under_way) >= PLACES * len(self.lines) - 1:
-            return False  # what it waits for may need a place, too
-        line = min(lines, key=lambda line: line.is_hung)
+            return None  # what it waits for may need a place, too
         requests, size_bytes = [], 0
         while queue and len(requests) < min(count, self.options.max_batch) and size_bytes < TRIP_BYTES:
-            request = self._leave(queue)
-            if not request.future.done():
+            request = queue.popleft()
+            if request.future.done():
+                self.resolve(request, None)
+            else:
                 size_bytes += request.size_bytes
                 requests.append(request)
-        self.lines.remove(line)
-        self.lines.append(line)
-        line.send(name, requests, now)
-        return True
+        return lines[0], requests
 
-    def _leave(self, queue: collections.deque[Request]) -> Request:
-        request = queue.popleft()
-        self.waiting -= 1
-        self._waiting_bytes -= request.size_bytes
-        return request
 
-    def _drop_done(self, queue: collections.deque[Request]) -> None:
-        """Nobody waits for these any more."""
-        while queue and queue[0].future.done():
-            self._leave(queue)
+def size_of(body: Any) -> int:
+    """Roughly the bytes that travel: an HTTP body's, or those of arrays."""
+    first, second = body if isinstance(body, tuple) else (b"", 0)
+    arrays = second.values() if isinstance(second, dict) else [second]
+    return len(first) + sum(getattr(array, "nbytes", 0) for array in arrays)
 
 
 # == The cluster: what scripts, notebooks and front ends hold in their hands ===========================================
@@ -1908,10 +1875,11 @@ class Cluster:
         self.options = dataclasses.replace(options or Options(), **changes)
         self._servers = [Member("parameter server", index) for index in range(self.options.parameter_servers)]
         self._workers = [Member("worker", index) for index in range(self.options.workers)]
+        self.models: dict[str, Model] = {}
         self._batcher = Batcher(self.options)
         self._errors: collections.Counter[int] = collections.Counter()  # by HTTP status
-        self._status, self._failure = "new", None  # starting, serving, stopping, stopped; why not
-        self._changed, self._making = threading.Condition(), threading.Lock()
+        self._failure: Error | None = None  # why nothing is served, when that is not just for the moment
+        self._changed, self._maker = threading.Condition(), concurrent.futures.ThreadPoolExecutor(1)
         self._thread: threading.Thread | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._home: int | None = None  # the thread of the home loop
@@ -1924,8 +1892,8 @@ class Cluster:
     def begin(self, home: asyncio.AbstractEventLoop | None = None) -> Cluster:
         """Start everything in the background, in the running loop ``home`` if given; ``health`` tells how far it is."""
         with self._changed:
-            if self._status == "new":
-                self._status, self._loop = "starting", home or asyncio.new_event_loop()
+            if self._thread is None and self._failure is None:
+                self._loop = home or asyncio.new_event_loop()
                 self._thread = threading.Thread(target=self._live, args=[home is None], daemon=True)
                 self._thread.start()
                 atexit.register(self.close)
@@ -1938,18 +1906,20 @@ class Cluster:
         """
         self.begin()
         with self._changed:
-            self._changed.wait_for(lambda: self._failure or self._status in ("stopping", "stopped") or (
+            self._changed.wait_for(lambda: self._failure or (
                 sum(worker.state == "ready" for worker in self._workers) >= workers))
-        failures = [ModelError(model.error) for model in self.models.values() if model.error]
-        if self._failure or failures or self._status != "serving":
+        errors = [ModelError(model.error) for model in self.models.values() if model.error]
+        if failure := self._failure or next(iter(errors), None):
             self.close()
-            raise self._failure or [*failures, Unavailable("The cluster was closed.")][0]
+            raise failure
         return self
 
     def close(self) -> None:
         """Answer what is left with Unavailable and end every process that was started. Safe to call twice."""
         atexit.unregister(self.close)
-        self._tell(status="stopping" if self._thread and self._thread.is_alive() else "stopped")
+        with self._changed:
+            self._failure = Unavailable("The server is shutting down.")
+            self._changed.notify_all()
         with contextlib.suppress(RuntimeError, AttributeError):  # the loop is closed, or never was
             self._loop.call_soon_threadsafe(self._closing.set)
         if self._thread:
@@ -2001,14 +1971,16 @@ class Cluster:
 
     def get_weights(self, model: str) -> dict[str, np.ndarray]:
         """The variables of a served model by name. Arrays may be read-only: copy what you want to write to."""
-        return self._call_server("get_weights", model)
+        self.find(model)
+        return self._wait(self._cross(self._call_server("get_weights", model)))
 
     def set_weights(self, model: str, weights: dict[str, np.ndarray]) -> None:
         """Set some or all variables of a served model; a wrong name or shape is an InvalidRequest, and none is set.
 
         Once it returns, no later request is answered with the old ones, mirrors included.
         """
-        self._call_server("set_weights", model, as_arrays(weights))
+        self.find(model)
+        self._wait(self._cross(self._call_server("set_weights", model, as_arrays(weights))))
 
     def map(
         self, batches: Iterable[Any], model: str, signature: str = "serving_default", version: int | None = None,
@@ -2019,44 +1991,43 @@ class Cluster:
         Keeps a bounded number of batches in flight and pulls no faster than they can be sent. An error says which batch
         it is about, counted from 0. Leaving the loop early stops the work.
         """
-        self._refuse_at_home()
-        pending: dict[concurrent.futures.Future, int] = {}
+        about, pending, source = 0, {}, enumerate(batches)
         ahead = min(2 * PLACES * self.options.workers, self.options.max_queue)
-
-        def results(most: int):
-            while len(pending) > most:
+        try:
+            while True:
+                for about, batch in itertools.islice(source, ahead - len(pending)):
+                    self.find(model, version)
+                    answer = self._batcher.submit(model, "arrays", (signature, as_arrays(batch)))
+                    pending[self._cross(answer)] = about
+                if not pending:
+                    return
                 done = pending if ordered else concurrent.futures.wait(pending, return_when="FIRST_COMPLETED").done
                 future = next(iter(done))
-                with naming_batch(pending.pop(future)):
-                    yield future.result()
-
-        try:
-            for index, batch in enumerate(batches):
-                with naming_batch(index):
-                    pending[self._submit(model, "arrays", (signature, as_arrays(batch)), version)] = index
-                yield from results(ahead - 1)
-            yield from results(0)
+                about = pending.pop(future)
+                yield future.result()
+        except Error as error:
+            raise type(error)(f"batch {about}: {error}", error.status) from error
         finally:
             for future in pending:
                 future.cancel()
 
     async def map_async(self, batches: Iterable[Any] | AsyncIterable[Any], *arguments, **options) -> AsyncIterator[Any]:
         """As ``map``, for ``async for``; ``batches`` may be asynchronous too. It is threads that wait, not the loop."""
-        results, end = self.map(iterate(batches, asyncio.get_running_loop()), *arguments, **options), object()
+        end = object()
+        if isinstance(batches, AsyncIterable):
+            batches = from_loop(aiter(batches), asyncio.get_running_loop())
+        results = self.map(batches, *arguments, **options)
         try:
             while (result := await asyncio.to_thread(next, results, end)) is not end:
                 yield result
         finally:
-            await asyncio.to_thread(results.close)
-
-    @property
-    def models(self) -> dict[str, Model]:
-        return self._batcher.models
+            with contextlib.suppress(ValueError):  # a thread still waits there, and drops it when it has its result
+                await asyncio.to_thread(results.close)
 
     def find(self, name: str, version: int | None = None) -> Model:
         """A served model. Raises InvalidRequest in TensorFlow Serving's words, or Unavailable."""
-        if self._failure or self._status != "serving":
-            raise self._failure or Unavailable(f"The server is {self._status}; try again later.")
+        if self._failure or not self.models:
+            raise self._failure or Unavailable("The server is starting; try again later.")
         model = self.models.get(name)
         if model is None or model.error or version not in (None, model.version):
             which = f"Latest({name})" if version is None else f"Specific({name}, {version})"
@@ -2080,27 +2051,27 @@ class Cluster:
 
     def health(self) -> dict[str, Any]:
         """What ``GET /health`` answers: status, parameter servers, workers, models; asks nobody, waits for nothing."""
-        status = "failed" if self._failure else self._status
-        if status == "serving":
-            ready = any(worker.state != "starting" for worker in self._workers)
-            status = "ready" if ready else "recovering" if self._first.is_set() else "starting"
+        status = "failed" if self._failure else "recovering" if self._first.is_set() else "starting"
+        if not self._failure and any(worker.state != "starting" for worker in self._workers):
+            status = "ready"
 
         def shown(member: Member) -> dict[str, Any]:
-            in_flight = {"in_flight": sum(map(len, member.line.trips.values()))} if member.line else {}
-            known = {"index": member.index, "state": member.state, "restarts": member.restarts}
-            return known | {name: value for name, value in member.about.items() if value is not None} | in_flight
+            known = {"index": member.index, "state": member.state, "restarts": member.restarts} | member.about
+            return known | ({"in_flight": sum(map(len, member.line.trips.values()))} if member.line else {})
 
-        models = {model.name: {"version": model.version} | (
-            {"error": model.error} if model.error else {"merged": model.merged})
-            for model in self.models.values()}
-        return {"status": status, "parameter_servers": list(map(shown, self._servers)),
-                "workers": list(map(shown, self._workers)), "models": models, "waiting": self._batcher.waiting,
-                **({"error": str(self._failure)} if self._failure else {})}
+        models = {name: {"version": model.version, "merged": model.merged, "error": model.error}
+                  for name, model in self.models.items()}
+        return {"status": status, "error": self._failure and str(self._failure),
+                "parameter_servers": list(map(shown, self._servers)), "workers": list(map(shown, self._workers)),
+                "models": models, "waiting": self._batcher.waiting}
 
-    def count(self, error: Error) -> Error:
-        """Count what a front end answers with this error."""
+    def refuse(self, error: Exception) -> tuple[dict[str, str], int, dict[str, str]]:
+        """What a front end answers to a request that raised this: body, status and headers."""
+        if not isinstance(error, Error):
+            log.error("a request failed", exc_info=error)
+            error = Error("Internal error")
         self._errors[error.status] += 1
-        return error
+        return {"error": str(error)}, error.status, {"Retry-After": "1"} if error.status in (429, 503) else {}
 
     def metrics(self) -> str:
         """What ``GET /metrics`` answers: what this process has done, in Prometheus' text format."""
@@ -2124,51 +2095,39 @@ class Cluster:
 
     def ask(self, model: str, verb: str, body: Any, version: int | None = None, worker: int | None = None) -> Any:
         """What ``decode`` says of the verb. Raises Error."""
-        self._refuse_at_home()
-        try:
-            return self._submit(model, verb, body, version, worker).result(self.options.timeout_s + 5)
-        except TimeoutError:
-            raise DeadlineExceeded("The cluster was closed, or its event loop is blocked.") from None
+        self.find(model, version)
+        return self._wait(self._cross(self._batcher.submit(model, verb, body, worker)))
 
     async def ask_async(
         self, model: str, verb: str, body: Any, version: int | None = None, worker: int | None = None
     ) -> Any:
         """As ``ask``, awaitable."""
-        future = self._submit(model, verb, body, version, worker)
-        return await (future if asyncio.isfuture(future) else asyncio.wrap_future(future))
-
-    def _submit(self, model: str, verb: str, body: Any, version: int | None = None, worker: int | None = None):
-        """The future of an answer: asyncio's in the home loop, elsewhere a thread's."""
         self.find(model, version)
-        is_home = threading.get_ident() == self._home
-        future = self._loop.create_future() if is_home else concurrent.futures.Future()
-        deadline = time.monotonic() + self.options.timeout_s
-        request = Request(model, worker, verb, body, future, size_of(body), deadline)
-        if is_home:
-            self._batcher.submit(request)
-        else:
-            self._loop.call_soon_threadsafe(self._batcher.submit, request)
-        return future
+        answer = self._batcher.submit(model, verb, body, worker)
+        return await (answer if threading.get_ident() == self._home else asyncio.wrap_future(self._cross(answer)))
 
-    def _refuse_at_home(self) -> None:
-        if threading.get_ident() == self._home:
-            raise InvalidRequest("A blocking call in the cluster's own event loop would never return: await its twin, or use to_thread.")
-
-    def _call_server(self, method: str, model: str, *arguments) -> Any:
+    async def _call_server(self, method: str, model: str, *arguments) -> Any:
         """Call the first parameter server."""
-        self._refuse_at_home()
-        self.find(model)
         if self._servers[0].state == "starting":
             raise Unavailable("The parameter server is being started; try again later.")
         try:
-            answer = getattr(self._servers[0].actor, method).remote(model, *arguments)
-            return ray.get(answer, timeout=self.options.timeout_s)
-        except ray.exceptions.RayTaskError as error:
-            raise error.cause if isinstance(error.cause, Exception) else error from None
-        except ray.exceptions.GetTimeoutError:
-            raise DeadlineExceeded(f"No answer within the deadline of {self.options.timeout_s:g} s.") from None
+            return await call(getattr(self._servers[0].actor, method).remote(model, *arguments))
         except ray.exceptions.RayActorError:
             raise WorkerLost("The parameter server was lost; a change may or may not have been applied.") from None
+
+    def _cross(self, door: Coroutine) -> concurrent.futures.Future:
+        """Run it in the home loop."""
+        if threading.get_ident() == self._home:
+            door.close()
+            raise InvalidRequest("A blocking call in the cluster's own event loop would never return: await its twin,"
+                                 " or use asyncio.to_thread.")
+        return asyncio.run_coroutine_threadsafe(door, self._loop)
+
+    def _wait(self, future: concurrent.futures.Future) -> Any:
+        try:
+            return future.result(self.options.timeout_s + 5)
+        except TimeoutError:
+            raise DeadlineExceeded(f"No answer within the deadline of {self.options.timeout_s:g} s.") from None
 
     # -- in the home loop ----------------------------------------------------------------------------------------------
 
@@ -2180,17 +2139,18 @@ class Cluster:
                     self._loop.run_until_complete(self._serve())
                 else:
                     asyncio.run_coroutine_threadsafe(self._serve(), self._loop).result()
-                with self._making:  # what is made now would start another Ray when this one has ended
-                    if not self.options.address:
-                        self._end_actors()
+                if not self.options.address:
+                    self._end_actors()
         except Exception as error:
-            if self._status != "stopping":  # else it was ended on purpose while it started
+            if not self._closing.is_set():  # else it was ended on purpose while it started
                 why = f"Ray could not be started: {first_sentence(error)}"
                 self._fail(error if isinstance(error, Error) else Unavailable(why))
         finally:
             if is_own_loop:
                 self._loop.close()
-            self._tell(status="stopped")
+            with self._changed:
+                self._failure = self._failure or Unavailable("The server is shutting down.")
+                self._changed.notify_all()
 
     async def _serve(self) -> None:
         """Until ``close``."""
@@ -2201,6 +2161,7 @@ class Cluster:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+        await asyncio.to_thread(self._maker.shutdown, cancel_futures=True)  # what is made later starts another Ray
         lines = [worker.line.closed for worker in self._workers if worker.line]
         self._lose(self._servers[0])  # and so all lines
         await asyncio.gather(*lines)
@@ -2213,7 +2174,7 @@ class Cluster:
         while True:
             started = time.monotonic()
             try:
-                member.actor = member.actor or await asyncio.to_thread(self._make, member)
+                member.actor = member.actor or await self._loop.run_in_executor(self._maker, self._make, member)
                 await self._start(member)
                 log.info("%s ready  pid %d  %.1f s", member, member.pid, time.monotonic() - started)
                 log.warning("%s lost  pid %d  %s", member, member.pid, await self._watch(member))
@@ -2232,23 +2193,17 @@ class Cluster:
 
     def _make(self, member: Member):
         """The actor of this name; Ray keeps it alive, and the cluster has only one, whoever made it."""
-        with self._making:
-            if self._closing.is_set():
-                raise Unavailable("The server is shutting down.")
-            return self._make_actor(member)
-
-    def _make_actor(self, member: Member):
-        is_worker, node = member.kind == "worker", ray.get_runtime_context().get_node_id()
+        is_worker, is_first = member.kind == "worker", member is self._servers[0]
         gpus, sharers = int(ray.cluster_resources().get("GPU", 0)), self.options.workers
         if self.options.placement == "shared":
             sharers += self.options.parameter_servers
         elif not is_worker:
             gpus = 0
-        is_first = member is self._servers[0]  # the folder is here
+        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
         return ray.remote(Worker if is_worker else ParameterServer).options(
             name=str(member), namespace=self._namespace, get_if_exists=True, max_restarts=-1, max_concurrency=10_000,
             lifetime="detached" if self.options.address else None, num_cpus=0.001, num_gpus=gpu_share(gpus, sharers),
-            scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=True) if is_first else "SPREAD",
+            scheduling_strategy=here if is_first else "SPREAD",  # where the folder is
             enable_task_events=False,  # of which Ray would keep 100,000: half a gigabyte
         ).remote(member.index, self.options, self._namespace, *([] if is_worker else [self._make_folder(), self._run]))
 
@@ -2269,16 +2224,15 @@ class Cluster:
     async def _start(self, member: Member) -> None:
         """Call ``start``, and have what follows from it."""
         is_first = member is self._servers[0]
-        if is_first and self.options.address:
-            await call(member.actor.join.remote(self.options.shared))
-        about = await call(member.actor.start.remote())
+        about = await call(member.actor.start.remote(*([self.options.shared] if is_first else [])))
         if is_first:
             if about["folder"] != self._folder:  # others made this cluster
                 self._remove_folder()
-            for model in about["models"].values():
-                if model.error and not self._described.is_set():
+            for model in about["models"].values() if not self._described.is_set() else ():
+                if model.error:
                     log.error("%s", model.error)
-            self._batcher.models, self._failure = about["models"], None
+            self.models = self._batcher.models = about["models"]
+            self._failure = None
             self._batcher.close(None)
             self._described.set()
         elif member.kind == "worker":
@@ -2290,34 +2244,30 @@ class Cluster:
         member.restarts += member.pid not in (None, about["pid"])
         member.about = {name: about[name] for name in ("pid", "node", "gpus", "cuda_visible_devices")}
         member.state, member.pid = "ready", about["pid"]
-        self._tell(status="serving" if is_first and self._status == "starting" else self._status)
+        with self._changed:
+            self._changed.notify_all()
 
     async def _watch(self, member: Member) -> str:
         """Why an actor was lost, as soon as it is. One that is silent is ended, whereupon Ray starts it anew."""
-        stays, ping = asyncio.ensure_future(call(member.actor.stay.remote())), None
-        signs, patience_s = [stays, *([member.line.closed] if member.line else [])], PATIENCE_S[member.kind]
+        stay, ping, silent_s = asyncio.ensure_future(call(member.actor.stay.remote())), None, 0.0
+        signs = [stay, *([member.line.closed] if member.line else [])]
         try:
-            while True:
-                ping, silent_s = asyncio.ensure_future(call(member.actor.ping.remote())), 0.0
-                while not (ping.done() or any(sign.done() for sign in signs)):
-                    asked = time.monotonic()
-                    await asyncio.wait([*signs, ping], timeout=PING_S, return_when=asyncio.FIRST_COMPLETED)
-                    if time.monotonic() - asked < 1.5 * PING_S:  # else it is this very loop that comes too late
-                        silent_s += PING_S
-                    self._set_hung(member, silent_s > SUSPECT_S)
-                    if silent_s > patience_s:
-                        await self._kill(member)
-                        return f"it did not answer for {patience_s:g} s"
-                if stays.done():
-                    return "its process is gone"
-                if member.line and member.line.closed.done():
-                    return "its connection was closed"
-                if not ping.exception():
+            while not any(sign.done() for sign in signs):
+                ping, asked = ping or asyncio.ensure_future(call(member.actor.ping.remote())), time.monotonic()
+                await asyncio.wait([*signs, ping], timeout=PING_S, return_when=asyncio.FIRST_COMPLETED)
+                if ping.done() and not ping.exception():
+                    member.about["trouble"], ping, silent_s = ping.result(), None, 0.0
                     self._set_hung(member, False)
-                    member.about["trouble"] = ping.result()
-                await asyncio.wait(signs, timeout=PING_S, return_when=asyncio.FIRST_COMPLETED)
+                    await asyncio.wait(signs, timeout=PING_S, return_when=asyncio.FIRST_COMPLETED)
+                elif time.monotonic() - asked < 1.5 * PING_S:  # else it is this very loop that comes too late
+                    silent_s += PING_S
+                    self._set_hung(member, silent_s > SUSPECT_S)
+                if silent_s > PATIENCE_S[member.kind]:
+                    await self._kill(member)
+                    return f"it did not answer for {PATIENCE_S[member.kind]:g} s"
+            return "its process is gone" if stay.done() else "its connection was closed"
         finally:
-            for future in (stays, ping):
+            for future in filter(None, (stay, ping)):
                 future.cancel() or future.cancelled() or future.exception()
 
     def _set_hung(self, member: Member, is_hung: bool) -> None:
@@ -2329,10 +2279,9 @@ class Cluster:
 
     async def _kill(self, member: Member) -> None:
         """End the process of an actor that hears nothing; Ray by itself would leave it as it is."""
-        node = member.about["node"]
-        if node == ray.get_runtime_context().get_node_id():
+        there = NodeAffinitySchedulingStrategy(member.about["node"], soft=False)
+        if member.about["node"] == ray.get_runtime_context().get_node_id():
             return kill_process(member.pid)
-        there = NodeAffinitySchedulingStrategy(node, soft=False)
         with contextlib.suppress(ray.exceptions.RayError):  # the node is gone as well
             await call(ray.remote(num_cpus=0, scheduling_strategy=there)(kill_process).remote(member.pid))
 
@@ -2340,21 +2289,16 @@ class Cluster:
         member.state, member.about = "starting", {}
         for worker in [member] if member.kind == "worker" else self._workers:  # which have to connect anew
             if worker.line:
-                worker.line.close()
+                worker.line.writer.close()
         member.line = None
 
     def _fail(self, error: Error) -> None:
+        """Answer everything with this, until the parameter server is well."""
         if str(error) != str(self._failure):
             log.error("%s", error)
-        if self._home is not None:
-            self._batcher.close(error)
-        self._tell(failure=error)
-
-    def _tell(self, **changes) -> None:
-        """Set ``status`` or ``failure``; who waits in ``start`` looks again."""
+        self._batcher.close(error)
         with self._changed:
-            for name, value in changes.items():
-                setattr(self, f"_{name}", value)
+            self._failure = error
             self._changed.notify_all()
 
     def _end_actors(self) -> None:
@@ -2389,32 +2333,15 @@ def as_arrays(inputs: Any) -> Any:
         raise InvalidRequest("An input is ragged: all its rows must have the same shape") from None
 
 
-def size_of(body: Any) -> int:
-    """Roughly the bytes that travel: an HTTP body's, or those of arrays."""
-    first, second = body if isinstance(body, tuple) else (b"", 0)
-    arrays = second.values() if isinstance(second, dict) else [second]
-    return len(first) + sum(getattr(array, "nbytes", 0) for array in arrays)
-
-
-@contextlib.contextmanager
-def naming_batch(index: int):
-    """Errors in this block say which batch of a map they are about."""
-    try:
-        yield
-    except Error as error:
-        raise type(error)(f"batch {index}: {error.message}", error.status) from error
-
-
-def iterate(items: Iterable[Any] | AsyncIterable[Any], loop: asyncio.AbstractEventLoop) -> Iterator[Any]:
-    """Asynchronous items, or others, for a thread that is not the loop's."""
-    if not isinstance(items, AsyncIterable):
-        return iter(items)
-    iterator, end = aiter(items), object()
+def from_loop(items: AsyncIterator[Any], loop: asyncio.AbstractEventLoop) -> Iterator[Any]:
+    """Asynchronous items, in a thread that is not the loop's."""
+    end = object()
 
     async def step():
-        return await anext(iterator, end)
+        return await anext(items, end)
 
-    return iter(lambda: asyncio.run_coroutine_threadsafe(step(), loop).result(), end)
+    while (item := asyncio.run_coroutine_threadsafe(step(), loop).result()) is not end:
+        yield item
 
 
 # For the Ray that we start.
@@ -2423,7 +2350,8 @@ RAY_SETTINGS = {
     "prestart_worker_first_driver": False, "enable_worker_prestart": False,  # no process that waits for tasks
     "raylet_client_connect_timeout_milliseconds": 20,  # else a first attempt that comes too early costs a second
     "raylet_client_num_connect_attempts": 500,
-    "gcs_rpc_server_connect_timeout_s": 3,  # a worker that starts looks four times for a Ray that has been killed
+    "gcs_rpc_server_connect_timeout_s": 3,  # a worker that starts looks four times for a Ray that has been killed,
+    "gcs_rpc_server_reconnect_timeout_s": 3,  # and one that runs once
     "task_events_report_interval_ms": 0, "enable_timeline": False,  # nobody asks for these, and they cost
     "enable_metrics_collection": False, "event_stats": False}
 
@@ -2443,6 +2371,8 @@ def ray_runtime(options: Options):
         if not options.address:
             temporary = tempfile.gettempdir()
             folder = tempfile.mkdtemp(prefix="ray_tensorflow_", dir=temporary if len(temporary) < 18 else "/tmp")
+            if shutil.disk_usage(folder).free < 2**20:  # Ray would try for ever
+                raise Unavailable(f"Less than 1 MiB is free in {os.path.dirname(folder)}: make room, or set TMPDIR.")
             variables["KERAS_HOME"] = os.path.join(folder, "keras")  # else Keras makes a folder at home
             os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
             if not os.environ.get("RAY_AUTH_TOKEN_PATH"):  # else it is written to the home folder
@@ -2459,8 +2389,10 @@ def ray_runtime(options: Options):
     finally:
         ray.shutdown()
         ray_constants.ENABLE_RAY_CLUSTER = is_clustered
-        if folder:
-            shutil.rmtree(folder, ignore_errors=True)
+        for _ in range(100):  # Ray's last processes may write into it while they end
+            if folder and os.path.exists(folder):
+                shutil.rmtree(folder, ignore_errors=True)
+                time.sleep(0.05)
 
 
 # == The command: add in all workers, or predict a whole file ==========================================================
@@ -2471,14 +2403,16 @@ def predict_file(cluster: Cluster, model: str, source: str, target: str) -> None
 
     ``.npy`` files may be larger than memory. The target appears whole or not at all. Raises InvalidRequest.
     """
-    rows = cluster.options.max_batch
     try:
         loaded = np.load(source, mmap_mode="r")
         columns = {name: loaded[name] for name in loaded.files} if source.endswith(".npz") else {None: loaded}
         [total] = {len(column) for column in columns.values()}
-    except (OSError, ValueError, TypeError, EOFError) as error:
+        row_bytes = sum(column.nbytes for column in columns.values()) // max(total, 1)
+    except (OSError, ValueError, TypeError, EOFError, zipfile.BadZipFile) as error:
         reason = f"cannot be read as arrays that have as many rows each: {first_sentence(error)}"
         raise InvalidRequest(f"{source} {reason}") from None
+
+    rows = max(cluster.options.max_batch, 2**16 // max(row_bytes, 1))
 
     def batches():
         for start in range(0, max(total, 1), rows):  # one of no rows, too: for the outputs' types and shapes

@@ -18,8 +18,8 @@ from werkzeug.exceptions import HTTPException
 from werkzeug.serving import ThreadedWSGIServer, WSGIRequestHandler
 
 from ray_tensorflow import (
-    FRONT_END, MAX_BODY_BYTES, METHODS, Cluster, Error, InvalidRequest, Options, Unavailable, log, match_path,
-    parse_value, start_program)
+    FRONT_END, MAX_BODY_BYTES, METHODS, Cluster, Error, InvalidRequest, Options, Unavailable, match_path, parse_value,
+    start_program)
 
 THREADS = 128  # which wait for answers; connections beyond these wait for a thread
 accepted = threading.local()  # when this thread's connection was
@@ -30,6 +30,7 @@ def create_app(options: Options | None = None) -> Flask:
     cluster, starting = None, threading.Lock()
     app = Flask(__name__, static_folder=None)
     app.config["MAX_CONTENT_LENGTH"] = MAX_BODY_BYTES + 1  # a chunked body is cut there without a word
+    app.config["PROVIDE_AUTOMATIC_OPTIONS"] = False
     app.url_map.merge_slashes = False
 
     @app.before_request
@@ -58,7 +59,10 @@ def create_app(options: Options | None = None) -> Flask:
 
     @app.route("/<path:path>", methods=METHODS)  # TensorFlow Serving's rules match the path as it was sent
     def rest(path: str) -> Response | dict:
-        name, version, verb = match_path(request.method, raw_path())
+        sent = request.environ.get("RAW_URI") or request.environ.get("REQUEST_URI")  # WSGI itself has it decoded alone
+        sent = sent or urllib.parse.quote(request.path, safe="/:!$&'()*+,;=@~")
+        sent = sent if sent.startswith("/") else "/" + sent.split("/", 3)[-1]  # http://host/path, as proxies are asked
+        name, version, verb = match_path(request.method, sent.partition("?")[0])
         if request.method == "GET":
             return cluster.describe(name, version, verb)
         cluster.find(name, version)
@@ -73,19 +77,10 @@ def create_app(options: Options | None = None) -> Flask:
         """Every error is JSON: ours, the framework's, and what nobody foresaw."""
         if isinstance(error, HTTPException):
             error = Error(f"{error.name}: {request.method} {request.path[:100]}", error.code or 500)
-        elif not isinstance(error, Error):
-            log.exception("a request failed")
-            error = Error("Internal error")
-        return {"error": cluster.count(error).message}, error.status, error.headers
+        return cluster.refuse(error)
 
     app.start = start
     return app
-
-
-def raw_path() -> str:
-    """The path as it was sent, where the server tells; WSGI itself only has it percent-decoded."""
-    target = request.environ.get("RAW_URI") or request.environ.get("REQUEST_URI")
-    return (target or urllib.parse.quote(request.path, safe="/:!$&'()*+,;=@~")).partition("?")[0]
 
 
 app = create_app()
@@ -110,6 +105,8 @@ def main() -> None:
     start_program(options)
     logging.getLogger("werkzeug").setLevel(logging.ERROR)  # no line for each request
     WSGIRequestHandler.timeout = options.timeout_s  # of a client that stops in the middle
+    WSGIRequestHandler.error_content_type = "application/json"  # of what is hardly HTTP: no HTML there, either
+    WSGIRequestHandler.error_message_format = '{"error": "%(explain)s"}'
     app = create_app(options)
     server = Server(options.host, options.port, app)
     for number in (signal.SIGINT, signal.SIGTERM):

@@ -16,7 +16,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route, WebSocketRoute
-from starlette.websockets import WebSocket, WebSocketDisconnect
+from starlette.websockets import WebSocket, WebSocketDisconnect, WebSocketDisconnected
 
 from ray_tensorflow import (
     FRONT_END, MAX_BODY_BYTES, METHODS, Cluster, Error, InvalidRequest, Options, match_path, parse_json, parse_value,
@@ -52,9 +52,14 @@ def create_app(options: Options | None = None) -> Starlette:
         if request.method == "GET":
             return JSONResponse(cluster.describe(name, version, verb))
         cluster.find(name, version)
-        body = await read_body(request, cluster.options.timeout_s)
+        body = bytearray()
+        async with asyncio.timeout(cluster.options.timeout_s):
+            async for part in request.stream():
+                body += part
+                if len(body) > MAX_BODY_BYTES:
+                    raise InvalidRequest(f"The body is larger than {MAX_BODY_BYTES // 2**20} MiB", 413)
         is_gzip = "gzip" in request.headers.get("Content-Encoding", "")
-        answer = await cluster.ask_async(name, verb, (body, is_gzip), version)
+        answer = await cluster.ask_async(name, verb, (bytes(body), is_gzip), version)
         return Response(answer, media_type="application/json")
 
     async def push(socket: WebSocket) -> None:
@@ -71,7 +76,7 @@ def create_app(options: Options | None = None) -> Starlette:
                 else:
                     text = (await cluster.ask_async(str(model), "predict", (message, False))).decode(errors="replace")
             except Error as error:
-                text = json.dumps({"error": cluster.count(error).message})
+                text = json.dumps(cluster.refuse(error)[0])
             await socket.send_text(f'{{"id": {json.dumps(identity)}, {text[1:]}')
             places.release()
 
@@ -84,33 +89,21 @@ def create_app(options: Options | None = None) -> Starlette:
                     if event["type"] == "websocket.disconnect":
                         raise WebSocketDisconnect
                     requests.create_task(serve(event.get("bytes") or event["text"].encode("utf-8", "surrogatepass")))
-        except* WebSocketDisconnect:
+        except* (WebSocketDisconnect, WebSocketDisconnected):  # the second one: answers behind the first that failed
             pass
 
     async def refuse(request: Request, error: Exception) -> Response:
-        """Every error is JSON: ours, the framework's, and what nobody foresaw, which the server logs."""
+        """Every error is JSON: ours, the framework's, and what nobody foresaw."""
         if isinstance(error, HTTPException):
             error = Error(f"{error.detail}: {request.method} {request.url.path[:100]}", error.status_code)
-        elif not isinstance(error, Error):
-            error = Error("The client went away" if isinstance(error, ClientDisconnect) else "Internal error")
-        return JSONResponse({"error": cluster.count(error).message}, error.status, error.headers)
+        elif isinstance(error, (TimeoutError, ClientDisconnect)):
+            error = InvalidRequest("The body did not arrive within the deadline", 408)
+        return JSONResponse(*cluster.refuse(error))
 
     routes = [Route("/", add), Route("/health", health), Route("/metrics", metrics), WebSocketRoute("/ws", push),
               Route("/{path:path}", rest, methods=METHODS)]  # TensorFlow Serving's rules match the path as it was sent
-    handlers = dict.fromkeys((Error, HTTPException, ClientDisconnect, Exception), refuse)
+    handlers = dict.fromkeys((Error, HTTPException, TimeoutError, ClientDisconnect, Exception), refuse)
     return Starlette(routes=routes, exception_handlers=handlers, lifespan=lifespan)
-
-
-async def read_body(request: Request, timeout_s: float) -> bytes:
-    body = bytearray()
-    with contextlib.suppress(TimeoutError):
-        async with asyncio.timeout(timeout_s):
-            async for part in request.stream():
-                body += part
-                if len(body) > MAX_BODY_BYTES:
-                    raise InvalidRequest(f"The body is larger than {MAX_BODY_BYTES // 2**20} MiB", 413)
-            return bytes(body)
-    raise InvalidRequest(f"The body did not arrive within the deadline of {timeout_s:g} s", 408)
 
 
 app = create_app()

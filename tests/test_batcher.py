@@ -1,842 +1,488 @@
-"""The batcher on its own: workers are played by the tests, which answer each batch when they please."""
+"""How requests are gathered, sent, run together and answered: the batcher with workers that the tests play, and then
+what a worker does with a batch, with TensorFlow in this process."""
 
 import asyncio
-import contextlib
-import gc
+import functools
+import itertools
 import random
-import threading
 import time
-import weakref
-from concurrent.futures import Future, ThreadPoolExecutor, wait
 
 import numpy as np
 import pytest
 from conftest import wait_until
-from ray_tensorflow import Batcher, DeadlineExceeded, Key, ModelError, Options, Request, Unavailable, WorkerId, WorkerLost
+from ray_tensorflow import (
+    ADDER_SOURCE, Batcher, DeadlineExceeded, Error, Graph, InvalidRequest, Model, ModelError, ModelSource, Options,
+    Unavailable, WorkerLost, answer_requests, import_tensorflow)
 
-SOON_S = 10  # for what has to happen by itself
-SHAPES = ((),)  # of one row of the one input
+MERGED = ["serving_default"]
+MODELS = [Model("m", 1, merged=MERGED), Model("n", 1, merged=MERGED), Model("single", 1),
+          Model("caller", 1, calls_out=True)]
+PLACES = 2  # batches that a worker is sent at once
+LARGE_BYTES = 2**26
 
 
-class Batch:
-    """What was sent to a worker, and how it is answered."""
+class PlayedWorker:
+    """A line to a worker: a test sees what was sent there, and answers when it pleases."""
 
-    def __init__(self, worker: WorkerId, model: str, signature: str, feeds: list):
-        self.worker, self.model, self.signature, self.feeds, self.future = worker.index, model, signature, feeds, Future()
+    def __init__(self, index: int, batcher: Batcher, sent: list[tuple]):
+        self.index, self.is_hung, self.trips = index, False, {}
+        self.batcher, self.sent, self.numbers = batcher, sent, itertools.count()
+        batcher.add(self)
+
+    def send(self, model: str, requests: list) -> None:
+        self.trips[next(self.numbers)] = dict(enumerate(requests))
+        self.sent.append((self.index, model, [request.body for request in requests]))
+
+    def answer(self) -> None:
+        """The batch that was sent first, with twice each request's body."""
+        for request in self.trips.pop(min(self.trips)).values():
+            self.batcher.resolve(request, 2 * request.body)
+        self.batcher.dispatch()
+
+
+class Stage:
+    """A batcher and its workers; ``sent`` is what went to them: (worker, model, bodies) of each batch."""
+
+    def __init__(self, workers: int = 1, **options):
+        self.batcher, self.sent = Batcher(Options(**options)), []
+        self.batcher.models = {model.name: model for model in MODELS}
+        self.workers = [self.add_worker(index) for index in range(workers)]
+
+    def add_worker(self, index: int) -> PlayedWorker:
+        return PlayedWorker(index, self.batcher, self.sent)
+
+    def ask(self, *bodies, model="m", worker=None, verb="predict") -> list[asyncio.Future]:
+        """A request for each body; what can be sent is sent at the end of this turn of the loop."""
+        futures = []
+        for body in bodies:
+            try:
+                futures.append(self.batcher.submit(model, verb, body, worker).send(None))  # the future that it awaits
+            except Error as error:
+                futures.append(asyncio.get_running_loop().create_future())
+                futures[-1].set_exception(error)
+        return futures
+
+    async def be_busy(self) -> None:
+        """Fill all places with requests of 0 for one model, and forget that they were sent."""
+        for _ in range(PLACES * len(self.workers)):
+            self.ask(0, model="single")
+            await turn()
+        assert all(len(worker.trips) == PLACES for worker in self.workers)
+        self.sent.clear()
 
     @property
-    def values(self) -> list[list]:
-        return [feed[0].tolist() for feed in self.feeds]
-
-    def answer(self, *results) -> None:
-        """With these results, or with the double of what was fed."""
-        self.future.set_result(list(results) or [[2 * array for array in feed] for feed in self.feeds])
-
-    def lose_worker(self) -> None:
-        self.future.set_exception(RuntimeError("the worker died"))
+    def bodies(self) -> list[list]:
+        return [bodies for _, _, bodies in self.sent]
 
 
-@pytest.fixture
-def start():
-    """``start(workers, **options)``: a batcher, and the batches that it sent; none of its threads may outlive the test."""
-    batchers, before = [], set(threading.enumerate())
+def in_a_loop(test):
+    """An asynchronous test in an event loop of its own."""
 
-    def make(workers: int = 1, run=None, lost=lambda worker, error: None, **options):
-        batches: list[Batch] = []
+    @functools.wraps(test)
+    def run(*arguments, **named):
+        asyncio.run(asyncio.wait_for(test(*arguments, **named), 60))
 
-        def record(*arguments):
-            if arguments[1] == "hold":
-                entered, leave = arguments[3][0]
-                entered.set()
-                leave.wait(SOON_S)
-                held = Future()
-                held.set_result([[]])
-                return held
-            batches.append(Batch(*arguments))
-            return batches[-1].future
-
-        batcher = Batcher(Options(**options), run or record, lost)
-        batchers.append(batcher)
-        for worker in range(workers):
-            batcher.add_worker(WorkerId(worker))
-        return batcher, batches
-
-    yield make
-    for batcher in batchers:
-        batcher.close("The test is over.")
-    wait_until(lambda: not set(threading.enumerate()) - before, SOON_S, "the batchers' threads to end")
+    return run
 
 
-def queue(batcher, *values, model="m", signature="s", shapes=SHAPES, worker=None, writes=False, loop=None) -> Future:
-    """A request with these values as its rows, in the queue."""
-    future = loop.create_future() if loop else Future()
-    batcher.submit(Request(Key(model, signature, shapes, worker), [np.array(values, float)], len(values), writes, future, loop))
-    return future
+async def turn() -> None:
+    """One turn of the loop."""
+    await asyncio.sleep(0)
 
 
-@contextlib.contextmanager
-def at_the_same_time(batcher):
-    """What is queued in this block is there before any of it is sent: the batcher's own thread is held up meanwhile."""
-    entered, leave = threading.Event(), threading.Event()
-    batcher.submit(Request(Key("hold", "", None, 99), [entered, leave], 1, False, Future(), None))
-    batcher.add_worker(WorkerId(99))
-    assert entered.wait(SOON_S)
-    batcher.suspend_worker(WorkerId(99))
-    yield
-    batcher.dispatch()
-    leave.set()
-
-
-def ask(batcher, *values, **options) -> Future:
-    """A request that is sent at once if it may be."""
-    future = queue(batcher, *values, **options)
-    batcher.dispatch()
-    return future
-
-
-def rows(future: Future) -> list:
-    return future.result(SOON_S)[0].tolist()
-
-
-def busy(batcher, batches: list[Batch], **options) -> list[Batch]:
-    """Two batches under way, so that the next requests of their kind have to wait."""
-    for _ in range(2):
-        ask(batcher, 0, **options)
-    return batches[-2:]
-
-
-def sent(batches: list[Batch], count: int) -> Batch:
-    """The last batch, once there are so many."""
-    wait_until(lambda: len(batches) >= count, SOON_S, f"batch {count}")
-    assert len(batches) == count
-    return batches[-1]
+async def error_of(future: asyncio.Future) -> BaseException | None:
+    await asyncio.wait([future])
+    return future.exception()
 
 
 # -- gathering ---------------------------------------------------------------------------------------------------------
 
 
-def test_a_lone_request_is_sent_at_once(start):
-    batcher, batches = start()
-    future = ask(batcher, 3)
-    assert [(b.worker, b.model, b.signature, b.values) for b in batches] == [(0, "m", "s", [[3]])]
-    batches[0].answer()
-    assert rows(future) == [6]
+@in_a_loop
+async def test_a_lone_request_is_sent_at_once():
+    stage = Stage()
+    [future] = stage.ask(3)
+    await turn()
+    assert stage.sent == [(0, "m", [3])]
+    stage.workers[0].answer()
+    assert await future == 6
 
 
-def test_whatever_queued_up_while_batches_ran_is_the_next_batch(start):
-    batcher, batches = start()
-    busy(batcher, batches)
-    futures = [ask(batcher, value) for value in range(10)]
-    assert len(batches) == 2 and batcher.waiting() == 10
-    batches[0].answer()
-    assert sent(batches, 3).values == [list(range(10))]
-    batches[2].answer()
-    assert [rows(future) for future in futures] == [[2 * value] for value in range(10)]
-    assert batcher.waiting() == 0
+@in_a_loop
+async def test_whatever_queued_up_while_batches_ran_is_the_next_batch():
+    stage = Stage()
+    await stage.be_busy()
+    futures = []
+    for body in range(10):
+        futures += stage.ask(body)
+        await turn()
+    assert stage.sent == [] and stage.batcher.waiting == 10
+    stage.workers[0].answer()
+    assert stage.bodies == [list(range(10))] and stage.batcher.waiting == 0
+    stage.workers[0].answer()
+    stage.workers[0].answer()
+    assert await asyncio.gather(*futures) == [2 * body for body in range(10)]
 
 
-def test_requests_of_several_rows_get_their_own_rows_back(start):
-    batcher, batches = start()
-    busy(batcher, batches)
-    futures = [ask(batcher, *values) for values in ([1, 2, 3], [], [4], [5, 6])]
-    batches[0].answer()
-    sent(batches, 3).answer()
-    assert [rows(future) for future in futures] == [[2, 4, 6], [], [8], [10, 12]]
+@in_a_loop
+async def test_no_more_than_max_batch_travel_together():
+    stage = Stage(workers=3, max_batch=4)
+    stage.ask(*range(12))
+    await turn()
+    assert stage.bodies == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11]]
 
 
-def test_several_inputs_and_outputs_stay_together(start):
-    batcher, batches = start()
-    busy(batcher, batches)
-    futures = [Future() for _ in range(3)]
-    for i, future in enumerate(futures):
-        batcher.submit(Request(Key("m", "s", ((2,), ()), None), [np.full((1, 2), i), np.array([10 * i])], 1, False, future, None))
-    batches[0].answer()
-    batches[1].answer()
-    x, y = sent(batches, 3).feeds[0]
-    assert x.tolist() == [[0, 0], [1, 1], [2, 2]] and y.tolist() == [0, 10, 20]
-    batches[2].answer([y, x])
-    assert [[array.tolist() for array in future.result(SOON_S)] for future in futures] == [[[10 * i], [[i, i]]] for i in range(3)]
+@in_a_loop
+async def test_small_batches_that_share_runs_wait_for_company_although_workers_are_free():
+    stage = Stage(workers=4)
+    for body in range(PLACES + 3):
+        stage.ask(body)
+        await turn()
+    assert stage.bodies == [[0], [1]]
+    stage.workers[stage.sent[0][0]].answer()
+    assert stage.bodies[2:] == [[2, 3, 4]]
 
 
-def test_no_more_than_max_batch_travel_together(start):
-    batcher, batches = start(max_batch=4)
-    busy(batcher, batches)
-    futures = [ask(batcher, value) for value in range(10)]
-    for number in range(5):
-        sent(batches, min(number + 2, 5))
-        batches[number].answer()
-    assert [b.values[0] for b in batches[2:]] == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]
-    assert [rows(future) for future in futures] == [[2 * value] for value in range(10)]
+@pytest.mark.parametrize("model, options", [("single", {}), ("m", {"placement": "mirrored"})], ids=str)
+@in_a_loop
+async def test_requests_that_do_not_share_one_run_are_spread_over_all_free_places(model, options):
+    stage = Stage(workers=3, **options)
+    stage.ask(*range(12), model=model)
+    await turn()
+    assert [len(bodies) for bodies in stage.bodies] == [2] * 6
+    assert sorted(worker for worker, _, _ in stage.sent) == [0, 0, 1, 1, 2, 2]
 
 
-def test_full_batches_go_to_all_workers_that_are_free(start):
-    batcher, batches = start(workers=3, max_batch=2)
-    with at_the_same_time(batcher):
-        for value in range(12):
-            queue(batcher, value)
-    assert [b.values[0] for b in batches] == [[0, 1], [2, 3], [4, 5], [6, 7], [8, 9], [10, 11]]
+@in_a_loop
+async def test_requests_for_different_models_and_for_a_certain_worker_do_not_mix():
+    stage = Stage(workers=2)
+    for number in range(2):
+        stage.ask(number)
+        stage.ask(10 + number, model="n")
+        stage.ask(20 + number, worker=1)
+    await turn()
+    assert sorted(stage.bodies) == [[0, 1], [10, 11], [20, 21]]
 
 
-def test_small_batches_of_one_kind_wait_for_company_although_workers_are_free(start):
-    batcher, batches = start(workers=4)
-    busy(batcher, batches)
-    ask(batcher, 1)
-    ask(batcher, 2)
-    assert len(batches) == 2
-    batches[1].answer()
-    assert sent(batches, 3).values == [[1, 2]]
+@in_a_loop
+async def test_models_take_turns():
+    stage = Stage(max_batch=2)
+    stage.ask(*range(10))
+    stage.ask(99, model="n")
+    await turn()
+    assert [model for _, model, _ in stage.sent] == ["m", "n"]
 
 
-@pytest.mark.parametrize(
-    "other", [{"model": "n"}, {"signature": "t"}, {"shapes": ((2,),)}, {"shapes": None}, {"worker": 0}], ids=str)
-def test_unlike_requests_do_not_mix(start, other):
-    batcher, batches = start()
-    with at_the_same_time(batcher):
-        for _ in range(2):
-            queue(batcher, 1)
-            queue(batcher, 2, **other)
-    assert len(batches) == 2
-    assert [(b.model, b.signature, np.ravel(b.values).tolist()) for b in batches] == [
-        ("m", "s", [1, 1]), (other.get("model", "m"), other.get("signature", "s"), [2, 2])]
+@in_a_loop
+async def test_a_batch_waits_for_company_as_long_as_batch_wait_ms():
+    stage, started = Stage(batch_wait_ms=200), time.monotonic()
+    stage.ask(1)
+    await turn()
+    stage.ask(2)
+    await turn()
+    assert stage.sent == []
+    await asyncio.to_thread(wait_until, lambda: stage.sent)
+    assert stage.bodies == [[1, 2]] and time.monotonic() - started >= 0.2
 
 
-def test_kinds_take_turns(start):
-    batcher, batches = start(max_batch=2)
-    with at_the_same_time(batcher):
-        for value in range(10):
-            queue(batcher, value)
-        queue(batcher, -1, model="small")
-    assert [b.model for b in batches] == ["m", "small"]
+@pytest.mark.parametrize("model, count", [("m", 3), ("single", 1)], ids=["full", "not to share a run"])
+@in_a_loop
+async def test_a_batch_that_no_company_can_join_does_not_wait(model, count):
+    stage = Stage(batch_wait_ms=60_000, max_batch=3)
+    stage.ask(*range(count), model=model)
+    await turn()
+    assert stage.bodies == [list(range(count))]
 
 
-def test_requests_that_cannot_share_a_run_travel_together_and_run_one_by_one(start):
-    batcher, batches = start()
-    for value in range(4):
-        ask(batcher, value, shapes=None)
-    assert [b.values for b in batches] == [[[0]], [[1]]]
-    batches[0].answer()
-    assert sent(batches, 3).values == [[2], [3]]
+# -- to which worker ---------------------------------------------------------------------------------------------------
 
 
-def test_requests_that_cannot_share_a_run_are_spread_over_the_workers(start):
-    batcher, batches = start(workers=3)
-    with at_the_same_time(batcher):
-        futures = [queue(batcher, value, shapes=None) for value in range(12)]
-    assert [len(b.feeds) for b in batches] == [2] * 6 and sorted(b.worker for b in batches) == [0, 0, 1, 1, 2, 2]
-    for batch in batches:
-        batch.answer()
-    assert [rows(future) for future in futures] == [[2 * value] for value in range(12)]
+@in_a_loop
+async def test_workers_take_turns_in_round_robin_order():
+    stage = Stage(workers=3)
+    for _ in range(9):
+        stage.ask(1)
+        await turn()
+        stage.workers[stage.sent[-1][0]].answer()
+    order = [worker for worker, _, _ in stage.sent]
+    assert sorted(order[:3]) == [0, 1, 2] and order == order[:3] * 3
 
 
-# -- waiting for company -----------------------------------------------------------------------------------------------
+@in_a_loop
+async def test_a_worker_never_has_more_than_two_batches():
+    stage = Stage(workers=2, max_batch=1)
+    stage.ask(*range(9))
+    await turn()
+    assert len(stage.sent) == 4
+    stage.workers[1].answer()
+    assert [worker for worker, _, _ in stage.sent[4:]] == [1]
 
 
-def test_a_batch_waits_for_company_as_long_as_batch_wait_ms(start):
-    batcher, batches = start(batch_wait_ms=300)
-    began = time.monotonic()
-    ask(batcher, 1)
-    ask(batcher, 2)
-    assert not batches
-    assert sent(batches, 1).values == [[1, 2]]
-    assert 0.3 <= time.monotonic() - began < 5
+@in_a_loop
+async def test_a_request_for_a_certain_worker_waits_for_it_and_others_do_not_wait_behind():
+    stage = Stage(workers=1)
+    stage.ask(1, worker=1)
+    stage.ask(2)
+    await turn()
+    assert stage.sent == [(0, "m", [2])]
+    stage.add_worker(1)
+    assert stage.sent[1:] == [(1, "m", [1])]
 
 
-def test_a_full_batch_does_not_wait_for_company(start):
-    batcher, batches = start(batch_wait_ms=60_000, max_batch=3)
-    for value in range(3):
-        ask(batcher, value)
-    assert batches[0].values == [[0, 1, 2]]
+@in_a_loop
+async def test_a_worker_that_hangs_gets_no_new_work_while_there_is_another():
+    stage = Stage(workers=2, max_batch=1)
+    stage.workers[0].is_hung = True
+    stage.ask(*range(5))
+    await turn()
+    assert [worker for worker, _, _ in stage.sent] == [1, 1]
+    stage.batcher.remove(stage.workers[1])
+    assert [worker for worker, _, _ in stage.sent[2:]] == [0, 0]
 
 
-def test_requests_that_cannot_share_a_run_do_not_wait_for_company(start):
-    batcher, batches = start(batch_wait_ms=60_000)
-    ask(batcher, 1, shapes=None)
-    assert batches[0].values == [[1]]
-
-
-def test_batch_wait_ms_is_kept_while_another_request_runs(start):
-    batcher, batches = start(batch_wait_ms=50)
-    ask(batcher, 1, model="slow")
-    sent(batches, 1)
-    wait_until(lambda: batcher.waiting() == 0, SOON_S)
-    ask(batcher, 2)
-    assert sent(batches, 2).values == [[2]]
-
-
-@pytest.mark.parametrize(
-    "situation", ["nothing to do", "one under way", "enough of its kind under way", "its own worker is away"])
-def test_the_batchers_thread_sleeps_until_there_is_something_to_do(start, situation):
-    batcher, batches = start(workers=2, batch_wait_ms=1)
-    if situation != "nothing to do":
-        ask(batcher, 1, worker=7 if "away" in situation else None)
-    if situation == "one under way":
-        sent(batches, 1)
-    if "enough" in situation:
-        sent(batches, 1)
-        ask(batcher, 2)
-        sent(batches, 2)
-        ask(batcher, 3)
-
-    def wake_ups() -> int:
-        with open(f"/proc/self/task/{batcher._thread.native_id}/status") as file:
-            return sum(int(line.split()[1]) for line in file if "ctxt_switches" in line)
-
-    before = wake_ups()
-    time.sleep(0.5)
-    assert wake_ups() - before < 50
+@in_a_loop
+async def test_models_that_call_out_leave_the_last_place_to_what_they_may_wait_for():
+    stage = Stage(workers=2)
+    stage.ask(*range(9), model="caller")
+    await turn()
+    assert [model for _, model, _ in stage.sent] == ["caller"] * 3
+    stage.ask(1)
+    await turn()
+    assert stage.sent[3:] == [(stage.sent[3][0], "m", [1])]
 
 
 # -- limits ------------------------------------------------------------------------------------------------------------
 
 
-def test_past_max_queue_requests_are_refused_until_there_is_room(start):
-    batcher, batches = start(max_queue=3)
-    busy(batcher, batches)
-    futures = [ask(batcher, value) for value in range(3)]
-    with pytest.raises(Unavailable, match="3") as raised:
-        ask(batcher, 99)
-    assert raised.value.status == 503
-    batches[0].answer()
-    sent(batches, 3)
-    futures.append(ask(batcher, 3))
-    batches[1].answer()
-    batches[2].answer()
-    sent(batches, 4).answer()
-    assert [rows(future) for future in futures] == [[0], [2], [4], [6]]
+@in_a_loop
+async def test_past_max_queue_requests_are_refused_until_there_is_room():
+    stage = Stage(max_queue=3)
+    await stage.be_busy()
+    *_, refused = stage.ask(1, 2, 3, 4)
+    error = await error_of(refused)
+    assert isinstance(error, Unavailable) and error.status == 503
+    stage.workers[0].answer()
+    stage.ask(5, 6, 7)
+    assert stage.batcher.waiting == 3
 
 
-def test_requests_past_their_deadline_make_room(start):
-    batcher, _ = start(workers=0, max_queue=2, timeout_s=0.1)
-    for future in [queue(batcher, value) for value in range(2)]:
-        future.exception(SOON_S)
-    assert batcher.waiting() == 0
-    queue(batcher, 3)
-    assert batcher.waiting() == 1
+@in_a_loop
+async def test_large_requests_travel_alone_and_are_refused_when_too_many_bytes_wait():
+    stage = Stage(workers=1)
+    futures = stage.ask(*[(b"", np.broadcast_to(0.0, LARGE_BYTES // 8))] * 100)
+    refused = [future for future in futures if future.done()]
+    assert 0 < len(refused) < 100 and all(isinstance(future.exception(), Unavailable) for future in refused)
+    await turn()
+    assert [len(bodies) for bodies in stage.bodies] == [1, 1]
 
 
-@pytest.mark.parametrize("writes", [False, True])
-def test_a_request_that_was_never_sent_gets_504_at_its_deadline(start, writes):
-    batcher, _ = start(workers=0, timeout_s=0.2)
-    began = time.monotonic()
-    error = ask(batcher, 1, writes=writes).exception(SOON_S)
+@pytest.mark.parametrize("workers", [0, 1], ids=["queued", "sent"])
+@in_a_loop
+async def test_a_request_without_an_answer_gets_504_at_its_deadline_and_makes_room(workers):
+    stage, started = Stage(workers, timeout_s=0.2), time.monotonic()
+    [future] = stage.ask(1)
+    error = await error_of(future)
     assert isinstance(error, DeadlineExceeded) and error.status == 504 and "0.2 s" in str(error)
-    assert 0.2 <= time.monotonic() - began < 5
+    assert time.monotonic() - started >= 0.2 and stage.batcher.waiting == 0
+    for worker in stage.workers:
+        worker.answer()  # too late, and no harm
+    stage.add_worker(1)
+    assert len(stage.sent) == workers
 
 
-@pytest.mark.parametrize("writes, kind, status", [(False, DeadlineExceeded, 504), (True, WorkerLost, 502)])
-def test_a_write_that_was_sent_gets_502_at_its_deadline_and_a_read_504(start, writes, kind, status):
-    batcher, batches = start(timeout_s=0.2)
-    future = ask(batcher, 1, writes=writes)
-    assert len(batches) == 1
-    error = future.exception(SOON_S)
-    assert type(error) is kind and error.status == status and ("may" in str(error)) == writes
-    batches[0].answer()  # too late, and no harm
-
-
-def test_requests_past_their_deadline_are_not_run(start):
-    batcher, batches = start(workers=0, timeout_s=0.2)
-    late = [ask(batcher, value, writes=True) for value in range(3)]
-    wait(late, SOON_S)
-    batcher.add_worker(WorkerId(0))
-    ask(batcher, 99)
-    assert sent(batches, 1).values == [[99]]
-
-
-def test_each_request_has_a_deadline_of_its_own(start):
-    batcher, batches = start(timeout_s=0.5)
-    began = time.monotonic()
-    ask(batcher, 0)
-    answered = ask(batcher, 1)
-    batches[1].answer()
-    first = ask(batcher, 2)
-    first.exception(SOON_S)
-    assert 0.5 <= time.monotonic() - began < 5 and rows(answered) == [2]
-    second = ask(batcher, 3)
-    began = time.monotonic()
-    assert isinstance(second.exception(SOON_S), DeadlineExceeded) and 0.5 <= time.monotonic() - began < 5
-
-
-def test_requests_of_cancelled_callers_are_not_run(start):
-    batcher, batches = start()
-    busy(batcher, batches)
-    futures = [ask(batcher, value) for value in range(4)]
+@in_a_loop
+async def test_requests_of_callers_that_have_gone_are_not_run_and_do_not_disturb_the_others():
+    stage = Stage()
+    await stage.be_busy()
+    futures = stage.ask(*range(4))
     futures[0].cancel()
     futures[2].cancel()
-    batches[0].answer()
-    sent(batches, 3).answer()
-    assert batches[2].values == [[1, 3]] and rows(futures[1]) == [2] and rows(futures[3]) == [6]
-
-
-def test_a_caller_that_is_cancelled_while_its_batch_runs_does_not_disturb_the_others(start):
-    batcher, batches = start()
-    busy(batcher, batches)
-    futures = [ask(batcher, value) for value in range(3)]
-    batches[0].answer()
-    sent(batches, 3)
-    futures[1].cancel()
-    batches[2].answer()
-    assert rows(futures[0]) == [0] and rows(futures[2]) == [4]
-
-
-# -- requests that fail ------------------------------------------------------------------------------------------------
-
-
-def test_a_request_that_fails_alone_gets_the_models_words_and_status(start):
-    batcher, batches = start()
-    future = ask(batcher, -1)
-    batches[0].answer((400, "x must not be negative"))
-    error = future.exception(SOON_S)
-    assert isinstance(error, ModelError) and (error.status, str(error)) == (400, "x must not be negative")
-
-
-def test_one_bad_request_does_not_fail_its_batch(start):
-    batcher, batches = start()
-    busy(batcher, batches)
-    futures = [ask(batcher, value) for value in (1, -1, 2)]
-    batches[0].answer()
-    sent(batches, 3).answer((400, "x must not be negative"))
-    again = sent(batches, 4)
-    assert again.values == [[1], [-1], [2]] and again.worker == batches[2].worker
-    again.answer([np.array([2.0])], (400, "x must not be negative"), [np.array([4.0])])
-    assert rows(futures[0]) == [2] and rows(futures[2]) == [4]
-    assert isinstance(futures[1].exception(SOON_S), ModelError)
-
-
-def test_after_a_bad_request_its_signature_is_still_batched(start):
-    batcher, batches = start()
-    busy(batcher, batches)
-    for value in (1, -1):
-        ask(batcher, value)
-    batches[0].answer()
-    sent(batches, 3).answer((400, "no"))
-    sent(batches, 4)
-    futures = [ask(batcher, value) for value in (5, 6)]
-    batches[1].answer()
-    assert sent(batches, 5).values == [[5, 6]]
-    batches[3].answer()
-    batches[4].answer()
-    assert [rows(future) for future in futures] == [[10], [12]]
-
-
-def test_requests_that_cannot_share_a_run_fail_alone(start):
-    batcher, batches = start()
-    with at_the_same_time(batcher):
-        futures = [queue(batcher, value, shapes=None) for value in (1, -1, 2)]
-    assert [b.values for b in batches] == [[[1], [-1]], [[2]]]
-    batches[0].answer([np.array([2.0])], (400, "no"))
-    batches[1].answer()
-    assert rows(futures[0]) == [2] and rows(futures[2]) == [4] and isinstance(futures[1].exception(SOON_S), ModelError)
-
-
-WRONG_LENGTHS = {
-    "too short": [np.zeros(2)], "too long": [np.zeros(4)], "empty": [np.zeros(0)], "no rows at all": [np.array(0.0)],
-    "one output of two": [np.zeros(3), np.zeros(1)]}
-
-
-@pytest.mark.parametrize("result", WRONG_LENGTHS.values(), ids=WRONG_LENGTHS)
-def test_a_result_of_the_wrong_length_is_run_again_one_by_one(start, result):
-    batcher, batches = start()
-    busy(batcher, batches)
-    futures = [ask(batcher, value) for value in (1, 2, 3)]
-    batches[0].answer()
-    sent(batches, 3).answer(result)
-    again = sent(batches, 4)
-    assert again.values == [[1], [2], [3]]
-    again.answer()
-    assert [rows(future) for future in futures] == [[2], [4], [6]]
-
-
-def test_a_signature_with_a_result_of_the_wrong_length_is_never_merged_again_and_others_are(start):
-    batcher, batches = start()
-
-    def together(signature: str) -> list[list]:
-        before = len(batches)
-        with at_the_same_time(batcher):
-            futures = [queue(batcher, value, signature=signature) for value in range(4)]
-        values = [b.values for b in batches[before:]]
-        for batch in batches[before:]:
-            batch.answer()
-        wait(futures, SOON_S)
-        return values
-
-    assert together("s") == together("t") == [[[0, 1, 2, 3]]]
-    with at_the_same_time(batcher):
-        futures = [queue(batcher, value) for value in range(4)]
-    batches[-1].answer([np.zeros(1)])
-    sent(batches, 4).answer()
-    wait(futures, SOON_S)
-    assert together("s") == [[[0], [1]], [[2], [3]]]
-    assert together("t") == [[[0, 1, 2, 3]]]
-
-
-def test_the_result_of_a_single_request_may_have_any_length(start):
-    batcher, batches = start()
-    future = ask(batcher, 1, 2, 3)
-    batches[0].answer([np.array(5.0)])
-    assert rows(future) == 5
-
-
-def test_requests_that_call_out_leave_a_place_to_what_they_wait_for(start):
-    """Such as a model that asks this very server for another model's answer."""
-    batcher, batches = start(workers=2)
-    for model in "abcdef":
-        future = Future()
-        batcher.submit(Request(Key(model, "s", None, None, True), [np.zeros(1)], 1, False, future, None))
-        batcher.dispatch()
-    assert len(batches) == 3 and batcher.waiting() == 3
-    inner = ask(batcher, 1)
-    assert len(batches) == 4
-    batches[3].answer()
-    assert rows(inner) == [2]
-
-
-# -- workers -----------------------------------------------------------------------------------------------------------
-
-
-def test_workers_take_turns_in_round_robin_order(start):
-    batcher, batches = start(workers=3)
-    for value in range(9):
-        ask(batcher, value)
-        batches[-1].answer()
-    assert [b.worker for b in batches] == [0, 1, 2] * 3
-
-
-def test_batches_at_the_same_time_go_to_different_workers(start):
-    batcher, batches = start(workers=3)
-    for value in range(3):
-        ask(batcher, value, model=f"m{value}")
-    assert sorted(b.worker for b in batches) == [0, 1, 2]
-
-
-def test_the_turn_of_a_worker_with_its_hands_full_is_passed_over(start):
-    batcher, batches = start(workers=2)
-    for model in "mn":
-        ask(batcher, 0, worker=0, model=model)
-    assert [b.worker for b in batches] == [0, 0]
-    for value in range(3):
-        ask(batcher, value)
-        assert batches[-1].worker == 1
-        batches[-1].answer()
-
-
-def test_a_worker_never_has_more_than_two_batches(start):
-    batcher, batches = start(workers=2, max_batch=1)
-    with at_the_same_time(batcher):
-        for value in range(20):
-            queue(batcher, value)
-    for number in range(20):
-        sent(batches, min(number + 4, 20))
-        open_batches = [b.worker for b in batches if not b.future.done()]
-        assert max(map(open_batches.count, open_batches)) <= 2
-        next(b for b in batches if not b.future.done()).answer()
-
-
-def test_a_pinned_request_goes_to_its_worker_alone(start):
-    batcher, batches = start(workers=3)
-    for value in range(4):
-        ask(batcher, value, worker=2)
-        batches[-1].answer()
-    assert [b.worker for b in batches] == [2] * 4
-
-
-def test_a_pinned_request_waits_for_its_worker_and_others_do_not_wait_for_it(start):
-    batcher, batches = start(workers=1)
-    pinned = ask(batcher, 1, worker=1)
-    ask(batcher, 2)
-    assert [(b.worker, b.values) for b in batches] == [(0, [[2]])]
-    batcher.add_worker(WorkerId(1))
-    assert sent(batches, 2).worker == 1
-    batches[1].answer()
-    assert rows(pinned) == [2]
-
-
-def test_requests_wait_for_the_first_worker(start):
-    batcher, batches = start(workers=0)
-    futures = [ask(batcher, value) for value in range(3)]
-    assert not batches
-    batcher.add_worker(WorkerId(0))
-    assert sent(batches, 1).values == [[0, 1, 2]]
-    batches[0].answer()
-    assert [rows(future) for future in futures] == [[0], [2], [4]]
-
-
-def test_what_only_reads_runs_again_elsewhere_when_its_worker_was_lost(start):
-    lost = []
-    batcher, batches = start(workers=2, lost=lambda worker, error: lost.append((worker.index, str(error))))
-    with at_the_same_time(batcher):
-        futures = [queue(batcher, value) for value in (1, 2, 3)]
-    first = batches[0].worker
-    batches[0].lose_worker()
-    again = sent(batches, 2)
-    assert again.worker == 1 - first and again.values == [[1, 2, 3]] and lost == [(first, "the worker died")]
-    again.answer()
-    assert [rows(future) for future in futures] == [[2], [4], [6]]
-
-
-def test_what_writes_gets_502_when_its_worker_was_lost_and_is_not_run_again(start):
-    batcher, batches = start(workers=2)
-    future = ask(batcher, 1, writes=True)
-    batches[0].lose_worker()
-    error = future.exception(SOON_S)
-    assert isinstance(error, WorkerLost) and error.status == 502 and f"{batches[0].worker}" in str(error) and "may" in str(error)
-    read = ask(batcher, 2)
-    assert sent(batches, 2).values == [[2]]
-    batches[1].answer()
-    assert rows(read) == [4]
-
-
-def test_what_waited_behind_a_lost_worker_runs_elsewhere_after_what_runs_again(start):
-    batcher, batches = start(workers=1)
-    busy(batcher, batches)
-    futures = [ask(batcher, value, writes=True) for value in (1, 2)]
-    batcher.add_worker(WorkerId(1))
-    batches[0].lose_worker()
-    assert sent(batches, 3).values == [[0, 0, 1, 2]]
-    batches[2].answer()
-    assert [rows(future) for future in futures] == [[2], [4]]
-
-
-def test_a_lost_worker_gets_nothing_until_it_is_added_again(start):
-    batcher, batches = start(workers=2)
-    ask(batcher, 0, writes=True)
-    gone = batches[0].worker
-    batches[0].lose_worker()
-    for value in range(4):
-        ask(batcher, value)
-        batches[-1].answer()
-    assert {b.worker for b in batches[1:]} == {1 - gone}
-    batcher.add_worker(WorkerId(gone))
-    for value in range(4):
-        ask(batcher, value)
-        batches[-1].answer()
-    assert [b.worker for b in batches[5:]].count(gone) == 2
-
-
-def test_a_worker_that_cannot_even_be_called_counts_as_lost(start):
-    lost, calls = [], []
-
-    def run(worker, model, signature, feeds):
-        calls.append(worker.index)
-        if len(calls) == 1:
-            raise ConnectionError("no such actor")
-        future = Future()
-        future.set_result(feeds)
-        return future
-
-    batcher, _ = start(workers=2, run=run, lost=lambda worker, error: lost.append(worker.index))
-    assert rows(ask(batcher, 5)) == [5] and lost == calls[:1] and calls[1] != calls[0]
-
-
-def test_a_read_gets_504_when_no_worker_comes_back_before_its_deadline(start):
-    batcher, batches = start(timeout_s=0.3)
-    future = ask(batcher, 1)
-    batches[0].lose_worker()
-    assert isinstance(future.exception(SOON_S), DeadlineExceeded) and len(batches) == 1
-
-
-def test_a_read_that_lost_two_workers_is_not_given_a_third(start):
-    """It may be what kills them."""
-    batcher, batches = start(workers=3)
-    future = ask(batcher, 1)
-    batches[0].lose_worker()
-    sent(batches, 2).lose_worker()
-    error = future.exception(SOON_S)
-    assert isinstance(error, WorkerLost) and error.status == 502 and len(batches) == 2
-
-
-# -- the end -----------------------------------------------------------------------------------------------------------
-
-
-def test_close_answers_what_waits_and_what_was_sent(start):
-    batcher, batches = start()
-    futures = [ask(batcher, value) for value in range(5)]
-    batcher.close("The server is shutting down.")
-    for future in futures:
-        error = future.exception(SOON_S)
-        assert isinstance(error, Unavailable) and (error.status, str(error)) == (503, "The server is shutting down.")
-    for batch in list(batches):
-        batch.answer()  # too late, and no harm
-    assert len(batches) == 2 and batcher.waiting() == 0
-
-
-def test_after_close_requests_are_refused_with_its_reason(start):
-    batcher, batches = start()
-    batcher.close("The server is shutting down.")
-    with pytest.raises(Unavailable, match="^The server is shutting down.$"):
-        ask(batcher, 1)
-    batcher.add_worker(WorkerId(5))
-    batcher.dispatch()
-    assert not batches
-
-
-def test_workers_lost_by_close_itself_start_nothing_again(start):
-    batcher, batches = start(workers=2)
-    read, write = ask(batcher, 1), ask(batcher, 2, writes=True)
-    batcher.close("Bye.")
-    for batch in list(batches):
-        batch.lose_worker()
-    assert {type(future.exception(SOON_S)) for future in (read, write)} == {Unavailable} and len(batches) == 2
-
-
-def test_close_may_be_called_twice_and_ends_the_thread(start):
-    batcher, _ = start()
-    batcher.close("Bye.")
-    batcher.close("Bye again.")
-    batcher._thread.join(SOON_S)
-    assert not batcher._thread.is_alive()
-
-
-# -- threads, event loops, memory --------------------------------------------------------------------------------------
-
-
-def test_an_event_loops_callers_get_their_answers_in_that_loop(start):
-    batcher, batches = start()
-
-    async def main() -> list:
-        loop = asyncio.get_running_loop()
-        futures = [ask(batcher, value, loop=loop) for value in range(5)]
-        threading.Thread(target=lambda: [b.answer() for b in list(batches)] and sent(batches, 3).answer()).start()
-        return [(await future)[0].tolist() for future in futures]
-
-    assert asyncio.run(main()) == [[2 * value] for value in range(5)]
-
-
-def test_an_event_loops_callers_get_errors_of_their_own(start):
-    batcher, _ = start(workers=0, timeout_s=0.1)
-
-    async def main() -> list:
-        futures = [ask(batcher, value, loop=asyncio.get_running_loop()) for value in range(3)]
-        return await asyncio.gather(*futures, return_exceptions=True)
-
-    errors = asyncio.run(main())
-    assert {type(error) for error in errors} == {DeadlineExceeded} and len(set(map(id, errors))) == 3
-
-
-def test_a_cancelled_task_is_not_run_and_does_not_disturb_the_others(start):
-    batcher, batches = start()
-
-    async def call(value: int):
-        return (await ask(batcher, value, loop=asyncio.get_running_loop()))[0].tolist()
-
-    async def main() -> list:
-        busy(batcher, batches)
-        tasks = [asyncio.create_task(call(value)) for value in range(4)]
-        await asyncio.sleep(0)
-        tasks[1].cancel()
-        await asyncio.sleep(0)
-        await asyncio.to_thread(lambda: [batches[0].answer(), sent(batches, 3).answer()])
-        return await asyncio.gather(*tasks, return_exceptions=True)
-
-    results = asyncio.run(main())
-    assert isinstance(results[1], asyncio.CancelledError) and results[:1] + results[2:] == [[0], [4], [6]]
-    assert batches[2].values == [[0, 2, 3]]
-
-
-def test_a_loop_that_ended_before_its_answer_came_does_not_disturb_the_others(start):
-    batcher, batches = start()
-
-    async def give_up():
-        queue(batcher, 1, loop=asyncio.get_running_loop())
-
-    with at_the_same_time(batcher):
-        asyncio.run(give_up())
-        future = queue(batcher, 2)
-    assert batches[0].values == [[1, 2]]
-    batches[0].answer()
-    assert rows(future) == [4]
-
-
-def test_threads_and_event_loops_mixed_all_get_their_own_answers_while_workers_come_and_go(start):
-    """4 threads and 2 event loops, 3 workers of which one is lost now and then, and at times a run that fails."""
-    chance, lock, pool = random.Random(1), threading.Lock(), ThreadPoolExecutor(6)
-
-    def run(worker, model, signature, feeds):
-        with lock:
-            fate = chance.random()
-        return pool.submit(work, feeds, fate)
-
-    def work(feeds, fate):
-        if fate < 0.02:
-            raise RuntimeError("the worker died")
-        bad = [(400, "bad")] if fate < 0.1 and len(feeds) == 1 and len(feeds[0][0]) > 1 else []
-        return bad or [[2 * feed[0]] for feed in feeds]
-
-    def lost(worker, error):
-        pool.submit(batcher.add_worker, worker)
-
-    batcher, _ = start(workers=3, run=run, lost=lost, max_batch=8, max_queue=10_000)
-
-    def judge(value: int, result) -> bool:
-        return isinstance(result, WorkerLost) or result[0].tolist() == [2 * value]
-
-    def thread(first: int) -> list[bool]:
-        outcomes = []
-        for value in range(first, first + 300):
-            future = ask(batcher, value, writes=value % 3 == 0)
-            outcomes.append(judge(value, future.exception(SOON_S) or future.result()))
-        return outcomes
-
-    async def many(first: int) -> list[bool]:
-        loop, values = asyncio.get_running_loop(), range(first, first + 600)
-        futures = [ask(batcher, value, loop=loop, writes=value % 3 == 0) for value in values]
-        results = await asyncio.gather(*futures, return_exceptions=True)
-        return [judge(value, result) for value, result in zip(values, results)]
-
-    try:
-        with ThreadPoolExecutor(6) as callers:
-            jobs = [callers.submit(thread, 1000 * i) for i in range(4)]
-            jobs += [callers.submit(asyncio.run, many(10_000 * i)) for i in (1, 2)]
-            outcomes = [outcome for job in jobs for outcome in job.result(60)]
-    finally:
-        pool.shutdown()
-    assert len(outcomes) == 2400 and all(outcomes)
-    assert batcher.waiting() == 0 and not batcher._in_flight
-
-
-def at_once(worker, model, signature, feeds) -> Future:
-    future = Future()
-    future.set_result([[2 * feed[0]] for feed in feeds])
-    return future
-
-
-def kept_of(batcher, count: int) -> int:
-    """How many of so many requests are still in memory after their answers."""
-    references = []
-    for _ in range(count):
-        value, future = np.ones(1), Future()
-        references.append(weakref.ref(value))
-        batcher.submit(Request(Key("m", "s", SHAPES, None), [value], 1, False, future, None))
-        batcher.dispatch()
-        assert rows(future) == [2]
-        del value, future
-    gc.collect()
-    return sum(reference() is not None for reference in references)
-
-
-def test_finished_requests_are_not_kept(start):
-    batcher, _ = start(run=at_once)
-    assert kept_of(batcher, 100) <= 1
-
-
-def test_finished_requests_are_not_kept_while_an_older_one_still_runs(start):
-    stuck = Future()
-    batcher, _ = start(run=lambda worker, model, *rest: stuck if model == "slow" else at_once(worker, model, *rest))
-    ask(batcher, 1, model="slow")
-    assert kept_of(batcher, 100) <= 1
-
-
-def test_requests_whose_callers_went_away_are_not_kept(start):
-    batcher, batches = start()
-    busy(batcher, batches)
-    references = []
-    for _ in range(100):
-        value, future = np.ones(1), Future()
-        references.append(weakref.ref(value))
-        batcher.submit(Request(Key("m", "s", SHAPES, None), [value], 1, False, future, None))
-        future.cancel()
-        del value, future
-    batches[0].answer()
-    batches[1].answer()
-    wait_until(lambda: batcher.waiting() == 0, SOON_S)
-    gc.collect()
-    assert sum(reference() is not None for reference in references) <= 1
+    stage.workers[0].answer()
+    assert stage.bodies == [[1, 3]]
+    futures[3].cancel()
+    stage.workers[0].answer()
+    stage.workers[0].answer()
+    assert await futures[1] == 2
+
+
+# -- workers that are lost ---------------------------------------------------------------------------------------------
+
+
+@in_a_loop
+async def test_what_a_lost_worker_had_runs_once_more_elsewhere_before_what_queued_up_meanwhile():
+    stage = Stage(max_batch=4)
+    await stage.be_busy()
+    stage.workers[0].answer()
+    stage.workers[0].answer()
+    futures = stage.ask(1, 2)
+    await turn()
+    lost = stage.workers[0]
+    stage.batcher.remove(lost)
+    futures += stage.ask(3)
+    other = stage.add_worker(1)
+    assert stage.sent == [(0, "m", [1, 2]), (1, "m", [1, 2, 3])] and lost.trips == {}
+    assert [request.is_repeated for request in other.trips[0].values()] == [True, True, False]
+    other.answer()
+    assert await asyncio.gather(*futures) == [2, 4, 6]
+
+
+@in_a_loop
+async def test_an_add_that_a_lost_worker_had_is_502_and_is_not_run_again():
+    stage = Stage(workers=2)
+    [future] = stage.ask(1, verb="add")
+    await turn()
+    stage.batcher.remove(stage.workers[stage.sent[0][0]])
+    error = await error_of(future)
+    assert isinstance(error, WorkerLost) and error.status == 502 and "may or may not" in str(error)
+    assert len(stage.sent) == 1
+
+
+@in_a_loop
+async def test_a_request_that_lost_two_workers_is_not_given_a_third():
+    stage = Stage(workers=3)
+    [future] = stage.ask(1)
+    await turn()
+    for number in range(2):
+        stage.batcher.remove(stage.workers[stage.sent[number][0]])
+    assert isinstance(await error_of(future), WorkerLost) and len(stage.sent) == 2
+
+
+@in_a_loop
+async def test_closed_it_answers_what_waits_and_what_was_sent_and_whatever_comes_until_it_is_opened():
+    stage = Stage()
+    await stage.be_busy()
+    stage.workers[0].answer()
+    futures = stage.ask(1, model="single")
+    await turn()
+    futures += stage.ask(2, 3)
+    stage.batcher.close(Unavailable("It is over."))
+    futures += stage.ask(4)
+    assert [str(await error_of(future)) for future in futures] == ["It is over."] * 4
+    stage.batcher.close(None)
+    stage.batcher.remove(stage.workers[0])
+    stage.add_worker(1)
+    stage.ask(5)
+    await turn()
+    assert stage.sent[-1] == (1, "m", [5]) and stage.batcher.waiting == 0
+
+
+@pytest.mark.parametrize("seed", range(5))
+@in_a_loop
+async def test_whatever_happens_each_request_is_answered_and_none_runs_more_often_than_it_may(seed):
+    chance, stage, asked = random.Random(seed), Stage(workers=3, max_batch=4, max_queue=10_000), {}
+
+    def ask(body):
+        verb = chance.choice(["predict", "add"])
+        worker = chance.choice([None, None, 0, 1, 2])
+        [future] = stage.ask(body, verb=verb, model=chance.choice(["m", "n", "single", "caller"]), worker=worker)
+        asked[body] = verb, future
+
+    def play():
+        worker = chance.choice(stage.workers)
+        what = chance.choices(["answer", "lose", "cancel"], [20, 1, 1])[0]
+        if what == "answer" and worker.trips:
+            worker.answer()
+        elif what == "lose":
+            stage.batcher.remove(worker)
+            stage.workers[worker.index] = stage.add_worker(worker.index)
+        elif what == "cancel":
+            chance.choice([future for _, future in asked.values()]).cancel()
+
+    for body in range(2000):
+        ask(body)
+        play()
+        await turn()
+        assert all(len(worker.trips) <= PLACES for worker in stage.workers)
+    while not all(future.done() for _, future in asked.values()):
+        play()
+    for body, (verb, future) in asked.items():
+        runs = sum(bodies.count(body) for bodies in stage.bodies if body in bodies)
+        assert runs <= (1 if verb == "add" else 2)
+        if not future.cancelled():
+            assert isinstance(future.exception(), WorkerLost) or runs and future.result() == 2 * body
+    assert max(map(len, stage.bodies)) <= 4 and stage.batcher.waiting == 0
+
+
+# -- what a worker does with a batch -----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def load():
+    """``load(source)``: the graph of an example model, or of a source, in this process alone. Found out, or said, is
+    which signatures share runs."""
+    tf = import_tensorflow()
+
+    def load(source: str | ModelSource, *merged: str) -> Graph:
+        if isinstance(source, str):
+            source = ModelSource(source, 1, function=f"example_models:{source}")
+        graph = Graph(tf, source, tasks=0)
+        graph.connect(tf, [], Options())
+        graph.restore()
+        for name in [*graph.find_merged(Options()), *merged]:
+            graph.signatures[name].merged = True
+        return graph
+
+    return load
+
+
+def rows(*values, signature="serving_default", seconds=60, is_repeated=False) -> tuple:
+    """A request with these rows of the only input."""
+    return "arrays", (signature, np.array(values)), seconds, is_repeated
+
+
+def answers(graph: Graph, *requests: tuple) -> list:
+    """Lists for the arrays of each answer's only output, errors, and None where nothing was answered."""
+    found = {}
+    answer_requests(graph, list(requests), found.update)
+    for index, answer in found.items():
+        if isinstance(answer, dict):
+            [array] = answer.values()
+            found[index] = array.tolist()
+    return [found.get(index) for index in range(len(requests))]
+
+
+def test_requests_whose_rows_fit_share_a_run_and_get_their_own_rows_back(load):
+    assert answers(load("crowd"), rows(12345), rows(1, 12345), rows(2)) == [[4], [1, 4], [2]]
+
+
+def test_rows_of_another_shape_do_not_share_their_run(load):
+    assert answers(load("crowd"), rows(12345), rows([12345, 0]), rows(12345)) == [[2], [[2, 0]], [2]]
+
+
+def test_one_bad_request_does_not_fail_its_batch(load):
+    first, bad, last = answers(load("picky", "serving_default"), rows(2), rows(-2), rows(4))
+    assert (first, last) == ([1], [2])
+    assert isinstance(bad, ModelError) and bad.status == 400 and "must not be negative" in str(bad)
+
+
+def test_an_add_that_cannot_be_does_not_fail_those_beside_it(load):
+    adds = [("add", value, 60, False) for value in (1.7e308, 1.7e308, -1.7e308)]
+    first, bad, last = answers(load(ADDER_SOURCE), *adds)
+    assert (first, last) == (1.7e308, 0) and isinstance(bad, ModelError)
+
+
+def test_what_cannot_be_read_is_answered_before_anything_runs(load):
+    replies = []
+    requests = [rows(2), ("predict", (b"{", False), 60, False), ("predict", (b'{"instances": [4]}', False), 60, False)]
+    answer_requests(load("picky", "serving_default"), requests, replies.append)
+    assert list(replies[0]) == [1] and isinstance(replies[0][1], InvalidRequest)
+    assert replies[1][0]["y"] == [1] and replies[1][2] == b'{"predictions": [2.0]}'
+
+
+def test_a_result_of_the_wrong_length_is_run_again_one_by_one(load):
+    graph = load("failing", "first_row")
+    found = {}
+    answer_requests(graph, [rows(value, 0, signature="first_row") for value in (1, 2)], found.update)
+    assert [(found[i]["all"].tolist(), found[i]["first"].tolist()) for i in range(2)] == [([1, 0], [1]), ([2, 0], [2])]
+
+
+def test_requests_past_their_deadline_are_not_run(load):
+    graph = load("counter")
+    assert answers(graph, rows(0, signature="count", seconds=0), rows(0, signature="count")) == [None, 1]
+
+
+def test_a_request_that_a_lost_worker_had_is_run_again_only_if_it_changes_nothing(load):
+    graph = load("counter")
+    refused, count = answers(
+        graph, rows(0, signature="count", is_repeated=True), rows(0, signature="read", is_repeated=True))
+    assert isinstance(refused, WorkerLost) and refused.status == 502 and count == 0

@@ -1,756 +1,435 @@
-"""The JSON codec and the paths, without Ray and TensorFlow: TensorFlow Serving's own cases (util/json_tensor_test.cc,
-model_servers/http_rest_api_util_test.cc), the rules of its code, and the few places where we decide otherwise."""
+"""The JSON codec and the paths without Ray: TensorFlow Serving's own cases, the rules of its code, and our few others.
+
+All bodies go through the one door that the workers use, ``decode``: arrays come out, and what makes outputs the answer.
+"""
 
 import base64
 import gzip
 import json
 import math
-import sys
-import urllib.parse
 
 import numpy as np
 import pytest
+from ray_tensorflow import InvalidRequest, Signature, TensorSpec, decode, match_path, parse_value
 
-from ray_tensorflow import (
-    GET_PATH, HTTP_STATUS, MAX_BODY_BYTES, POST_PATH, Error, InvalidRequest, Signature, TensorSpec, decimals, encode_predict,
-    parse_json, parse_leaves, parse_predict, parse_rows, parse_tensor, parse_value, reply_error, shown, unzip, without_depths)
-
-NUMPY = {"float": "float32", "double": "float64", "string": "object", "half": "float16"}
-INTEGERS = ["int8", "int16", "int32", "int64", "uint8", "uint32", "uint64"]
-NUMBERS = ["float", "double", *INTEGERS]
-b64_hello, b64_world, b64_tf, b64_serving = (
-    {"b64": base64.b64encode(word).decode()} for word in (b"hello", b"world", b"tf", b"serving"))
+INTEGERS = ("int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64")
+FLOATS = ("float16", "float32", "float64")
 nan, inf = math.nan, math.inf
 
 
-def spec(dtype: str) -> TensorSpec:
-    """By TensorFlow's name for the dtype."""
-    return TensorSpec(NUMPY.get(dtype, dtype), None)
+def signature(inputs: dict, outputs=("y",), method: str = "predict", name: str = "serving_default") -> Signature:
+    """With inputs by name and numpy's dtype, as all that the codec looks at; "object" are strings."""
+    specs = {input: TensorSpec(dtype, None) for input, dtype in sorted(inputs.items())}
+    return Signature(name, specs, dict.fromkeys(outputs), f"tensorflow/serving/{method}", writes=False, calls_out=False)
 
 
-def signature(**inputs: str) -> Signature:
-    return Signature("serving_default", {name: spec(dtype) for name, dtype in sorted(inputs.items())}, {}, False)
+def predict(body: str | bytes, is_gzip: bool = False, **inputs: str) -> dict[str, np.ndarray]:
+    """The arrays that a signature with these inputs is fed with."""
+    body = body if isinstance(body, bytes) else body.encode()
+    asked, feed, _ = decode({"serving_default": signature(inputs)}, "predict", (body, is_gzip))
+    return dict(zip(asked.inputs, feed))
 
 
-def predict(body: str | bytes, **inputs: str):
-    """Parse a request for a signature with these inputs: is it row format, and the arrays by name."""
-    asked = signature(**inputs)
-    row, arrays = parse_predict(parse_json(body if isinstance(body, bytes) else body.encode()), asked)
-    return row, dict(zip(asked.inputs, arrays))
+def column(text: str, dtype: str) -> np.ndarray:
+    """The array that a JSON value in columnar format becomes."""
+    return predict(f'{{"inputs": {text}}}', x=dtype)["x"]
 
 
-def leaf(text: str, dtype: str):
-    """The tensor that one JSON value becomes."""
-    return parse_tensor(json.loads(text), spec(dtype))
+def strings(values) -> np.ndarray:
+    array = np.empty(np.shape(values), object)
+    array[...] = values
+    return array
 
 
-def assert_same(array: np.ndarray, expected, dtype: str):
-    dtype = np.dtype(NUMPY.get(dtype, dtype))
-    assert array.dtype == dtype
-    assert array.shape == np.shape(expected)
-    np.testing.assert_array_equal(array, np.array(expected, dtype))
+def answer(key: str, **outputs) -> bytes:
+    """The body of the answer with these outputs to a request in row ("instances") or columnar ("inputs") format."""
+    asked = {"serving_default": signature({"x": "int32"}, outputs)}
+    _, _, encode = decode(asked, "predict", (json.dumps({key: [0]}).encode(), False))
+    return encode([np.asarray(output) for output in outputs.values()])
 
 
-def refused(message: str, function, *arguments, status: int = 400, **more) -> str:
-    """Calling it is answered with this status and with a message that has this in it; the message."""
+def refused(where: str, function, *arguments, status: int = 400, **more) -> None:
+    """Calling it is answered with this status and with one sentence, not too long, that has this in it."""
     with pytest.raises(InvalidRequest) as caught:
         function(*arguments, **more)
-    assert message in caught.value.message
     assert caught.value.status == status
-    return caught.value.message
+    assert where in str(caught.value)
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 500
 
 
-# -- JSON --------------------------------------------------------------------------------------------------------------
+def assert_same(array: np.ndarray, expected, dtype: str) -> None:
+    """Equal in dtype, shape and values, the sign of zero included."""
+    expected = strings(expected) if dtype == "object" else np.array(expected, dtype)
+    assert (array.dtype, array.shape) == (expected.dtype, expected.shape)
+    np.testing.assert_array_equal(array, expected)
+    if dtype in FLOATS:
+        np.testing.assert_array_equal(np.signbit(array), np.signbit(expected))
 
 
-@pytest.mark.parametrize("body, message", [
-    ("", "The document is empty"),
-    ("\ufeff", "The document is empty"),
-    ("   ", "The document is empty. at offset: 3"),
-    ("instances = [1, 2]", "Invalid value. at offset: 0"),
-    ('{"instances": [nan]}', "Invalid value. at offset: 15"),
-    ('{"instances": [+1]}', "Invalid value. at offset: 15"),
-    ('{"instances": [.5]}', "Invalid value. at offset: 15"),
-    ('{"instances": [tru]}', "Invalid value. at offset: 15"),
-    ('{"instances": [1,]}', ""),
-    ('{"instances": [1.]}', ""),
-    ('{"instances": [01]}', ""),
-    ('{"instances": [1e]}', ""),
-    ('{"instances": [1 2]}', "Missing a comma"),
-    ('{"instances": [1]', "Missing a comma"),
-    ('{"instances" [1]}', "Missing a colon after a name of object member."),
-    ("{'instances': [1]}", "Missing a name for object member."),
-    ('{"instances": [1]} x', "The document root must not be followed by other values."),
-    ('{"instances": [1]} {}', "The document root must not be followed by other values."),
-    ('{"instances": ["a]}', "Missing a closing quotation mark in string."),
-    ('{"instances": ["a\nb"]}', "Invalid encoding in string."),
-    ('{"instances": ["\\x"]}', "Invalid escape character in string."),
-    ('{"instances": ["\\u12g4"]}', "Incorrect hex digit after \\u escape in string."),
-    ('{"instances": [1] /* one */}', ""),
-    ("[" * 100_000, ""),
-    ('{"a":' * 100_000, ""),
-])
-def test_what_is_not_json_is_a_parse_error(body, message):
-    assert refused(message, parse_json, body.encode()).startswith("JSON Parse error: ")
+# -- the document ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("body", [b'{"signature_name": "\xff"}', b'{"instances": ["\xc3("]}', b"\xff\xfe{\x00}\x00"])
-def test_a_body_that_is_not_utf_8_is_a_parse_error(body):
-    refused("JSON Parse error: Invalid encoding in string.", parse_json, body)
+@pytest.mark.parametrize("body", [
+    b"", b" ", b"instances = [1, 2]", b'{"instances": [nan]}', b'{"instances": [1,]}', b'{"instances": [1]',
+    b'{"instances": [1]} {}', b'{"x": "\xff", "instances": [1]}', b"\xff\xfe{\0}\0", b"[" * 100_000,
+    b'{"instances": [' + b"1" * 5_000 + b"]}"])
+def test_what_is_not_json_is_refused(body):
+    refused("JSON", predict, body, x="float32")
 
 
-@pytest.mark.parametrize("body", ["[]", "[1, 2]", "1", '"instances"', "null", "true", "NaN"])
+@pytest.mark.parametrize("body", ["[]", "1", '"instances"', "null", "NaN", json.dumps([1] * 10_000)])
 def test_json_that_is_not_an_object_is_refused(body):
-    assert refused("Is not object", parse_json, body.encode()).startswith("JSON Value: ")
+    refused("object", predict, body, x="float32")
 
 
-def test_a_byte_order_mark_is_skipped():
-    assert parse_json(b'\xef\xbb\xbf{"instances": [1]}') == {"instances": [1]}
+def test_white_space_and_a_byte_order_mark_are_skipped():
+    assert_same(predict(b'\xef\xbb\xbf \r\n\t{"instances": [1]}\n', x="int32")["x"], [1], "int32")
 
 
-def test_white_space_around_the_document_is_skipped():
-    assert parse_json(b' \r\n\t{"instances": [1]}\n') == {"instances": [1]}
+def test_other_keys_are_ignored():
+    body = '{"Instances": 5, "context": null, "deep": [[{"a": [{}]}]], "instances": [1], "examples": "x"}'
+    assert_same(predict(body, x="int32")["x"], [1], "int32")
 
 
-def test_of_a_key_given_twice_the_last_one_counts():
-    assert predict('{"instances": [1], "instances": [2]}', x="int32")[1]["x"].tolist() == [2]
-    assert predict('{"inputs": {"x": [1], "x": [2]}}', x="int32")[1]["x"].tolist() == [2]
-    assert predict('{"instances": [{"x": 1, "x": 2}]}', x="int32")[1]["x"].tolist() == [2]
+@pytest.mark.parametrize("body", [b"", b"{}", gzip.compress(b"{}")[:5], gzip.compress(b'{"instances": [1]}')[:-12]])
+def test_what_cannot_be_decompressed_is_refused(body):
+    refused("JSON", predict, body, True, x="int32")
 
 
-@pytest.mark.parametrize("depth", [10, 900, 5_000, 200_000])
-@pytest.mark.parametrize("opening, closing", [("[", "]"), ('{"a":', "}")])
-def test_other_keys_are_ignored_however_deeply_nested(opening, closing, depth):
-    value = opening * depth + "1" + closing * depth
-    assert predict(f'{{"first": {value}, "instances": [1, 2], "last": {value}}}', x="int32")[1]["x"].tolist() == [1, 2]
+def test_a_small_body_that_decompresses_to_a_huge_one_is_too_large():
+    refused("64 MiB", predict, gzip.compress(bytes(65 * 2**20), 1), True, status=413, x="int32")
 
 
-@pytest.mark.parametrize("string", ['"', "\\", '\\"', '"]', "]", "[[[", '"}{', "a\\", '\\\\"[', "\n\"['", "\u2028"])
-def test_deep_nesting_does_not_change_the_strings_beside_it(string):
-    text = json.dumps({"a": string, "deep": 0, "b": [string], string: 1})
-    deep = text.replace('"deep": 0', f'"deep": {"[" * 5_000}{json.dumps(string)}{"]" * 5_000}')
-    document = parse_json(deep.encode())
-    del document["deep"]
-    assert document == {"a": string, "b": [string], string: 1}
+# -- the signature -----------------------------------------------------------------------------------------------------
+
+CHOICE = {name: signature({"x": "int32"}, name=name) for name in ("serving_default", "é\n")}
 
 
-def test_without_depths_leaves_what_is_not_deep_as_it_is():
-    text = '{"a": [1, {"b": ["]", "\\"", "}"]}], "c": "[["}'
-    assert without_depths(text) == text
-    assert without_depths(text, 3) == '{"a": [1, null], "c": "[["}'
-    assert without_depths("[[1], [2], 3]", 2) == "[null, null, 3]"
+@pytest.mark.parametrize("named, chosen", [
+    ({}, "serving_default"), ({"signature_name": ""}, "serving_default"), ({"signature_name": "é\n"}, "é\n")])
+def test_the_signature_is_the_one_named_else_serving_default(named, chosen):
+    body = json.dumps(named | {"instances": [1]}).encode()
+    assert decode(CHOICE, "predict", (body, False))[0].name == chosen
 
 
-@pytest.mark.parametrize("closing", ["", '"'])
-def test_a_deep_document_with_many_escaped_quotes_takes_linear_time(closing):
-    body = b"[" * 5_000 + b'"' + b'\\"' * 300_000 + closing.encode()
-    refused("JSON Parse error: ", parse_json, body)  # in quadratic time this would take minutes
+@pytest.mark.parametrize("name", [100, None, True, {}, ["x" * 1000] * 100])
+def test_a_signature_name_that_is_no_text_is_refused_before_anything_else(name):
+    refused("signature_name", predict, json.dumps({"signature_name": name}))
 
 
-# -- predict requests: TensorFlow Serving's own cases ------------------------------------------------------------------
+def test_an_unknown_signature_is_refused_in_tensorflow_servings_words():
+    body = b'{"signature_name": "Serving_Default", "instances": 5, "inputs": 5}'
+    message = 'Serving signature name: "Serving_Default" not found in signature def'
+    refused(message, decode, CHOICE, "predict", (body, False))
 
 
-@pytest.mark.parametrize("body, inputs, row, expected", [
-    ('{"instances":[[1,2],[3,4],[5,6]]}', {"default": "int32"}, True, {"default": [[1, 2], [3, 4], [5, 6]]}),
-    ('{"instances":[1,2.0,3,4,5.003,0.007,0.0]}', {"default": "float"}, True, {"default": [1, 2, 3, 4, 5.003, 0.007, 0]}),
-    ('{"instances":[1.0,2,3,4,0.662,0,0.0]}', {"default": "double"}, True, {"default": [1, 2, 3, 4, 0.662, 0, 0]}),
-    ('{"signature_name":"predict_images","instances":[[1,2]]}', {"default": "int32"}, True, {"default": [[1, 2]]}),
-    ('{"instances":[{"b64":"aGVsbG8="},{"b64":"d29ybGQ="}]}', {"default": "string"}, True, {"default": [b"hello", b"world"]}),
-    ('{"instances":[[{"b64":"aGVsbG8="}],[{"b64":"d29ybGQ="}]]}', {"default": "string"}, True,
-     {"default": [[b"hello"], [b"world"]]}),
-    ('{"instances":[{"default":[[{"b64":"aGVsbG8="}],[{"b64":"d29ybGQ="}]]}]}', {"default": "string"}, True,
-     {"default": [[[b"hello"], [b"world"]]]}),
-    ('{"instances":[{"int_tensor":[[1,2],[3,4],[5,6]],"str_tensor":["foo","bar"],"float_tensor":[1.0,NaN],"dbl_tensor":[NaN]},'
-     '{"int_tensor":[[7,8],[9,0],[1,2]],"str_tensor":["baz","bat"],"float_tensor":[2.0,Infinity],"dbl_tensor":[2.0]}]}',
-     {"int_tensor": "int32", "str_tensor": "string", "float_tensor": "float", "dbl_tensor": "double"}, True,
-     {"int_tensor": [[[1, 2], [3, 4], [5, 6]], [[7, 8], [9, 0], [1, 2]]], "str_tensor": [[b"foo", b"bar"], [b"baz", b"bat"]],
-      "float_tensor": [[1, nan], [2, inf]], "dbl_tensor": [[nan], [2]]}),
-    ('{"inputs":{"int_tensor":[[[1,2],[3,4],[5,6]]]}}', {"int_tensor": "int32"}, False,
-     {"int_tensor": [[[1, 2], [3, 4], [5, 6]]]}),
-    ('{"inputs":[[[1,2],[3,4],[5,6]]]}', {"int_tensor": "int32"}, False, {"int_tensor": [[[1, 2], [3, 4], [5, 6]]]}),
-    ('{"inputs":{"int_tensor":[[[1,2],[3,4],[5,6]]],"str_tensor":["foo","bar"],"bin_tensor":{"b64":"aGVsbG8="}}}',
-     {"int_tensor": "int32", "str_tensor": "string", "bin_tensor": "string"}, False,
-     {"int_tensor": [[[1, 2], [3, 4], [5, 6]]], "str_tensor": [b"foo", b"bar"], "bin_tensor": b"hello"}),
+# -- predict requests --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("body, inputs, expected", [
+    ('{"instances": [[1, 2], [3, 4], [5, 6]]}', {"x": "int32"}, {"x": [[1, 2], [3, 4], [5, 6]]}),
+    ('{"instances": [1, 2.0, 5.003, 0.007]}', {"x": "float32"}, {"x": [1, 2, 5.003, 0.007]}),
+    ('{"instances": [{"x": [1]}, {"x": [2]}]}', {"x": "int64"}, {"x": [[1], [2]]}),
+    ('{"instances": [{"b64": "aGVsbG8="}, "world"]}', {"x": "object"}, {"x": [b"hello", b"world"]}),
+    ('{"instances": [{"b64": "aGk="}]}', {"b64": "object"}, {"b64": [b"hi"]}),
+    ('{"instances": [{"x": [[{"b64": "aGVsbG8="}], ["world"]]}]}', {"x": "object"}, {"x": [[[b"hello"], [b"world"]]]}),
+    ('{"instances": [{"i": [[1, 2]], "s": ["foo"], "f": NaN}, {"f": Infinity, "s": ["bar"], "i": [[3, 4]]}]}',
+     {"i": "int32", "s": "object", "f": "float64"},
+     {"i": [[[1, 2]], [[3, 4]]], "s": [[b"foo"], [b"bar"]], "f": [nan, inf]}),
+    ('{"instances": [[], []]}', {"x": "float32"}, {"x": [[], []]}),
+    ('{"inputs": {"i": [[1], [2]], "s": ["foo"], "b": {"b64": "aGk="}, "extra": {"z": null}}}',
+     {"i": "int32", "s": "object", "b": "object"}, {"i": [[1], [2]], "s": [b"foo"], "b": b"hi"}),
+    ('{"inputs": {"b64": "aGk="}}', {"x": "object"}, {"x": b"hi"}),
+    ('{"inputs": 3}', {"x": "float32"}, {"x": 3}),
+    ('{"inputs": [[[], []]]}', {"x": "object"}, {"x": [[[], []]]}),
 ])
-def test_a_request_becomes_the_tensors_that_tensorflow_serving_makes_of_it(body, inputs, row, expected):
-    is_row, arrays = predict(body, **inputs)
-    assert is_row == row
+def test_a_request_becomes_an_array_for_each_input(body, inputs, expected):
+    arrays = predict(body, **inputs)
     assert arrays.keys() == expected.keys()
     for name, values in expected.items():
         assert_same(arrays[name], values, inputs[name])
 
 
-BOTH = {"int_tensor": "int32", "str_tensor": "string"}
-
-
-@pytest.mark.parametrize("body, inputs, message", [
-    ("", {"default": "int32"}, "document is empty"),
-    ('{"instances":[[1,2],[3,4],[5,6,7]],"inputs":[[1,2],[3,4],[5,6,7]]}', {"default": "int32"},
-     "Not formatted correctly expecting only one of 'inputs' or 'instances' keys to exist"),
-    ('{"instances":[[1,2],[3,4],[5,6,7]]}', {"default": "int32"}, "Expecting tensor size: 2 but got: 3"),
-    ('{"instances":[[1,2],[3,4],[[5,6]]]}', {"default": "int32"}, "Expecting shape [2] but got: [1,2]"),
-    ('{"instances":[1,[1]]}', {"default": "int32"}, "Expecting shape [] but got: [1]"),
-    ('{"instances":[[1,2],["a","b"]]}', {"default": "int32"}, "not of expected type: int32"),
-    ('{"instances":[{"int_tensor":[[1,2],[3,4],[5,6]],"str_tensor":["foo","bar"]},'
-     '{"int_tensor":[[[7,8],[9,0],[1,2]]],"str_tensor":["baz","bat"]}]}', BOTH, "Expecting shape [3,2] but got: [1,3,2]"),
-    ('{"instances":[{"int_tensor":[[1,2],[3,4],[5,6],[7,8]],"str_tensor":["foo","bar"]},'
-     '{"int_tensor":[[7,8],[9,0],[1,2]],"str_tensor":["baz","bat"]}]}', BOTH, "Expecting tensor size: 8 but got: 6"),
-    ('{"instances":[{"int_tensor":[[1,2],[3,4],[5,6]],"str_tensor":["foo","bar"]},[1,20,30],'
-     '{"int_tensor":[[7,8],[9,0],[1,2]],"str_tensor":["baz","bat"]}]}', BOTH,
-     "Expecting object but got list at item 1 of input list"),
-    ('{"instances":[["baz","bar"],{"str_tensor":["baz","bat"]}]}', {"str_tensor": "string"},
-     "Expecting value/list but got object at item 1 of input list"),
+@pytest.mark.parametrize("body, where", [
+    ("{}", "'instances'"), ('{"instances": [1], "inputs": [1]}', "'instances'"),
+    ('{"instances": []}', "instances"), ('{"instances": null}', "instances"),
+    ('{"instances": [{"x": 1}, {"x": 1, "y": 2}]}', "instances[1]"), ('{"instances": [{"x": 1}, 2]}', "instances[1]"),
+    ('{"instances": [1, {"x": 1}]}', "instances[1]"), ('{"instances": [1, 2, null]}', "instances[2]"),
+    ('{"instances": [[1, 2], 3]}', "instances[1]"), ('{"instances": [[1, 2], [[3, 4], 5]]}', "instances[1][0]"),
+    ('{"instances": [[[1, 2], [3]]]}', "instances[0][1]"), ('{"instances": [[1], []]}', "instances[1]"),
+    ('{"inputs": null}', "inputs"), ('{"inputs": {"y": [1]}}', "inputs"),
+    ('{"inputs": {"x": [1, {"x": 1}]}}', "inputs.x[1]"), ('{"inputs": [[1], [2, 3]]}', "inputs[1]"),
+    (json.dumps({"instances": [[0] * 9999 + ["x" * 10_000]]}), "instances[0][9999]"),
+    ('{"inputs": ' + "[" * 70 + "1" + "]" * 70 + "}", "inputs"),
 ])
-def test_a_request_that_tensorflow_serving_refuses_is_refused_in_its_words(body, inputs, message):
-    refused(message, predict, body, **inputs)
+def test_what_is_wrong_in_a_request_is_told_by_its_place(body, where):
+    refused(where, predict, body, x="float32")
 
 
-# -- predict requests: the rules of the code ---------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("body, message", [
-    ('{}', "Missing 'inputs' or 'instances' key"),
-    ('{"Instances": [1]}', "Missing 'inputs' or 'instances' key"),
-    ('{"instances": []}', "No values in 'instances' array"),
-    ('{"instances": null}', "Expecting 'instances' to be an list/array"),
-    ('{"instances": 1}', "Expecting 'instances' to be an list/array"),
-    ('{"instances": "x"}', "Expecting 'instances' to be an list/array"),
-    ('{"instances": {"x": [1]}}', "Expecting 'instances' to be an list/array"),
-    ('{"instances": [], "inputs": null}', "Not formatted correctly"),
-    ('{"inputs": null}', "JSON Value: null Type: Null is not of expected type: float"),
-    ('{"inputs": {}}', "Missing named input: x in 'inputs' object."),
-    ('{"inputs": {"y": [1]}}', "Missing named input: x in 'inputs' object."),
-    ('{"inputs": {"x": {"x": 1}}}', "Type: Object is not of expected type: float"),
-    ('{"instances": [{}]}', "keys must be equal to: x"),
-    ('{"instances": [{"x": 1}, {}]}',
-     "Failed to process element: 1 of 'instances' list. JSON object: {} keys must be equal to: x"),
-    ('{"instances": [{"x": 1, "y": 2}]}', "does not have named input: y"),
-    ('{"instances": [{"b64": 5}]}', "does not have named input: b64"),
-    ('{"instances": [{"b64": "aGk=", "k": 1}]}', "does not have named input: "),
-    ('{"instances": [{"x": 1}, 2]}', "Expecting object but got list at item 1 of input list"),
-    ('{"instances": [{"x": 1}, {"b64": "aGk="}]}', "Expecting object but got list at item 1 of input list"),
-    ('{"instances": [1, {"x": 1}]}', "Expecting value/list but got object at item 1 of input list"),
+@pytest.mark.parametrize("body, where", [
+    ('{"instances": [1, 2]}', "instances[0]"), ('{"instances": [{"n": 1, "s": "a"}, {"n": 1}]}', "instances[1]"),
+    ('{"instances": [{"n": 1, "s": "a", "t": 2}]}', "instances[0]"),
+    ('{"instances": [{"n": 1, "s": "a"}, {"n": 1, "s": 2}]}', "s of instances[1]"),
+    ('{"inputs": 3}', "inputs"), ('{"inputs": {"n": 1}}', "inputs"),
+    ('{"inputs": {"n": 1, "s": [["a"], [2]]}}', "inputs.s[1][0]"),
 ])
-def test_the_form_of_a_request_is_checked(body, message):
-    refused(message, predict, body, x="float")
+def test_several_inputs_have_to_be_given_by_name(body, where):
+    refused(where, predict, body, n="int32", s="object")
 
 
-@pytest.mark.parametrize("body, message", [
-    ('{"instances": [1, 2]}', "instances is a plain list, but expecting list of objects as multiple input tensors required"),
-    ('{"instances": [[1], [2]]}', "instances is a plain list, but expecting list of objects as multiple input tensors required"),
-    ('{"instances": [{"b64": "aGk="}]}', ""),
-    ('{"inputs": 3}', "inputs is a plain value/list, but expecting an object as multiple input tensors required"),
-    ('{"inputs": [[1]]}', "inputs is a plain value/list, but expecting an object as multiple input tensors required"),
-    ('{"inputs": {"b64": "aGk="}}', "inputs is a plain value/list, but expecting an object as multiple input tensors required"),
-    ('{"inputs": {"n": 1}}', "Missing named input: s in 'inputs' object."),
-    ('{"instances": [{"n": 1}]}', "keys must be equal to: n,s"),
-    ('{"instances": [{"n": 1, "s": "a"}, {"n": 1}]}', "Failed to process element: 1 of 'instances' list."),
-    ('{"instances": [{"n": 1, "s": "a", "t": 2}]}', "Failed to process element: 0 key: t of 'instances' list."),
-    ('{"instances": [{"n": 1, "s": 2}]}', "Failed to process element: 0 key: s of 'instances' list."),
-    ('{"instances": [{"n": 1, "s": "a"}, {"n": [1], "s": "a"}]}', "Failed to process element: 1 key: n of 'instances' list."),
-    ('{"instances": [{"n": 1, "s": "a"}, null]}', "Expecting object but got list at item 1 of input list"),
+# -- values in ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("text, dtypes, expected", [
+    ("[7, -0]", (*FLOATS, *INTEGERS), [7, 0]),
+    ("[-1.5, 1e3, -0.0]", FLOATS, [-1.5, 1000, -0.0]),
+    ("[NaN, Infinity, -Infinity]", FLOATS, [nan, inf, -inf]),
+    ("0.1", FLOATS, 0.1),
+    ("[1e39, -1e39]", ("float32", "float16"), [inf, -inf]),
+    ("[1e400, -1e400, 1e-400]", FLOATS, [inf, -inf, 0]),
+    ("[1" + "0" * 400 + ", NaN]", FLOATS, [inf, nan]),
+    ("[9007199254740993, 123456789012345678901234567890]", ("float64",), [2.0**53, 123456789012345678901234567890.0]),
+    *[(f"[{np.iinfo(dtype).min}, {np.iinfo(dtype).max}]", (dtype,), [np.iinfo(dtype).min, np.iinfo(dtype).max])
+      for dtype in INTEGERS],
+    ("[true, false]", ("bool",), [True, False]),
+    (r'["", "\u00e9\u20ac\ud83d\ude00", "a\u0000", "aGk="]', ("object",), [b"", "é€😀".encode(), b"a\0", b"aGk="]),
+    ('[["a", {"b64": "AP8="}], [{"b64": ""}, "b"]]', ("object",), [[b"a", b"\0\xff"], [b"", b"b"]]),
+    (r'[{"b64": "aGVsbG8"}, {"b64": " aG\nVs bG8= "}]', ("object",), [b"hello", b"hello"]),
 ])
-def test_several_inputs_have_to_be_given_by_name(body, message):
-    refused(message, predict, body, n="int32", s="string")
-
-
-def test_an_object_of_inputs_may_have_extra_names():
-    assert_same(predict('{"inputs": {"x": [1], "y": {"z": null}}}', x="float")[1]["x"], [1], "float")
-
-
-def test_first_axes_in_columnar_format_may_differ():
-    arrays = predict('{"inputs": {"a": [1, 2, 3], "b": [["x"]], "c": 5}}', a="int32", b="string", c="double")[1]
-    assert [arrays[name].shape for name in "abc"] == [(3,), (1, 1), ()]
-
-
-def test_a_sole_input_called_b64_is_taken_for_base64():
-    assert_same(predict('{"instances": [{"b64": "aGk="}]}', b64="string")[1]["b64"], [b"hi"], "string")
-    assert_same(predict('{"inputs": {"b64": "aGk="}}', b64="string")[1]["b64"], b"hi", "string")
-
-
-@pytest.mark.parametrize("body", ['{"instances": [1]}', '{"inputs": [1]}', '{"inputs": {}}', "{}"])
-def test_a_signature_without_inputs_cannot_be_called(body):
-    refused("Failed to get input map for signature: serving_default", predict, body)
-
-
-@pytest.mark.parametrize("values, shape", [
-    ("3", ()), ("[]", (0,)), ("[3]", (1,)), ("[[]]", (1, 0)), ("[[], []]", (2, 0)), ("[[[1], [2]]]", (1, 2, 1)),
-    ("[[[], []]]", (1, 2, 0))])
-def test_the_shape_in_columnar_format_is_that_of_the_nested_list(values, shape):
-    assert predict(f'{{"inputs": {values}}}', x="float")[1]["x"].shape == shape
-    assert predict(f'{{"inputs": {{"x": {values}}}}}', x="float")[1]["x"].shape == shape
-
-
-@pytest.mark.parametrize("values, shape", [("[3]", (1,)), ("[[]]", (1, 0)), ("[[], []]", (2, 0)), ("[[[1], [2]]]", (1, 2, 1))])
-def test_the_shape_in_row_format_has_the_number_of_rows_first(values, shape):
-    assert predict(f'{{"instances": {values}}}', x="float")[1]["x"].shape == shape
-    rows = json.dumps([{"x": value} for value in json.loads(values)])
-    assert predict(f'{{"instances": {rows}}}', x="float")[1]["x"].shape == shape
-
-
-@pytest.mark.parametrize("rows, message", [
-    ("[[], [1]]", "Expecting tensor size: 0 but got: 1"),
-    ("[[[]], []]", "Expecting shape [1,0] but got: [0]"),
-    ("[[1, 2], 3]", "Expecting tensor size: 2 but got: 1"),
-    ("[[1], 3]", "Expecting shape [1] but got: []"),
-    ("[[[1, 2], [3]]]", "Failed to process element: 0 of 'instances' list."),
-    ("[[[1, 2], [3]]]", "Encountered list at unexpected size: 1 at level: 1 expected size: 2"),
-    ("[[1, [2]]]", "Encountered list at unexpected level: 1 expected < 1"),
-    ("[[[1], 2]]", "JSON Value: 2 found at incorrect level: 2 in the JSON DOM. Expected at level: 2"),
-    ("[1, 2, null]", "Failed to process element: 2 of 'instances' list. Error: INVALID_ARGUMENT: JSON Value: null Type: Null"),
-])
-def test_ragged_rows_are_refused(rows, message):
-    refused(message, predict, f'{{"instances": {rows}}}', x="float")
-
-
-@pytest.mark.parametrize("value, message", [
-    ("[[1, 2], [3]]", "Encountered list at unexpected size: 1 at level: 1 expected size: 2"),
-    ("[[1], [2, 3]]", "Encountered list at unexpected size: 2 at level: 1 expected size: 1"),
-    ("[1, [2]]", "Encountered list at unexpected level: 1 expected < 1"),
-    ("[[1], 2]", "JSON Value: 2 found at incorrect level: 2 in the JSON DOM. Expected at level: 2"),
-    ("[[], [1]]", "Encountered list at unexpected size: 1 at level: 1 expected size: 0"),
-    ("[[1], []]", "Encountered list at unexpected size: 0 at level: 1 expected size: 1"),
-])
-def test_ragged_columns_are_refused(value, message):
-    refused(message, predict, f'{{"inputs": {value}}}', x="float")
-
-
-def test_a_list_nested_more_deeply_than_any_tensor_is_refused():
-    for depth in (65, 300, 900, 5_000):
-        refused("", predict, f'{{"inputs": {"[" * depth}1{"]" * depth}}}', x="float")
-        refused("", predict, f'{{"instances": {"[" * depth}1{"]" * depth}}}', x="float")
-
-
-# -- values, dtype by dtype --------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("text, dtype, expected", [
-    *[("7", dtype, 7) for dtype in NUMBERS],
-    *[("-0", dtype, 0) for dtype in NUMBERS],
-    ("1.5", "float", 1.5), ("1e3", "float", 1000), ("1E+3", "double", 1000), ("-0.0", "double", -0.0),
-    ("0.1", "float", np.float32(0.1)), ("0.1", "double", 0.1),
-    ("16777217", "float", 16777216), ("9007199254740993", "double", 9007199254740992),
-    ("123456789012345678901234567890", "double", 1.2345678901234568e29),
-    ("123456789012345678901234567890", "float", np.float32(1.2345679e29)),
-    ("1e39", "float", inf), ("-1e39", "float", -inf), ("1e39", "double", 1e39),
-    ("1e400", "double", inf), ("-1e400", "double", -inf), ("1e400", "float", inf), ("1e-400", "double", 0),
-    ("1" + "0" * 400, "double", inf), ("-1" + "0" * 400, "float", -inf),
-    *[(text, dtype, value) for dtype in ("float", "double")
-      for text, value in (("NaN", nan), ("Infinity", inf), ("-Infinity", -inf))],
-    ("2147483647", "int32", 2**31 - 1), ("-2147483648", "int32", -(2**31)),
-    ("9223372036854775807", "int64", 2**63 - 1), ("-9223372036854775808", "int64", -(2**63)),
-    ("4294967295", "uint32", 2**32 - 1), ("18446744073709551615", "uint64", 2**64 - 1), ("9007199254740993", "int64", 2**53 + 1),
-    ("300", "int8", 44), ("-1", "uint8", 255), ("256", "uint8", 0), ("32768", "int16", -32768), ("-2147483648", "int8", 0),
-    ("true", "bool", True), ("false", "bool", False),
-    ('"text"', "string", b"text"), ('""', "string", b""), ('"\u00e9\u20ac\\ud83d\\ude00"', "string", "é€😀".encode()),
-    ('"a\\u0000b"', "string", b"a\0b"),
-    ('"aGk="', "string", b"aGk="),
-])
-def test_a_value_is_accepted(text, dtype, expected):
-    array = leaf(text, dtype)
-    assert_same(array, expected, dtype)
-    if dtype in ("float", "double"):
-        assert np.signbit(array) == np.signbit(expected)
-
-
-@pytest.mark.parametrize("text, kind, dtypes", [
-    ("1.0", "Number", [*INTEGERS, "bool", "string"]),
-    ("1e3", "Number", [*INTEGERS, "bool", "string"]),
-    ("NaN", "Number", [*INTEGERS, "bool", "string"]),
-    ("Infinity", "Number", [*INTEGERS, "bool", "string"]),
-    ("1", "Number", ["bool", "string"]),
-    ("0", "Number", ["bool"]),
-    ("true", "True", [*NUMBERS, "string"]),
-    ("false", "False", [*NUMBERS, "string"]),
-    ("null", "Null", [*NUMBERS, "bool", "string"]),
-    ('"1"', "String", [*NUMBERS, "bool"]),
-    ('{"a": 1}', "Object", [*NUMBERS, "bool"]),
-    ('{"b64": "AAAA"}', "Object", [*NUMBERS, "bool"]),
-    ("2147483648", "Number", ["int8", "int16", "int32", "uint8"]),
-    ("-2147483649", "Number", ["int8", "int16", "int32", "uint8"]),
-    ("9223372036854775808", "Number", ["int64"]),
-    ("-9223372036854775809", "Number", ["int64"]),
-    ("-1", "Number", ["uint32", "uint64"]),
-    ("4294967296", "Number", ["uint32"]),
-    ("18446744073709551616", "Number", ["uint64", "int64", "int32"]),
-    ("1" + "0" * 400, "Number", ["uint64", "int64", "bool", "string"]),
-])
-def test_a_value_of_another_type_is_refused(text, kind, dtypes):
+def test_a_value_is_accepted(text, dtypes, expected):
     for dtype in dtypes:
-        message = refused(f"Type: {kind} is not of expected type: {dtype}", leaf, text, dtype)
-        assert message.startswith("JSON Value: ")
-        refused(f"Type: {kind} is not of expected type: {dtype}", leaf, f"[[{text}]]", dtype)
+        assert_same(column(text, dtype), expected, dtype)
 
 
-@pytest.mark.parametrize("values, dtype", [
-    ([1.5, 2, True], "float32"), ([1, 2, True], "int64"), ([True, 1], "bool"), (["a", None], "object"),
-    ([1, 2.0], "int32")])
-def test_one_wrong_value_among_right_ones_is_found(values, dtype):
-    refused("is not of expected type", parse_leaves, values, dtype)
-
-
-@pytest.mark.parametrize("dtype", ["half", "uint16", "bfloat16", "complex64", "complex128"])
-def test_a_dtype_that_has_no_json_is_not_implemented_in_columns_and_invalid_in_rows(dtype):
-    message = f"Conversion of JSON Value: 1 to type: {dtype}"
-    refused(message, predict, '{"inputs": [1, 2]}', x=dtype, status=501)
-    refused(message, predict, '{"inputs": 1}', x=dtype, status=501)
-    refused("Failed to process element: 0 of 'instances' list. Error: ", predict, '{"instances": [1, 2]}', x=dtype, status=400)
-    refused(message, predict, '{"instances": [{"x": 1}]}', x=dtype, status=400)
-
-
-@pytest.mark.parametrize("dtype", ["half", "uint16", "complex64"])
-def test_an_empty_list_passes_for_a_dtype_that_has_no_json(dtype):
-    assert predict('{"inputs": []}', x=dtype)[1]["x"].shape == (0,)
-
-
-def test_an_integer_of_more_digits_than_any_number_has_is_a_parse_error():
-    refused("JSON Parse error: ", predict, '{"instances": [' + "1" * 5_000 + "]}", x="float")
-
-
-def test_a_lone_surrogate_is_no_string():
-    for body in ('{"instances": ["\\ud800"]}', '{"inputs": "\\udc00"}', '{"instances": ["\\ud800x"]}'):
-        refused("The surrogate pair in string is invalid.", predict, body, x="string")
-
-
-@pytest.mark.parametrize("text, expected", [
-    ("aGVsbG8=", b"hello"), ("", b""), ("AA==", b"\0"), ("/+8=", b"\xff\xef"), ("////", b"\xff\xff\xff"),
-    ("aGVsbG8", b"hello"), ("AA", b"\0"),  # padding is optional
-    ("aGVs\nbG8=", b"hello"), (" a G V s\tbG8 =\r\n", b"hello"), (" \n", b""), ("aGVs bG8", b"hello"),  # white space is skipped
-    ("aGl=", b"hi"),  # so are left-over bits
+@pytest.mark.parametrize("right, wrong, dtypes", [
+    ("1", "1.0", INTEGERS), ("1", "NaN", INTEGERS), ("1", "1" + "0" * 400, INTEGERS),
+    *[("1", wrong, (*FLOATS, *INTEGERS)) for wrong in ("true", "null", '"1"', '{"b64": "AAAA"}')],
+    ("true", "1", ("bool",)), ('"1"', "1", ("object",)), ('"1"', "null", ("object",)),
+    *[("1", str(end), (dtype,)) for dtype in INTEGERS for end in (np.iinfo(dtype).min - 1, np.iinfo(dtype).max + 1)],
 ])
-def test_base64_is_decoded_as_tensorflow_serving_does(text, expected):
-    assert parse_tensor({"b64": text}, spec("string")).item() == expected
+def test_a_value_of_another_type_or_beyond_its_range_is_refused_by_its_place(right, wrong, dtypes):
+    for dtype in dtypes:
+        refused("inputs:", column, wrong, dtype)
+        refused("inputs[1][0]", column, f"[[{right}], [{wrong}]]", dtype)
 
 
-@pytest.mark.parametrize("text", [
-    "a", "aGVsbG8==", "aGVsbG8===", "_-8=", "aGk=aGk=", "=", "====", "aGk!", "aG\u00e9=", "aG\u00a0k=",
-    "a===", "aGVsbA="])
-def test_what_is_not_base64_is_refused(text):
-    refused("Unable to base64 decode", parse_tensor, {"b64": text}, spec("string"))
+@pytest.mark.parametrize("wrong", [
+    '{"b64": "a"}', '{"b64": "aGk!"}', '{"b64": "_-8="}', '{"b64": 5}', '{"b64": "aGk=", "x": 1}', "{}", r'"\ud800"'])
+def test_what_is_neither_text_nor_base64_is_refused_by_its_place(wrong):
+    refused("inputs[1]", column, f'["a", {wrong}]', "object")
 
 
-@pytest.mark.parametrize("value", [
-    '{"b64": 5}', '{"b64": null}', '{"b64": ["aGk="]}', '{"B64": "aGk="}', "{}", '{"b64": "aGk=", "x": 1}'])
-def test_an_object_that_is_not_just_b64_is_not_base64_data(value):
-    message = refused("not formatted correctly for base64 data", leaf, value, "string")
-    assert message.startswith("JSON Value: {")
-    refused("not formatted correctly for base64 data", leaf, f'["a", {value}]', "string")
+def test_a_dtype_that_json_does_not_have_is_not_implemented():
+    refused("complex64", column, "[1, 2]", "complex64", status=501)
 
 
-def test_base64_and_text_may_be_mixed_at_any_level():
-    assert_same(leaf('[["a", {"b64": "AP8="}], [{"b64": ""}, "b"]]', "string"), [[b"a", b"\0\xff"], [b"", b"b"]], "string")
+# -- answers -----------------------------------------------------------------------------------------------------------
+
+TEXTS = [["hello", "world"], ["tf", '"é\\\n']]
+WORDS = strings([[text.encode() for text in row] for row in TEXTS])
+B64 = [[{"b64": base64.b64encode(word).decode()} for word in row] for row in WORDS]
 
 
-def test_strings_of_different_lengths_that_end_in_nul_are_kept():
-    assert leaf('["a\\u0000", "", "\\u0000\\u0000"]', "string").tolist() == [b"a\0", b"", b"\0\0"]
-
-
-def test_parsing_a_list_that_is_not_a_row_names_the_row():
-    rows = [[1.0, 2.0]] * 1000 + [[1.0, "x"]] + [[1.0, 2.0]] * 1000
-    refused("Failed to process element: 1000 of 'instances' list. Error: INVALID_ARGUMENT: ", parse_rows, rows,
-            {"x": spec("float")})
-
-
-# -- predict answers ---------------------------------------------------------------------------------------------------
-
-
-def encode(row: bool, **outputs) -> str:
-    """The body of the answer with these outputs, each ``(dtype, values)`` or an array."""
-    arrays = {}
-    for name in sorted(outputs):
-        given = outputs[name]
-        dtype, values = given if isinstance(given, tuple) else (None, given)
-        if dtype == "string":
-            arrays[name] = np.empty(np.shape(values), object)
-            arrays[name][...] = values
-        else:
-            arrays[name] = values if dtype is None else np.array(values, NUMPY.get(dtype, dtype))
-    asked = Signature("serving_default", {}, {name: TensorSpec(array.dtype.name, None) for name, array in arrays.items()}, False)
-    reply = encode_predict(asked, row, list(arrays.values()))
-    assert reply.status == 200
-    assert reply.headers == {"Content-Type": "application/json"}
-    return reply.body.decode("utf-8", "surrogateescape")
-
-
-NUMBERED = ("int32", [[[1, 2], [3, 4], [5, 6]], [[7, 8], [9, 0], [1, 2]]])
-FOUR_WORDS = ("string", [[b"hello", b"world"], [b"tf", b"serving"]])
-NAMED = {
-    "int_tensor": NUMBERED, "str_tensor": ("string", [[b"foo", b"bar"], [b"baz", b"bat"]]), "float_tensor": ("float", [[1], [2]]),
-    "double_scalar_tensor": ("double", [8, 9]), "str_tensor_bytes": FOUR_WORDS}
-
-
-@pytest.mark.parametrize("row, outputs, expected", [
-    (True, {"int_tensor": NUMBERED}, {"predictions": NUMBERED[1]}),
-    (False, {"int_tensor": NUMBERED}, {"outputs": NUMBERED[1]}),
-    (True, {"int_tensor": ("int32", [1, 2, 3, 4, 5])}, {"predictions": [1, 2, 3, 4, 5]}),
-    (False, {"int_tensor": ("int32", [1, 2, 3, 4, 5])}, {"outputs": [1, 2, 3, 4, 5]}),
-    (True, {"str_tensor_bytes": FOUR_WORDS}, {"predictions": [[b64_hello, b64_world], [b64_tf, b64_serving]]}),
-    (True, NAMED, {"predictions": [
-        {"double_scalar_tensor": 8.0, "float_tensor": [1.0], "int_tensor": [[1, 2], [3, 4], [5, 6]], "str_tensor": ["foo", "bar"],
-         "str_tensor_bytes": [b64_hello, b64_world]},
-        {"double_scalar_tensor": 9.0, "float_tensor": [2.0], "int_tensor": [[7, 8], [9, 0], [1, 2]], "str_tensor": ["baz", "bat"],
-         "str_tensor_bytes": [b64_tf, b64_serving]}]}),
-    (False, NAMED, {"outputs": {
-        "double_scalar_tensor": [8.0, 9.0], "float_tensor": [[1.0], [2.0]], "int_tensor": NUMBERED[1],
-        "str_tensor": [["foo", "bar"], ["baz", "bat"]], "str_tensor_bytes": [[b64_hello, b64_world], [b64_tf, b64_serving]]}}),
-    (True, {"int_tensor": np.zeros((0, 2), np.int32)}, {"predictions": []}),
-    (True, {"str_tensor": np.zeros((0, 1, 2), object), "float_tensor": np.zeros((0, 3, 4), np.float32)}, {"predictions": []}),
-    (False, {"x": np.zeros((0, 2), np.float32)}, {"outputs": []}),
-    (False, {"x": np.zeros((2, 0), np.float32)}, {"outputs": [[], []]}),
-    (False, {"x": np.zeros((2, 0, 3), bool)}, {"outputs": [[], []]}),
-    (True, {"x": np.zeros((2, 0), np.float32)}, {"predictions": [[], []]}),
-    (False, {"x": np.zeros((0, 2), np.int64), "y": np.zeros((1, 0), object)}, {"outputs": {"x": [], "y": [[]]}}),
-    (False, {"x": ("int64", 5)}, {"outputs": 5}),
-    (False, {"x": ("string", b"a")}, {"outputs": "a"}),
-    (False, {"x": ("float", 5), "y": ("bool", [True, False])}, {"outputs": {"x": 5.0, "y": [True, False]}}),
-    (False, {"x": ("int32", [1, 2]), "y": ("int32", [1])}, {"outputs": {"x": [1, 2], "y": [1]}}),
-    (True, {'say "x"\\': ("int32", [1]), "é": ("int32", [2])}, {"predictions": [{'say "x"\\': 1, "é": 2}]}),
+@pytest.mark.parametrize("outputs, rows, columns", [
+    ({"y": np.int32([[1, 2], [3, 4]])}, [[1, 2], [3, 4]], [[1, 2], [3, 4]]),
+    ({"y": np.array([True, False])}, [True, False], [True, False]),
+    ({"y": WORDS}, TEXTS, TEXTS),
+    ({"y_bytes": WORDS}, B64, B64),
+    ({"n_bytes": np.int64([1])}, [1], [1]),
+    ({"i": np.int32([[1], [2]]), "s": WORDS, "s_bytes": WORDS, "é": np.float64([0.5, 2])},
+     [{"i": [1], "s": TEXTS[0], "s_bytes": B64[0], "é": 0.5}, {"i": [2], "s": TEXTS[1], "s_bytes": B64[1], "é": 2.0}],
+     {"i": [[1], [2]], "s": TEXTS, "s_bytes": B64, "é": [0.5, 2.0]}),
+    ({"y": np.zeros((0, 2), np.float32)}, [], []),
+    ({"y": np.zeros((2, 0), np.float32)}, [[], []], [[], []]),
+    ({"a": np.zeros((0, 1, 2), object), "b": np.zeros((0, 3), np.float32)}, [], {"a": [], "b": []}),
 ])
-def test_outputs_become_the_json_that_tensorflow_serving_makes_of_them(row, outputs, expected):
-    text = encode(row, **outputs)
-    assert json.loads(text) == expected
-    if isinstance(next(iter(expected.values())), (int, bool)):
-        assert text == json.dumps(expected)
+def test_outputs_become_predictions_by_row_and_outputs_by_column(outputs, rows, columns):
+    assert json.loads(answer("instances", **outputs)) == {"predictions": rows}
+    assert json.loads(answer("inputs", **outputs)) == {"outputs": columns}
 
 
-@pytest.mark.parametrize("outputs, message", [
-    ({"tensor": ("int32", 5)}, "Tensor name: tensor has no shape information"),
-    ({"a": ("int32", [1, 2]), "tensor": ("int32", 5)}, "Tensor name: tensor has no shape information"),
-    ({"int_tensor": np.zeros((2, 3), np.int32), "str_tensor": np.full((1, 3), b"", object)},
-     "Tensor name: str_tensor has inconsistent batch size: 1 expecting: 2"),
-    ({"int_tensor": np.zeros((0, 2), np.int32), "str_tensor": np.full((1, 2), b"", object)},
-     "Tensor name: str_tensor has inconsistent batch size: 1 expecting: 0"),
+@pytest.mark.parametrize("outputs, columns", [
+    ({"y": np.int64(5)}, 5), ({"y": strings(b"a")}, "a"),
+    ({"a": np.int32([1, 2]), "b": np.float32(5)}, {"a": [1, 2], "b": 5.0}),
+    ({"a": np.int32([1, 2]), "b": np.zeros((1, 3), bool)}, {"a": [1, 2], "b": [[False] * 3]}),
 ])
-def test_outputs_that_are_no_rows_are_refused_in_row_format_only(outputs, message):
-    refused(message, encode, True, **outputs)
-    encode(False, **outputs)
-
-
-@pytest.mark.parametrize("array, name", [
-    (np.zeros(2, np.complex64), "complex64"), (np.zeros(2, np.float16), "half"), (np.zeros(2, np.uint16), "uint16"),
-    (np.zeros(2, np.complex128), "complex128")])
-@pytest.mark.parametrize("row", [True, False])
-def test_a_dtype_that_has_no_json_cannot_be_answered(row, array, name):
-    refused(f"tensor type: {name}", encode, row, tensor=array)
+def test_outputs_that_are_no_rows_are_for_columnar_format_only(outputs, columns):
+    assert json.loads(answer("inputs", **outputs)) == {"outputs": columns}
+    refused("row", answer, "instances", **outputs)
 
 
 @pytest.mark.parametrize("dtype", INTEGERS)
 def test_integers_are_answered_whole_at_both_ends_of_their_range(dtype):
-    ends = [np.iinfo(dtype).min, 0, np.iinfo(dtype).max]
-    assert encode(False, x=np.array(ends, dtype)) == f'{{"outputs": [{", ".join(map(str, ends))}]}}'
+    ends = [np.iinfo(dtype).min, np.iinfo(dtype).max]
+    assert json.loads(answer("instances", y=np.array(ends, dtype))) == {"predictions": ends}
 
 
-def test_bools_are_answered_as_bools():
-    assert encode(True, x=("bool", [True, False])) == '{"predictions": [true, false]}'
-
-
-@pytest.mark.parametrize("value, text", [
-    # TensorFlow Serving's SixDigitPrecision and NonFinite
-    (9000000, "9e+06"), (999999, "999999.0"), (0.5, "0.5"), (0.0003, "0.0003"), (0.00003, "3e-05"), (555557.5, "555557.5"),
-    (nan, "NaN"), (inf, "Infinity"), (-inf, "-Infinity"), (3, "3.0"),
-    # its rule: six digits where that is exact, else 9
-    (0, "0.0"), (-0.0, "-0.0"), (1, "1.0"), (-1, "-1.0"), (100000, "100000.0"), (1e6, "1e+06"), (1234567, "1234567.0"),
-    (16777216, "16777216.0"), (0.1, "0.1"), (0.2, "0.2"),
-    (1 / 3, "0.333333343"), (2 / 3, "0.666666687"), (1e20, "1e+20"), (1e-7, "1e-07"), (0.0001, "0.0001"),
-    (123456789, "123456792.0"),
-    (3.4028234663852886e38, "3.40282347e+38"), (1.1754943508222875e-38, "1.17549435e-38"), (1.401298464324817e-45, "1.4013e-45"),
-])
-def test_a_float_is_written_as_tensorflow_serving_writes_it(value, text):
-    assert decimals(np.array([value], np.float32)) == [text]
-    assert encode(False, x=("float", value)) == f'{{"outputs": {text}}}'
-    assert encode(True, x=("float", [[value, value]])) == f'{{"predictions": [[{text}, {text}]]}}'
-
-
-@pytest.mark.parametrize("value, text", [
-    (0, "0.0"), (-0.0, "-0.0"), (1, "1.0"), (0.1, "0.1"), (0.1 + 0.2, "0.30000000000000004"), (1 / 3, "0.33333333333333331"),
-    (1e5, "100000.0"), (1234567, "1234567.0"),
-    (1e20, "1e+20"), (1e300, "1e+300"), (2**53, "9007199254740992.0"), (1.7976931348623157e308, "1.7976931348623157e+308"),
-    (5e-324, "4.94066e-324"), (nan, "NaN"), (inf, "Infinity"), (-inf, "-Infinity"),
-])
-def test_a_double_is_written_as_tensorflow_serving_writes_it(value, text):
-    assert decimals(np.array([value], np.float64)) == [text]
-
-
-@pytest.mark.parametrize("kind", [np.uint32, np.uint64])
-def test_every_number_read_back_is_the_same_to_the_last_bit(kind):
-    random = np.random.default_rng(7)
-    floats = {np.uint32: np.float32, np.uint64: np.float64}[kind]
-    numbers = random.integers(0, np.iinfo(kind).max, 20_000, kind, endpoint=True).view(floats)  # any bits: tiny, huge, NaN
-    numbers = np.concatenate([numbers, random.standard_normal(20_000).astype(floats),
-                              random.integers(-999, 999, 5_000).astype(floats) / 8])
-    back = np.array(json.loads(encode(True, x=numbers))["predictions"], floats)
+@pytest.mark.parametrize("dtype, bits", [("float16", "uint16"), ("float32", "uint32"), ("float64", "uint64")])
+def test_every_float_read_back_is_the_same_to_the_last_bit(dtype, bits):
+    numbers = np.random.default_rng(7).integers(0, np.iinfo(bits).max, 20_000, bits, endpoint=True).view(dtype)
+    back = np.array(json.loads(answer("instances", y=numbers))["predictions"], dtype)
     np.testing.assert_array_equal(back, numbers)
-    assert (np.signbit(back) == np.signbit(numbers))[~np.isnan(numbers)].all()
+    np.testing.assert_array_equal(np.signbit(back)[~np.isnan(numbers)], np.signbit(numbers)[~np.isnan(numbers)])
 
 
-def test_a_string_that_is_json_is_escaped():
-    text = '"\\/\b\f\n\r\t\x01\x1f\x7f é€😀</script>'
-    body = encode(True, x=("string", [text.encode()]))
-    assert json.loads(body) == {"predictions": [text]}
-    assert "é€😀</script>" in body  # what needs no escape is left as it is
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_a_float_is_the_shortest_decimal_of_its_dtype_and_not_finite_ones_are_bare_tokens(dtype):
+    answered = answer("inputs", y=np.array([0.1, nan, inf, -inf, 3], dtype))
+    assert answered == b'{"outputs": [0.1, NaN, Infinity, -Infinity, 3.0]}'
 
 
-def test_a_string_that_is_not_utf_8_is_passed_on_as_it_is():
-    asked = Signature("s", {}, {"x": spec("string")}, False)
-    assert encode_predict(asked, False, [np.array(b'\xff"\x80', object)]).body == b'{"outputs": "\xff\\"\x80"}'
+@pytest.mark.parametrize("shape", [(120_000,), (60_000, 2), (2, 60_000), (2, 3, 20_000)])
+def test_a_large_answer_is_the_same_as_a_small_one(shape):
+    values = np.arange(math.prod(shape)).reshape(shape)
+    assert json.loads(answer("instances", y=values)) == {"predictions": values.tolist()}
+    document = json.loads(answer("instances", a=values, b=values))
+    assert document == {"predictions": [{"a": row, "b": row} for row in values.tolist()]}
 
 
-@pytest.mark.parametrize("name, is_bytes", [
-    ("x_bytes", True), ("_bytes", True), ("bytes", False), ("x_bytes_", False), ("x_BYTES", False)])
-def test_only_a_string_output_whose_name_ends_in_bytes_is_base64(name, is_bytes):
-    expected = {"b64": "/wA="} if is_bytes else "a"
-    assert json.loads(encode(False, **{name: ("string", b"\xff\0" if is_bytes else b"a")})) == {"outputs": expected}
-    assert json.loads(encode(False, **{name: ("int32", [1])})) == {"outputs": [1]}
+def test_a_string_that_is_not_utf_8_passes_as_it_is():
+    assert answer("inputs", y=strings([b'\xff"\x80'])) == b'{"outputs": ["\xff\\"\x80"]}'
 
 
-@pytest.mark.parametrize("message", ['Bad key: "key"', "Bad key: 'key'", "é \n \\ \x00 \ud800"])
-def test_an_error_is_an_object_with_one_key(message):
-    reply = reply_error(Error(message, 418))
-    assert reply.status == 418
-    assert json.loads(reply.body) == {"error": message}
-    assert reply.headers == {"Content-Type": "application/json"}
-    if message.startswith("Bad key: '"):
-        assert message.encode() in reply.body  # a single quote is not escaped
+def test_an_output_of_a_dtype_that_json_does_not_have_is_not_implemented():
+    refused("complex64", answer, "instances", status=501, y=np.zeros(2, np.complex64))
 
 
-@pytest.mark.parametrize("status", [429, 503])
-def test_an_overload_says_when_to_come_again(status):
-    assert int(reply_error(Error("Not now", status)).headers["Retry-After"]) > 0
+# -- classify and regress ----------------------------------------------------------------------------------------------
 
 
-def test_a_message_that_shows_a_document_is_cut_short():
-    assert len(shown({"x": list(range(100_000))})) < 500
-    assert len(refused("Not formatted correctly", predict, f'{{"instances": {[1] * 10_000}, "inputs": 1}}', x="float")) < 1000
-    assert len(refused("Is not object", parse_json, json.dumps([1] * 10_000).encode())) < 1000
-    assert len(refused("keys must be equal", predict, f'{{"instances": [{{"x": {[1] * 10_000}}}]}}', x="int8", y="int8")) < 1000
-    assert len(refused("is not of expected type", predict, json.dumps({"inputs": "x" * 10_000}), x="float")) < 1000
+def examples_of(text: str, verb: str = "classify") -> list[dict]:
+    """The examples as plain values: feature name to (kind, values), read by TensorFlow itself."""
+    from ray_tensorflow import import_tensorflow
+
+    asked = {"serving_default": signature({"inputs": "object"}, method=verb)}
+    _, [serialized], _ = decode(asked, verb, (text.encode(), False))
+    found = []
+    for features in map(import_tensorflow().train.Example.FromString, serialized):
+        kinds = {name: (feature, feature.WhichOneof("kind")) for name, feature in features.features.feature.items()}
+        found.append({name: (kind, list(getattr(feature, kind).value)) for name, (feature, kind) in kinds.items()})
+    return found
 
 
-def test_every_error_code_of_tensorflow_has_tensorflow_servings_status():
-    codes = {"CANCELLED": 1, "UNKNOWN": 2, "INVALID_ARGUMENT": 3, "DEADLINE_EXCEEDED": 4, "NOT_FOUND": 5, "ALREADY_EXISTS": 6,
-             "PERMISSION_DENIED": 7, "RESOURCE_EXHAUSTED": 8, "FAILED_PRECONDITION": 9, "ABORTED": 10, "OUT_OF_RANGE": 11,
-             "UNIMPLEMENTED": 12, "INTERNAL": 13, "UNAVAILABLE": 14, "DATA_LOSS": 15, "UNAUTHENTICATED": 16}
-    assert {name: HTTP_STATUS.get(code, 500) for name, code in codes.items()} == {
-        "CANCELLED": 499, "UNKNOWN": 500, "INVALID_ARGUMENT": 400, "DEADLINE_EXCEEDED": 504, "NOT_FOUND": 404,
-        "ALREADY_EXISTS": 409,
-        "PERMISSION_DENIED": 403, "RESOURCE_EXHAUSTED": 429, "FAILED_PRECONDITION": 400, "ABORTED": 409, "OUT_OF_RANGE": 400,
-        "UNIMPLEMENTED": 501, "INTERNAL": 500, "UNAVAILABLE": 503, "DATA_LOSS": 500, "UNAUTHENTICATED": 401}
-
-
-# -- paths: TensorFlow Serving's own cases -----------------------------------------------------------------------------
-
-ODD = "%21%23%24%25%26%27%28%29%2A%2B%2C%2F%3A%3B%3D%3F%40%5B%5D"
-
-
-@pytest.mark.parametrize("path, name, version, label, what", [
-    (f"/v1/models/modelname{ODD}", f"modelname{ODD}", None, None, None),
-    ("/v1/models/modelname/versions/99", "modelname", "99", None, None),
-    ("/v1/models/modelname/labels/latest", "modelname", None, "latest", None),
-    (f"/v1/models/modelname/labels/latest{ODD}", "modelname", None, f"latest{ODD}", None),
-    ("/v1/models/modelname/labels/latest/metadata", "modelname", None, "latest", "metadata"),
-    (f"/v1/models/modelname{ODD}/labels/latest{ODD}/metadata", f"modelname{ODD}", None, f"latest{ODD}", "metadata"),
-    ("/v1/models/modelname/versions/99/metadata", "modelname", "99", None, "metadata"),
-    ("/v1/models", None, None, None, None),
-    ("/v1/models/metadata", "metadata", None, None, None),  # the status of a model of this name
-    ("/v1/models/metadata/metadata", "metadata", None, None, "metadata"),
-    ("/v1/models/versions", "versions", None, None, None),
-    ("/v1/models/labels", "labels", None, None, None),
-    ("/v1/models/versions/5", None, "5", None, None),
-    ("/v1/models/labels/x", None, None, "x", None),
-    ("/v1/models/labels/x/metadata", None, None, "x", "metadata"),
-    ("/v1/models/versions/versions/5", "versions", "5", None, None),
-    ("/v1/models/a b?c", "a b?c", None, None, None),
-    ("/V1/MODELS/m/VERSIONS/5/METADATA", "m", "5", None, "METADATA"),
+@pytest.mark.parametrize("text, examples", [
+    ('{"examples": [{"names": ["foo", "bar"], "ratings": [8.0, 9.0], "age": 20}, {"names": ["baz"], "ratings": 6.0}]}',
+     [{"names": ("bytes_list", [b"foo", b"bar"]), "ratings": ("float_list", [8, 9]), "age": ("int64_list", [20])},
+      {"names": ("bytes_list", [b"baz"]), "ratings": ("float_list", [6])}]),
+    ('{"examples": [{"s": ["baz", {"b64": "aGVsbG8="}], "mix": [1, true, false]}, {"r": -Infinity}, {}]}',
+     [{"s": ("bytes_list", [b"baz", b"hello"]), "mix": ("int64_list", [1, 1, 0])}, {"r": ("float_list", [-inf])}, {}]),
+    ('{"context": {"query": "pizza", "n": [1, 2]}, "examples": [{"a": 1}, {"query": "mine"}]}',
+     [{"query": ("bytes_list", [b"pizza"]), "n": ("int64_list", [1, 2]), "a": ("int64_list", [1])},
+      {"query": ("bytes_list", [b"mine"]), "n": ("int64_list", [1, 2])}]),
+    ('{"examples": [{"x": [9223372036854775807, -9223372036854775808], "grüß": "ü\\u0000"}]}',
+     [{"x": ("int64_list", [2**63 - 1, -2**63]), "grüß": ("bytes_list", ["ü\0".encode()])}]),
 ])
-def test_a_get_path_is_taken_apart(path, name, version, label, what):
-    assert GET_PATH.fullmatch(path).groups() == (name, version, label, what)
+def test_examples_become_what_tensorflow_reads(text, examples):
+    assert examples_of(text) == examples
+    assert examples_of(text, "regress") == examples
 
 
-@pytest.mark.parametrize("path, name, version, label, what", [
-    (f"/v1/models/modelname{ODD}:predict", f"modelname{ODD}", None, None, "predict"),
-    ("/v1/models/modelname/versions/99:predict", "modelname", "99", None, "predict"),
-    ("/v1/models/modelname/labels/latest:predict", "modelname", None, "latest", "predict"),
-    (f"/v1/models/modelname{ODD}/labels/latest{ODD}:predict", f"modelname{ODD}", None, f"latest{ODD}", "predict"),
-    ("/v1/models/m:classify", "m", None, None, "classify"),
-    ("/v1/models/m:regress", "m", None, None, "regress"),
-    ("/v1/models/foo/versions/18446744073709551615:predict", "foo", "18446744073709551615", None, "predict"),
-    ("/v1/models/versions:predict", "versions", None, None, "predict"),
-    ("/V1/Models/m/Labels/Latest:PREDICT", "m", None, "Latest", "PREDICT"),
+@pytest.mark.parametrize("text, where", [
+    ("{}", "examples"), ('{"examples": []}', "examples"), ('{"examples": {"x": 1}}', "examples"),
+    ('{"examples": [{}, 5]}', "examples[1]"), ('{"examples": [{"x": [10, null]}]}', "examples[0].x"),
+    ('{"examples": [{"x": [10, 10.0]}]}', "examples[0].x"), ('{"examples": [{"x": ["a", true]}]}', "examples[0].x"),
+    ('{"examples": [{"x": [[10], 20]}]}', "examples[0].x"), ('{"examples": [{"x": {"y": 10}}]}', "examples[0].x"),
+    ('{"examples": [{"x": {"b64": "*"}}]}', "examples[0].x"), (f'{{"examples": [{{"x": {2**63}}}]}}', "examples[0].x"),
+    ('{"context": null, "examples": [{}]}', "context"), ('{"context": {"x": null}, "examples": [{}]}', "context.x"),
 ])
-def test_a_post_path_is_taken_apart(path, name, version, label, what):
-    assert POST_PATH.fullmatch(path).groups() == (name, version, label, what)
+def test_a_wrong_example_is_told_by_its_place(text, where):
+    refused(where, examples_of, text)
 
 
-@pytest.mark.parametrize("path", [
-    "/v1/foo", "/v1/models/foo:predict", "/v1/models/foo/version/50:predict", "/v1/models/", "/v1/models/foo/",
-    "/v1/models//versions/5", "/v1/models/foo/metadata/",
-    "/v1/models/foo/versions/5/labels/x", "/v1/models/foo/labels/x/versions/5", "/v1/models/foo/versions/",
-    "/v1/models/foo/versions/x", "/v1/models/foo/versions/-1",
-    "/v1/models/foo/versions/\u0663", "/v1/models/foo/labels/", "/v1/models/foo/metadata/versions/5",
-    "/v1/models/foo/versions/5/versions/5", "/v2/models/foo", "/v1/modelsfoo"])
-def test_what_is_not_a_get_path_does_not_match(path):
-    assert not GET_PATH.fullmatch(path)
+def results(verb: str, examples: int = 2, **outputs) -> bytes:
+    asked = {"serving_default": signature({"inputs": "object"}, outputs, verb)}
+    _, _, encode = decode(asked, verb, (json.dumps({"examples": [{}] * examples}).encode(), False))
+    return encode([np.asarray(output) for output in outputs.values()])
 
 
-@pytest.mark.parametrize("path", [
-    "/v1/foo", "/v1/models", "/v1/models/foo/version/50:predict", "/v1/models/foo/versions/string:predict",
-    "/v1/models/foo/metadata",
-    "/v1/models/foo/versions/50/labels/some_label:regress", "/v1/models/foo", "/v1/models/:predict", "/v1/models/foo:",
-    "/v1/models/foo:generate", "/v1/models/foo:predict/",
-    "/v1/models/foo:predict:predict", "/v1/models/foo/versions/5/:predict", "/v1/models/foo/labels/:predict",
-    "/v1/models/foo%3Apredict"])
-def test_what_is_not_a_post_path_does_not_match(path):
-    assert not POST_PATH.fullmatch(path)
+CLASSES, SCORES = strings([[b"a", b"b"], [b"c", "ü".encode()]]), np.float32([[0.2, 0.7], [inf, nan]])
 
 
-def test_the_odd_characters_of_tensorflow_servings_tests_decode():
-    assert urllib.parse.unquote(ODD) == "!#$%&'()*+,/:;=?@[]"
+@pytest.mark.parametrize("verb, outputs, text", [
+    ("classify", {"classes": CLASSES, "scores": SCORES}, '[[["a", 0.2], ["b", 0.7]], [["c", Infinity], ["ü", NaN]]]'),
+    ("classify", {"scores": SCORES}, '[[["", 0.2], ["", 0.7]], [["", Infinity], ["", NaN]]]'),
+    ("classify", {"classes": CLASSES}, '[[["a", 0.0], ["b", 0.0]], [["c", 0.0], ["ü", 0.0]]]'),
+    ("regress", {"outputs": np.float32([0.2, -inf])}, "[0.2, -Infinity]"),
+    ("regress", {"outputs": np.float32([[0.2], [1]])}, "[0.2, 1.0]"),
+])
+def test_results_are_labels_with_scores_or_numbers(verb, outputs, text):
+    assert results(verb, **outputs).decode() == f'{{"results": {text}}}'
 
 
-# -- the adder's query, gzip -------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("verb, outputs", [
+    ("classify", {"other": SCORES}), ("classify", {"scores": SCORES[0]}), ("classify", {"scores": SCORES[:1]}),
+    ("classify", {"classes": CLASSES, "scores": SCORES[:, :1]}), ("regress", {"other": SCORES[0]}),
+    ("regress", {"outputs": SCORES}), ("regress", {"outputs": SCORES[0, :1]}), ("regress", {"outputs": SCORES[0, 0]})])
+def test_outputs_of_other_names_or_shapes_are_no_results(verb, outputs):
+    refused(verb, results, verb, **outputs)
+
+
+@pytest.mark.parametrize("verb, method, inputs", [
+    ("classify", "predict", {"inputs": "object"}), ("regress", "regress", {"inputs": "object", "x": "float32"})])
+def test_a_signature_for_something_else_neither_classifies_nor_regresses(verb, method, inputs):
+    asked = {"serving_default": signature(inputs, method=method)}
+    refused(verb, decode, asked, verb, (b'{"examples": [{}]}', False))
+
+
+# -- paths -------------------------------------------------------------------------------------------------------------
+
+ODD, ODD_PLAIN = "%21%23%24%25%26%27%28%29%2A%2B%2C%2F%3A%3B%3D%3F%40%5B%5D", "!#$%&'()*+,/:;=?@[]"
+
+
+@pytest.mark.parametrize("method, path, expected", [
+    ("GET", "/v1/models/m", ("m", None, "status")), ("GET", "/v1/models/m/versions/099", ("m", 99, "status")),
+    ("GET", "/v1/models/m/versions/9223372036854775807/metadata", ("m", 2**63 - 1, "metadata")),
+    ("GET", f"/v1/models/m{ODD}/metadata", (f"m{ODD_PLAIN}", None, "metadata")),
+    ("GET", "/v1/models/metadata", ("metadata", None, "status")),
+    ("POST", "/v1/models/m:predict", ("m", None, "predict")),
+    ("POST", "/v1/Models/m/Versions/5:classify", ("m", 5, "classify")),
+    ("POST", f"/v1/models/{ODD}:regress", (ODD_PLAIN, None, "regress")),
+    ("POST", "/v1/models/%2570+%C3%A9%0A%zz:predict", ("%70+é\n%zz", None, "predict")),
+])
+def test_a_path_is_taken_apart_before_it_is_decoded(method, path, expected):
+    assert match_path(method, path) == expected
+
+
+@pytest.mark.parametrize("method, path", [
+    *[("GET", f"/v1/{path}") for path in (
+        "", "foo", "models/", "models/m/", "models/m:predict", "models//m", "models/m/versions", "models/m/versions/x",
+        "models/m/versions/-1", "models/m/versions/\u0663", "models/m/versions/5/labels/x", "models/m/metadata/")],
+    *[("POST", f"/v1/{path}") for path in (
+        "models", "models/m", "models/m:", "models/:predict", "models/m:predict/", "models/m:train", "models/m:PREDICT",
+        "models/m%3Apredict", "models/m/version/50:predict", "models/m/versions/5/labels/x:predict")],
+    *[(method, "/v1/models/m:predict") for method in ("PUT", "HEAD", "get")]])
+def test_any_other_path_under_v1_is_malformed(method, path):
+    refused(f"Malformed request: {method} {path}", match_path, method, path)
+
+
+@pytest.mark.parametrize("method, path, message, status", [
+    ("GET", "/v1/models", "Missing model name in request.", 400),
+    ("GET", f"/v1/models/m/labels/{ODD}/metadata", f"Unrecognized servable version label: {ODD_PLAIN}", 400),
+    ("POST", "/v1/models/m/Labels/latest:predict", "Unrecognized servable version label: latest", 400),
+    ("POST", "/v1/models/m/versions/9223372036854775808:predict", "9223372036854775808", 400),
+    ("GET", f"/v1/models/m/versions/{'9' * 5000}", "version", 400),
+    ("GET", "/v2/models/m", "/v2/models/m", 404), ("POST", "/v1", "/v1", 404), ("POST", "/health", "GET", 405),
+])
+def test_a_path_that_leads_nowhere_says_why(method, path, message, status):
+    refused(message, match_path, method, path, status=status)
+
+
+# -- the number in a query ---------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("query, value", [
-    ("", 1), ("other=5", 1), ("VALUE=5", 1), ("value=3", 3), ("value=-2.5", -2.5), ("value=%2B3", 3), ("value=1e3", 1000),
-    ("value=1E-3", 0.001), ("value=.5", 0.5), ("value=5.", 5),
-    ("value=0", 0), ("value=-0", 0), ("value=007", 7), ("%76alue=%33", 3), ("a=1&value=4&b=2", 4), ("value=1e-400", 0),
-    ("value=1.7976931348623157e308", sys.float_info.max)])
-def test_the_value_of_a_query_is_read(query, value):
+    ("", 1), ("other=5", 1), ("value=3", 3), ("value=-1.5", -1.5), ("value=%2B2", 2), ("value=1e3", 1000),
+    ("value=.5E-1", 0.05), ("value=5.", 5), ("value=1e-999", 0), ("a=b&value=%37", 7)])
+def test_a_query_has_one_number_or_means_1(query, value):
     assert parse_value(query) == value
 
 
 @pytest.mark.parametrize("query", [
-    "value", "value=", "value=abc", "value=nan", "value=NaN", "value=inf", "value=-Infinity", "value=1e999", "value=-1e999",
-    "value=1&value=1", "value=1&value=", "value=1_000", "value=0x10",
-    "value=1,5", "value=+3", "value=%203", "value=3%20", "value=3%0A", "value=3%00", "value=%D9%A3", "value=1;2", "value=1e",
-    "value=.", "value=--1", "value=[3]", "value=true",
-    "value=%FF", "value=" + "9" * 10_000, "value=0." + "0" * 10_000 + "1", "&".join(["value=1"] * 1000),
-    "&".join(["a=1"] * 100_000)])
+    "value", "value=", "value=abc", "value=nan", "value=-Infinity", "value=1e999", "value=1&value=1", "value=1_000",
+    "value=0x10", "value=1,5", "value=+3", "value=3%20", "value=3%0A", "value=%D9%A3", "value=1e", "value=true",
+    "value=%FF", "value=" + "9" * 10_000, "&".join(["value=1"] * 1000)])
 def test_a_query_without_one_finite_number_is_refused(query):
-    assert len(refused("", parse_value, query)) < 200
-
-
-@pytest.mark.parametrize("encoding", ["gzip", "GZIP", "x-gzip", "deflate, gzip"])
-def test_a_gzip_body_is_decompressed(encoding):
-    assert unzip(encoding, gzip.compress(b"{}" * 1000)) == b"{}" * 1000
-
-
-@pytest.mark.parametrize("encoding", ["", "identity", "deflate", "br"])
-def test_a_body_that_is_not_called_gzip_is_left_as_it_is(encoding):
-    assert unzip(encoding, gzip.compress(b"{}")) == gzip.compress(b"{}")
-
-
-@pytest.mark.parametrize("body", [
-    b"", b"{}", gzip.compress(b"{}")[:-1], gzip.compress(b"{}")[:5], gzip.compress(b"{}")[:-8] + b"\0" * 8])
-def test_what_cannot_be_decompressed_counts_as_empty(body):
-    assert unzip("gzip", body) == b""
-
-
-def test_a_small_body_that_decompresses_to_a_huge_one_is_too_large():
-    huge = gzip.compress(bytes(MAX_BODY_BYTES + 2**20), 1)
-    assert len(huge) < 2**20
-    refused("larger than 64 MiB", unzip, "gzip", huge, status=413)
-
-
-def test_a_body_of_just_the_limit_is_not_too_large():
-    assert len(unzip("gzip", gzip.compress(bytes(MAX_BODY_BYTES), 1))) == MAX_BODY_BYTES
+    refused("value", parse_value, query)

@@ -2139,6 +2139,7 @@ class Cluster:
                     self._loop.run_until_complete(self._serve())
                 else:
                     asyncio.run_coroutine_threadsafe(self._serve(), self._loop).result()
+                self._maker.shutdown(cancel_futures=True)  # what is made later starts another Ray
                 if not self.options.address:
                     self._end_actors()
         except Exception as error:
@@ -2161,7 +2162,6 @@ class Cluster:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-        await asyncio.to_thread(self._maker.shutdown, cancel_futures=True)  # what is made later starts another Ray
         lines = [worker.line.closed for worker in self._workers if worker.line]
         self._lose(self._servers[0])  # and so all lines
         await asyncio.gather(*lines)

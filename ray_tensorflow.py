@@ -2380,7 +2380,7 @@ def ray_runtime(options: Options):
             ray_constants.ENABLE_RAY_CLUSTER = False  # of several nodes: nothing else keeps all of Ray on 127.0.0.1
             where = {"address": "local", "num_cpus": options.threads, "include_dashboard": False,
                      "object_store_memory": 80 * 2**20, "_temp_dir": os.path.join(folder, "r"),  # with room for sockets
-                     "_system_config": RAY_SETTINGS}
+                     "_system_config": dict(RAY_SETTINGS)}  # to which Ray adds this folder
         ray.init(runtime_env={"env_vars": variables}, log_to_driver=False, logging_level="CRITICAL", **where)
         yield
     except ConnectionError as error:
@@ -2389,10 +2389,8 @@ def ray_runtime(options: Options):
     finally:
         ray.shutdown()
         ray_constants.ENABLE_RAY_CLUSTER = is_clustered
-        for _ in range(100):  # Ray's last processes may write into it while they end
-            if folder and os.path.exists(folder):
-                shutil.rmtree(folder, ignore_errors=True)
-                time.sleep(0.05)
+        if folder:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 # == The command: add in all workers, or predict a whole file ==========================================================

@@ -1,6 +1,6 @@
 """What the tests share: real servers, one cluster for the session, models to serve, and a leak detector.
 
-Three speeds: pure (no Ray, no TensorFlow), TensorFlow in this process, cluster. What breaks things starts its own server.
+Three speeds: pure (no Ray, no TensorFlow), TensorFlow in this process, cluster. What breaks things has its own server.
 """
 
 import atexit

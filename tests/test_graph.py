@@ -3,7 +3,6 @@
 import os
 import shutil
 
-import example_models
 import numpy as np
 import pytest
 from ray_tensorflow import ADDER_SOURCE, Graph, ModelError, ModelSource, Options, import_tensorflow
@@ -83,14 +82,6 @@ def test_the_sum_counts_on_where_a_float32_would_stop(adder, start):
     assert add(adder, 1, 1) == [start + 1, start + 2]
 
 
-def test_sums_are_those_of_one_addition_after_the_other(adder):
-    values = np.random.default_rng(1).standard_normal(1000)
-    total, expected = 0.0, []
-    for value in values.tolist():
-        expected.append(total := total + value)
-    assert add(adder, *values[:400]) + add(adder, *values[400:]) == expected
-
-
 def test_adds_of_many_sessions_at_once_are_each_seen_once(adder, load, clients):
     graphs = [adder, *(load(ADDER_SOURCE, restore=False) for _ in range(3))]
     values = [2.0**(i % 40) for i in range(200)]
@@ -117,13 +108,6 @@ def test_adds_share_runs_and_neither_trying_that_nor_a_warm_up_adds(adder):
 def test_functions_and_saved_models_of_tf1_and_tf2_bring_their_variables_and_tables(
         load, models, name, signature, feed, answer):
     assert one(load(models[name]), *feed, signature=signature) == answer
-
-
-def test_a_convolutional_network_answers_as_in_a_plain_session(load, models):
-    x = np.random.default_rng(1).random((3, 28, 28, 1), np.float32)
-    plain = example_models.PlainSession(models["picture"])
-    [name], [output] = plain.names["serving_default"]
-    np.testing.assert_allclose(one(load(models["picture"]), x), plain.predict({name: x})[output], rtol=0, atol=1e-6)
 
 
 def test_a_graph_never_grows_and_runs_in_any_thread_whatever_graph_is_the_default_there(tf, load, clients):

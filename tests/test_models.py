@@ -14,7 +14,7 @@ REAL = sorted(real_models())
 OTHER = {"counter", "failing", "scores"}  # those that change, fail, or want serialized examples have tests of their own
 STATELESS = [name for name in (*example_models.SAVED, *example_models.FUNCTIONS) if name not in OTHER] + REAL
 SLOW = {"basic_pitch"}  # 50 ms a run
-MISDECLARED = ("saved_model_half_plus_three", "tensorflow/serving/regress")  # its input is not the float it is said to be
+MISDECLARED = ("saved_model_half_plus_three", "tensorflow/serving/regress")  # says that its input is a float
 
 
 class Reference:

@@ -51,21 +51,26 @@ class Clients:
     """So many clients, each on a connection of its own, asking without a pause; every answer is noted."""
 
     def __init__(self, server, count: int, ask=lambda client, number: ("GET", "/?value=1", None)):
-        self.port, self.ask, self.stopped = server.port, ask, threading.Event()
+        self.server, self.ask, self.stopped = server, ask, threading.Event()
         self.answers: list[tuple] = []  # client, number, status, document, seconds
         self.pool = ThreadPoolExecutor(count)
         self.running = [self.pool.submit(self._run, client) for client in range(count)]
 
     def _run(self, client: int) -> None:
-        with contextlib.closing(http.client.HTTPConnection("127.0.0.1", self.port, timeout=TIMEOUT_S + 30)) as connection:
-            for number in itertools.count():
-                if self.stopped.is_set():
-                    return
-                started = time.monotonic()
+        connection = http.client.HTTPConnection("127.0.0.1", self.server.port, timeout=TIMEOUT_S + 30)
+        for number in itertools.count():
+            if self.stopped.is_set():
+                return connection.close()
+            started, status, document = time.monotonic(), 502, {}
+            try:
                 connection.request(*self.ask(client, number))
                 response = connection.getresponse()
-                document = json.loads(response.read())
-                self.answers.append((client, number, response.status, document, time.monotonic() - started))
+                status, document = response.status, json.loads(response.read())
+            except (OSError, http.client.HTTPException):
+                assert self.server.process.poll() is not None  # only if it was killed, and then as if it had said so
+                return
+            finally:
+                self.answers.append((client, number, status, document, time.monotonic() - started))
 
     def stop(self) -> list[tuple]:
         self.stopped.set()

@@ -714,6 +714,8 @@ def variable_operations(operations: list) -> list:
 def to_array(what: str, value: Any, dtype: np.dtype) -> np.ndarray:
     """Cast without loss of kind: ints to floats, not floats to ints; text to bytes. Raises InvalidRequest."""
     array = np.asarray(value)
+    if array.dtype.kind == "V" and array.dtype.itemsize == dtype.itemsize:  # of a type that numpy's files do not know
+        array = array.view(dtype)
     if dtype == object:
         flat = [v.encode() if isinstance(v, str) else v for v in array.astype(object).ravel().tolist()]
         if not all(isinstance(v, bytes) for v in flat):
@@ -1128,7 +1130,8 @@ class Checkpoints:
         self._write_aside(self._marker, lambda file: file.write(b"begun"))
 
     def keep(self, source: ModelSource, weights: dict[str, np.ndarray]) -> None:
-        plain = {f"variables/{name}": np.asarray(v, "S" if v.dtype == object else None) for name, v in weights.items()}
+        plain = {f"variables/{name}": v if v.dtype != object else np.array([text + b"." for text in v.flat], "S").reshape(
+            v.shape) for name, v in weights.items()}  # numpy strips zeros from the end of a text
         self._write_aside(self.path(source), lambda file: np.savez(file, **plain))
 
     def keep_sum(self, total: float) -> None:
@@ -1152,7 +1155,8 @@ class Checkpoints:
         try:
             with open(path, "rb") as file:
                 if source != ADDER_SOURCE:
-                    return {name.removeprefix("variables/"): array for name, array in np.load(file).items()}
+                    return {name.removeprefix("variables/"): array if array.dtype.kind != "S" else objects(
+                        text[:-1] for text in array.flat).reshape(array.shape) for name, array in np.load(file).items()}
                 record = file.read()
                 if len(record) != 16 or record[:8] != record[8:]:
                     raise ValueError("it is not one number twice")
@@ -1222,9 +1226,11 @@ class ParameterServer:
         self.kept: dict[str, int] = {}  # a fingerprint of each model's variables as they were kept last
         self.weights: dict[str, str] = {}  # the version of each mirrored model's
         self.trouble: str | None = None  # with keeping variables
-        self.heard = math.inf  # when a front end was heard last
+        self.silent_s = 0  # how long no front end has been heard
         self.turn = concurrent.futures.ThreadPoolExecutor(1)  # so that the event loop can always answer ping()
         self.starting = asyncio.Lock()
+        if options.address:
+            threading.Thread(target=self._end_when_left, daemon=True).start()
 
     async def start(self, wanted: dict[str, str] | None = None) -> dict[str, Any]:
         """Boot, and in the first one load; about this life of the actor: addresses, models, their weights' versions.
@@ -1232,7 +1238,7 @@ class ParameterServer:
         Idempotent. The first one's returns when every variable is restored. Raises ModelError or Unavailable, and
         OptionError to a front end that ``wanted`` another cluster than this one, which it would share.
         """
-        ours = self.options.shared
+        self.silent_s, ours = 0, self.options.shared
         for name, value in (wanted or ours).items():
             if value != ours[name]:
                 raise OptionError(f"{name} {value}: the shared cluster runs with {ours[name]}")
@@ -1251,7 +1257,7 @@ class ParameterServer:
 
     async def ping(self) -> str | None:
         """What is wrong with keeping variables, if anything is."""
-        self.heard = time.monotonic()
+        self.silent_s = 0
         return self.trouble
 
     async def get_weights(self, model: str) -> dict[str, np.ndarray]:
@@ -1267,9 +1273,7 @@ class ParameterServer:
 
     async def keep(self) -> None:
         """Keep the variables of the models that change them when they run."""
-        for graph in self.graphs.values():
-            if graph.writes:
-                await self._in_turn(self._keep, graph)
+        await self._in_turn(self._keep_all)
 
     async def _in_turn(self, method, *arguments):
         return await asyncio.get_running_loop().run_in_executor(self.turn, method, *arguments)
@@ -1336,6 +1340,11 @@ class ParameterServer:
         if graph.source.name in self.weights:
             self.weights[graph.source.name] = secrets.token_hex(8)
 
+    def _keep_all(self) -> None:
+        for graph in self.graphs.values():
+            if graph.writes:
+                self._keep(graph)
+
     def _keep(self, graph: Graph) -> None:
         """Keep a model's variables, if they are not as they were kept last."""
         if graph.source == ADDER_SOURCE:  # each run keeps the sum, and no other add can come between
@@ -1349,10 +1358,10 @@ class ParameterServer:
 
     async def _live(self, others: list) -> None:
         """Keep variables now and then. End with another parameter server, so that Ray brings both back and all is
-        loaded anew; and end a shared cluster when no front end has been heard for a while."""
+        loaded anew."""
         stays = [asyncio.ensure_future(call(other.stay.remote())) for other in others]
-        self.heard = kept = time.monotonic()
-        while time.monotonic() - self.heard < GONE_S or not self.options.address:
+        kept = time.monotonic()
+        while True:
             await asyncio.sleep(1)
             if any(stay.done() for stay in stays):
                 os._exit(1)
@@ -1363,12 +1372,20 @@ class ParameterServer:
                 except Exception as error:  # it is tried again soon, and meanwhile ping() tells
                     self.trouble = first_sentence(error)
                 kept = time.monotonic()
+
+    def _end_when_left(self) -> None:
+        """End a shared cluster when no front end has been heard for a while, also one that never was well."""
+        while self.silent_s < GONE_S:
+            time.sleep(1)  # and counted: a process that was stopped for long has not heard that it was left
+            self.silent_s += not self.starting.locked()
         with contextlib.suppress(Exception):
-            await self.keep()
-        if self.options.checkpoint_dir is None:
+            self.turn.submit(self._keep_all).result()
+        if self.options.checkpoint_dir is None and self.index == 0:
             shutil.rmtree(self.folder, ignore_errors=True)
-        for actor in [*await self._workers(), *others, ray.get_runtime_context().current_actor]:
-            await asyncio.to_thread(ray.kill, actor)
+        workers = [f"worker {index}" for index in range(self.options.workers)] if self.index == 0 else []
+        for name in [*workers, f"parameter server {self.index}"]:
+            with contextlib.suppress(ValueError):
+                ray.kill(ray.get_actor(name, self.namespace))
 
 
 def build_graphs(tf, options: Options, mirrors: bool = False) -> tuple[dict[str, Graph], dict[str, Model]]:
@@ -2141,6 +2158,7 @@ class Cluster:
                 log.info("%s ready  pid %d  %.1f s", member, member.pid, time.monotonic() - started)
                 log.warning("%s lost  pid %d  %s", member, member.pid, await self._watch(member))
             except OptionError as error:
+                self._remove_folder()
                 return self._fail(error)
             except ray.exceptions.ActorDiedError:  # for good: a shared cluster that had ended
                 member.actor = None

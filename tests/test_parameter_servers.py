@@ -58,10 +58,10 @@ def sample(info: dict) -> np.ndarray:
     from tensorflow.core.framework import types_pb2
 
     dtype = import_tensorflow().as_dtype(types_pb2.DataType.Value(info["dtype"])).as_numpy_dtype
-    sizes = [int(dimension["size"]) for dimension in info["tensor_shape"]["dim"]] or [-1]
+    sizes = [int(dimension["size"]) for dimension in info.get("tensor_shape", {}).get("dim", [])] or [-1]
     count = np.prod(shape := [3 if size < 0 else size for size in sizes], dtype=int)
     random = np.random.default_rng(0).integers(0, 2, count)
-    return np.array([b"text"] * count, object).reshape(shape) if dtype == object else random.astype(dtype).reshape(shape)
+    return (np.array([b"text"] * count, object) if dtype == object else random.astype(dtype)).reshape(shape)
 
 
 def outcome(cluster: Cluster, model: str, signature: str, inputs: dict):

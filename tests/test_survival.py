@@ -102,18 +102,18 @@ def predict(client: int, number: int) -> tuple[str, str, str]:
 
 @pytest.mark.parametrize("seconds", [15, pytest.param(60, marks=pytest.mark.long)])
 def test_no_acknowledged_add_is_lost_or_counted_twice_and_no_answer_is_late_whatever_is_killed(seconds):
-    kinds = itertools.cycle([kill_a_worker, kill_a_worker, kill_the_parameter_server])
     options = ["--workers", "3", "--timeout-s", str(TIMEOUT_S), "--model", "example_models:linear"]
     with Server("starlette", *options) as server:
         server.wait_ready(workers=3)
         adds, predictions, end = Clients(server, 32), Clients(server, 8, predict), time.monotonic() + seconds
         while time.monotonic() < end:
-            answered = len(adds.answers)
-            next(kinds)(server)
-            wait_until(lambda: len(adds.answers) > answered + 100 or time.monotonic() > end, what="adds to go on")
+            for kill_one in (kill_a_worker, kill_a_worker, kill_the_parameter_server):
+                kill_one(server)
+                answered = len(adds.answers)
+                wait_until(lambda: len(adds.answers) > answered + 100, what="adds to go on")
         added, predicted = adds.stop(), predictions.stop()
         assert_counted_once(added, server.get("/?value=0").json["result"])
-    assert sum(status == 200 for _, _, status, _, _ in added) > 1000
+    assert sum(status == 200 for _, _, status, _, _ in added) > 100
     assert max(seconds for *_, seconds in added + predicted) < TIMEOUT_S + 1.5
     assert {status for _, _, status, _, _ in predicted} <= {200, 502, 503, 504}
     for client, number, status, document, _ in predicted:

@@ -1258,9 +1258,9 @@ class ParameterServer:
         self.kept: dict[str, int] = {}  # a fingerprint of each model's variables as they were kept last
         self.weights: dict[str, str] = {}  # the version of each mirrored model's
         self.trouble: str | None = None  # with keeping variables
-        self.heard = math.inf  # when a front end was heard last
+        self.silent_s = 0  # how long no front end has been heard
         self.turn = concurrent.futures.ThreadPoolExecutor(1)  # so that the event loop can always answer ping()
-        self.starting = asyncio.Lock()
+        self.starting, self.ending = asyncio.Lock(), None
 
     async def start(self, wanted: dict[str, str] | None = None) -> dict[str, Any]:
         """Boot, and in the first one load; about this life of the actor: addresses, models, their weights' versions.
@@ -1268,7 +1268,9 @@ class ParameterServer:
         Idempotent. The first one's returns when every variable is restored. Raises ModelError or Unavailable, and
         OptionError to a front end that ``wanted`` another cluster than this one, which it would share.
         """
-        ours = self.options.shared
+        self.silent_s, ours = 0, self.options.shared
+        if self.options.address and self.ending is None:
+            self.ending = asyncio.create_task(self._end_when_left())
         for name, value in (wanted or ours).items():
             if value != ours[name]:
                 raise OptionError(f"{name} {value}: the shared cluster runs with {ours[name]}")
@@ -1287,7 +1289,7 @@ class ParameterServer:
 
     async def ping(self) -> str | None:
         """What is wrong with keeping variables, if anything is."""
-        self.heard = time.monotonic()
+        self.silent_s = 0
         return self.trouble
 
     async def get_weights(self, model: str) -> dict[str, np.ndarray]:
@@ -1385,10 +1387,10 @@ class ParameterServer:
 
     async def _live(self, others: list) -> None:
         """Keep variables now and then. End with another parameter server, so that Ray brings both back and all is
-        loaded anew; and end a shared cluster when no front end has been heard for a while."""
+        loaded anew."""
         stays = [asyncio.ensure_future(call(other.stay.remote())) for other in others]
-        self.heard = kept = time.monotonic()
-        while time.monotonic() - self.heard < GONE_S or not self.options.address:
+        kept = time.monotonic()
+        while True:
             await asyncio.sleep(1)
             if any(stay.done() for stay in stays):
                 os._exit(1)
@@ -1399,11 +1401,17 @@ class ParameterServer:
                 except Exception as error:  # it is tried again soon, and meanwhile ping() tells
                     self.trouble = first_sentence(error)
                 kept = time.monotonic()
+
+    async def _end_when_left(self) -> None:
+        """End a shared cluster when no front end has been heard for a while, also one that never was well."""
+        while self.silent_s < GONE_S:
+            await asyncio.sleep(1)  # and counted: a process that was stopped for long has not heard that it was left
+            self.silent_s += not self.starting.locked()
         with contextlib.suppress(Exception):
             await self.keep()
-        if self.options.checkpoint_dir is None:
+        if self.options.checkpoint_dir is None and self.index == 0:
             shutil.rmtree(self.folder, ignore_errors=True)
-        for actor in [*await self._workers(), *others, ray.get_runtime_context().current_actor]:
+        for actor in [*(await self._workers() if self.index == 0 else []), ray.get_runtime_context().current_actor]:
             await asyncio.to_thread(ray.kill, actor)
 
 
@@ -2179,6 +2187,7 @@ class Cluster:
                 log.info("%s ready  pid %d  %.1f s", member, member.pid, time.monotonic() - started)
                 log.warning("%s lost  pid %d  %s", member, member.pid, await self._watch(member))
             except OptionError as error:
+                self._remove_folder()
                 return self._fail(error)
             except ray.exceptions.ActorDiedError:  # for good: a shared cluster that had ended
                 member.actor = None

@@ -1,4 +1,4 @@
-"""remote_predict in a graph of one's own: both of its forms, against our own front ends and against servers that misbehave."""
+"""remote_predict in a graph of one's own, against our own front ends and against servers that misbehave."""
 
 import json
 import os
@@ -7,50 +7,44 @@ import socket
 import socketserver
 import sys
 import threading
-import time
 
 import numpy as np
 import pytest
 from conftest import REPOSITORY, Server, free_port, owned_by_session
 from ray_tensorflow import import_tensorflow, remote_predict
 
-OK, INVALID_ARGUMENT, DEADLINE_EXCEEDED, NOT_FOUND, INTERNAL, UNAVAILABLE = 0, 3, 4, 5, 13, 14  # tensorflow::error::Code
+OK, INVALID_ARGUMENT, DEADLINE_EXCEEDED, NOT_FOUND, INTERNAL, UNAVAILABLE = 0, 3, 4, 5, 13, 14  # error codes
 
-FAILURES = {  # arguments of remote_predict (or of a whole reply), status code, HTTP status, message
-    "away": ({"target_address": "127.0.0.1:1"}, UNAVAILABLE, 503, r"127\.0\.0\.1:1 cannot be reached: Connection refused"),
-    "model": ({"model_name": "nope"}, NOT_FOUND, 404, r"Servable not found for request: Latest\(nope\)"),
-    "version": ({"model_version": 7}, NOT_FOUND, 404, r"Servable not found for request: Specific\(half_plus_two, 7\)"),
-    "signature": ({"signature_name": "nope"}, INVALID_ARGUMENT, 400,
-     r'Serving signature name: "nope" not found in signature def'),
-    "input": ({"inputs": {"z": "float32"}}, INVALID_ARGUMENT, 400, r"input aliases \['z'\] do not match the signature's \['x'\]"),
-    "more_inputs": ({"inputs": {"x": "float32", "z": "float32"}}, INVALID_ARGUMENT, 400, r"input aliases .* do not match .*"),
-    "output": ({"outputs": {"z": "float32"}}, INVALID_ARGUMENT, 400, r"output alias 'z' is not among the signature's \['y'\]"),
-    "input_type": ({"inputs": {"x": "string"}}, INVALID_ARGUMENT, 400, r".*is not of expected type: float"),
-    "output_type": ({"outputs": {"y": "string"}}, INVALID_ARGUMENT, 400, r".*is not of expected type: string"),
-    "refuses": ({"model_name": "picky"}, INVALID_ARGUMENT, 400, r".*x must not be negative.*"),
-    "silent": ({"reply": "nothing", "max_rpc_deadline_millis": 50}, DEADLINE_EXCEEDED, 504,
-     r".*:\d+ did not answer within 50 ms"),
-    "trickle": ({"reply": "trickle", "max_rpc_deadline_millis": 50}, DEADLINE_EXCEEDED, 504,
-     r".*:\d+ did not answer within 50 ms"),
-    "garbage": ({"reply": "\0\1\2\r\n\r\n"}, INTERNAL, 500, r".* does not answer as TensorFlow Serving does: BadStatusLine:.*"),
-    "html": ({"reply": "HTTP/1.1 404 Not Found\r\n\r\n<html>"}, INTERNAL, 500,
-     r".* does not answer as TensorFlow Serving does: JSON.*"),
-    "list": ({"reply": "HTTP/1.1 200 OK\r\n\r\n[]"}, INTERNAL, 500,
-     r".* does not answer as TensorFlow Serving does: TypeError: .*"),
-    "bad_error": ({"reply": "HTTP/1.1 500 Oh\r\n\r\n[]"}, INTERNAL, 500, r".* does not answer as TensorFlow Serving does: .*"),
-    "lines": ({"reply": 'HTTP/1.1 400 Oh\r\n\r\n{"error": "not [[1]]\\nbut 2"}'}, INVALID_ARGUMENT, 400, r"not \[\[1\]\] but 2"),
+FAILURES = {  # arguments of remote_predict (or a whole reply), status code, HTTP status, a part of the message
+    "away": ({"target_address": "127.0.0.1:1"}, UNAVAILABLE, 503, "127.0.0.1:1 cannot be reached"),
+    "model": ({"model_name": "nope"}, NOT_FOUND, 404, "Servable not found for request: Latest(nope)"),
+    "version": ({"model_version": 7}, NOT_FOUND, 404, "Servable not found for request: Specific(half_plus_two, 7)"),
+    "signature": ({"signature_name": "nope"}, INVALID_ARGUMENT, 400, 'Serving signature name: "nope" not found'),
+    "input": ({"inputs": {"z": "float32"}}, INVALID_ARGUMENT, 400, "'z'"),
+    "more_inputs": ({"inputs": {"x": "float32", "z": "float32"}}, INVALID_ARGUMENT, 400, "'z'"),
+    "output": ({"outputs": {"z": "float32"}}, INVALID_ARGUMENT, 400, "'z'"),
+    "input_type": ({"inputs": {"x": "string"}}, INVALID_ARGUMENT, 400, "inputs.x[0]: expected a number"),
+    "output_type": ({"outputs": {"y": "string"}}, INVALID_ARGUMENT, 400, "y[0]: expected a text"),
+    "refuses": ({"model_name": "picky"}, INVALID_ARGUMENT, 400, "x must not be negative"),
+    "silent": ({"reply": "nothing", "max_rpc_deadline_millis": 50}, DEADLINE_EXCEEDED, 504, "within 50 ms"),
+    "garbage": ({"reply": "what?\r\n\r\n"}, INTERNAL, 500, "does not answer as it should"),
+    "html": ({"reply": "HTTP/1.1 404 Oh\r\n\r\n<html>"}, INTERNAL, 500, "does not answer as it should"),
+    "list": ({"reply": "HTTP/1.1 200 OK\r\n\r\n[]"}, INTERNAL, 500, "does not answer as it should"),
+    "bad_error": ({"reply": "HTTP/1.1 500 Oh\r\n\r\n[]"}, INTERNAL, 500, "does not answer as it should"),
     "teapot": ({"reply": 'HTTP/1.1 503 Oh\r\n\r\n{"error": "short and stout"}'}, UNAVAILABLE, 503, "short and stout"),
 }
 SUCCESSES = {
     "plain": {},
-    "numbers": {"model_name": "several", "inputs": {"x": "float32", "n": "int64"}, "outputs": {"total": "float32", "next": "int64"}},
-    "text": {"model_name": "echo", "signature_name": "to_bytes", "inputs": {"x": "string"}, "outputs": {"y_bytes": "string"}},
+    "numbers": {"model_name": "several", "inputs": {"x": "float32", "n": "int64"},
+                "outputs": {"total": "float32", "next": "int64"}},
+    "text": {"model_name": "echo", "signature_name": "to_bytes", "inputs": {"x": "string"},
+             "outputs": {"y_bytes": "string"}},
     "version_named": {"model_version": 1},
 }
 
 
 class Misbehaving(socketserver.ThreadingTCPServer):
-    """Answers every request with the same bytes; "nothing" is none, and "trickle" a header that comes byte by byte."""
+    """Answers every request with the same bytes; "nothing" is none."""
 
     daemon_threads, block_on_close = True, False
 
@@ -63,18 +57,13 @@ class Misbehaving(socketserver.ThreadingTCPServer):
         request.recv(2**16)
         if self.reply == "nothing":
             self.ended.wait()
-        elif self.reply == "trickle":
-            request.sendall(b"HTTP/1.1 200 OK\r\nX: ")
-            for _ in range(300):  # 3 s in all
-                self.ended.wait(0.01)
-                request.sendall(b"x")
         else:
             request.sendall(self.reply.encode())
 
     def handle_error(self, request, _):
         pass  # whoever asked has gone away
 
-    def __exit__(self, *exception):
+    def end(self) -> None:
         self.ended.set()
         self.shutdown()
         self.server_close()
@@ -83,23 +72,24 @@ class Misbehaving(socketserver.ThreadingTCPServer):
 @pytest.fixture(scope="module")
 def server():
     """One worker, and on it the models that are asked as well as those that ask them."""
-    cases, misbehaving = dict(SUCCESSES), []
+    cases, misbehaving, port = dict(SUCCESSES), [], free_port()
     for name, (arguments, *_) in FAILURES.items():
         cases[name] = dict(arguments)
-        if "reply" in arguments:
-            misbehaving.append(Misbehaving(cases[name].pop("reply")))
+        if reply := cases[name].pop("reply", None):
+            misbehaving.append(Misbehaving(reply))
             cases[name]["target_address"] = "127.0.0.1:%d" % misbehaving[-1].server_address[1]
-    models = [f"example_models:{name}" for name in ("half_plus_two", "half_plus_remote", "remote", "several", "echo", "picky")]
-    port = free_port()
+    front_end = os.path.join(REPOSITORY, "ray_tensorflow_starlette.py")
+    command = [sys.executable, front_end, "--port", str(port), "--workers", "1"]
+    for name in ("half_plus_two", "half_plus_remote", "remote", "several", "echo", "picky"):
+        command += ["--model", f"example_models:{name}"]
     with owned_by_session():
         environment = os.environ | {"REMOTE_CASES": json.dumps(cases), "REMOTE_PORT": str(port)}
-        command = [sys.executable, os.path.join(REPOSITORY, "ray_tensorflow_starlette.py"), "--port", str(port), "--workers", "1"]
-        server = Server("starlette", *(part for model in models for part in ("--model", model)), command=command, env=environment)
-    server.port = port
+        server = Server("starlette", command=command, env=environment)
+        server.port = port
     with server:
         yield server.wait_ready()
     for other in misbehaving:
-        other.__exit__()
+        other.end()
 
 
 def ask(server, signature: str, inputs) -> dict:
@@ -108,27 +98,21 @@ def ask(server, signature: str, inputs) -> dict:
     return answer.json["outputs"]
 
 
-def test_a_model_gets_its_bias_from_another_one_on_the_same_single_worker(server):
-    assert server.predict("half_plus_remote", {"instances": [1, 2, 5]}).json == {"predictions": [3.5, 4.0, 5.5]}
-
-
-def test_many_clients_of_models_that_ask_the_same_server_do_not_deadlock(server, clients):
+def test_many_clients_of_models_that_ask_the_same_single_worker_do_not_deadlock(server, clients):
     answers = clients(32, lambda i: server.predict("half_plus_remote", {"instances": [i, 2, 5]}), range(128))
     assert [answer.json for answer in answers] == [{"predictions": [i / 2 + 3, 4.0, 5.5]} for i in range(128)]
 
 
 @pytest.mark.parametrize("case", FAILURES)
-def test_a_failed_call_has_its_code_and_message_in_time_and_the_failing_form_fails_with_them(server, case):
-    arguments, code, http, message = FAILURES[case]
-    inputs = {alias: ["a"] if dtype == "string" else [-1.0] for alias, dtype in arguments.get("inputs", {"x": "float32"}).items()}
-    started = time.monotonic()
+def test_a_failed_call_has_its_code_and_message_and_the_failing_form_fails_with_them(server, case):
+    arguments, code, status, message = FAILURES[case]
+    dtypes = arguments.get("inputs", {"x": "float32"})
+    inputs = {alias: ["a"] if dtype == "string" else [-1.0] for alias, dtype in dtypes.items()}
     outputs = ask(server, f"{case}_status", inputs)
-    assert outputs["code"] == code
-    assert re.fullmatch(message, outputs["message"])
+    assert outputs["code"] == code and message in outputs["message"]
     assert outputs[next(iter(arguments.get("outputs", "y")))] == ("" if case == "output_type" else 0.0)
     answer = server.predict("remote", {"signature_name": case, "inputs": inputs})
-    assert answer.status == http and answer.json == {"error": outputs["message"]}
-    assert time.monotonic() - started < 2
+    assert answer.status == status and answer.json == {"error": outputs["message"]}
 
 
 @pytest.mark.parametrize("case, inputs, outputs", [
@@ -151,7 +135,7 @@ def test_numbers_that_are_not_finite_pass_both_ways(server):
     assert str(ask(server, "plain", [float("nan"), float("inf"), float("-inf")])) == "[nan, inf, -inf]"
 
 
-def run_here(*arguments, **keywords):
+def run_here(*arguments, **keywords) -> list[np.ndarray]:
     tf = import_tensorflow()
     with tf.Graph().as_default(), tf.Session() as session:
         return session.run(remote_predict(*arguments, **keywords))
@@ -163,9 +147,9 @@ def test_each_front_end_answers_remote_predict(front_end):
 
 
 @pytest.mark.parametrize("changes, message", [
-    ({"input_tensors": []}, "1 input_tensor_aliases do not fit 0 input_tensors"),
-    ({"output_types": ["float32"] * 2}, "1 output_tensor_aliases do not fit 2 output_types"),
-    ({"output_tensor_aliases": [], "output_types": ["string"]}, "0 output_tensor_aliases do not fit 1 output_types"),
+    ({"input_tensors": []}, "1 aliases do not fit 0 input_tensors"),
+    ({"output_types": ["float32"] * 2}, "1 aliases do not fit 2 output_types"),
+    ({"output_tensor_aliases": [], "output_types": ["string"]}, "0 aliases do not fit 1 output_types"),
     ({"model_name": ""}, "model_name must be specified."),
 ])
 def test_lengths_that_do_not_agree_are_refused_when_the_graph_is_built(changes, message):

@@ -5,71 +5,69 @@ import threading
 import numpy as np
 import pytest
 import ray
-
 from conftest import owned_by_session
-from example_models import PlainSession, line
-from ray_tensorflow import Cluster, InvalidRequest, ModelError, TensorFlowVariables, import_tensorflow
+from example_models import line
+from ray_tensorflow import Cluster, Error, ModelError, TensorFlowVariables, import_tensorflow
 
-
-def plain(weights):
-    return {name: array.tolist() for name, array in weights.items()}
-
-
-# -- of a served model -------------------------------------------------------------------------------------------------
+ROWS = np.eye(3, dtype=np.float32)
 
 
 @pytest.fixture(scope="module")
 def mirrored(cluster):
     """A cluster of its own with mirrors, in the Ray that runs already."""
+    models = ["example_models:linear", "example_models:same_names"]
     with owned_by_session():
-        own = Cluster(workers=2, placement="mirrored", model=["example_models:linear", "example_models:same_names"]).start(workers=2)
-    with own:
-        yield own
+        own = Cluster(workers=2, placement="mirrored", model=models).start(workers=2)
+    yield own
+    own.close()
 
 
-@pytest.fixture(params=["shared", "mirrored"])
+@pytest.fixture(params=["cluster", "mirrored"])
 def served(request):
     """Both placements in turn, each with its weights restored afterwards."""
-    cluster = request.getfixturevalue({"shared": "cluster"}.get(request.param, request.param))
+    cluster = request.getfixturevalue(request.param)
     before = cluster.get_weights("linear")
     yield cluster
     cluster.set_weights("linear", before)
 
 
-def answers(cluster, model="linear", rows=np.eye(3, dtype=np.float32)):
-    return cluster.predict(rows, model)["y"]
+def predict(cluster: Cluster, model: str = "linear", rows: np.ndarray = ROWS) -> list:
+    return cluster.predict(rows, model)["y"].tolist()
+
+
+def plain(weights: dict[str, np.ndarray]) -> dict[str, list]:
+    return {name: array.tolist() for name, array in weights.items()}
 
 
 def test_a_served_model_answers_with_the_weights_that_are_set(served):
-    weights, others = served.get_weights("linear"), answers(served, "same_names")
+    weights, others = served.get_weights("linear"), predict(served, "same_names")
     assert plain(weights) == {"b": [0.5, -0.5], "w": [[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]]}
     served.set_weights("linear", {"b": [0, 100]})
-    assert answers(served).tolist() == [[1, 102], [3, 104], [5, 106]]
+    assert predict(served) == [[1, 102], [3, 104], [5, 106]]
     served.set_weights("linear", {name: array * 2 for name, array in weights.items()})
-    assert answers(served).tolist() == [[3, 3], [7, 7], [11, 11]]
-    assert answers(served, "same_names").tolist() == others.tolist()  # which has variables of the same names
+    assert predict(served) == [[3, 3], [7, 7], [11, 11]]
+    assert predict(served, "same_names") == others  # which has variables of the same names
 
 
-@pytest.mark.parametrize("model, wrong, message", [
-    ("linear", {"b": [1, 1], "c": [1]}, r"there is no variable 'c'; there are \['b', 'w'\]"),
-    ("linear", {"b": [1, 1], "w": [1]}, r"variable 'w' has the shape \(3, 2\), not \(1,\)"),
-    ("nobody", {"b": [1, 1]}, "not found"),
+@pytest.mark.parametrize("model, wrong, status, message", [
+    ("linear", {"b": [1, 1], "c": [1]}, 400, "'c'"),
+    ("linear", {"b": [1, 1], "w": [1]}, 400, "'w'"),
+    ("linear", {"b": [1, 1], "w": [["x", "y"]] * 3}, 400, "'w'"),
+    ("nobody", {"b": [1, 1]}, 404, "nobody"),
 ])
-def test_wrong_weights_leave_a_served_model_unchanged(served, model, wrong, message):
-    before, weights = answers(served), plain(served.get_weights("linear"))
-    with pytest.raises(InvalidRequest, match=message):
+def test_wrong_weights_leave_a_served_model_unchanged(served, model, wrong, status, message):
+    before, weights = predict(served), plain(served.get_weights("linear"))
+    with pytest.raises(Error, match=message) as raised:
         served.set_weights(model, wrong)
-    assert plain(served.get_weights("linear")) == weights
-    assert answers(served).tobytes() == before.tobytes()
+    assert raised.value.status == status
+    assert plain(served.get_weights("linear")) == weights and predict(served) == before
 
 
 def test_mirrors_answer_as_the_shared_model_does(cluster, mirrored):
-    for model in ("linear", "same_names"):
-        reference = PlainSession(f"example_models:{model}")
-        for size in (1, 2, 7, 200):
-            rows = np.random.default_rng(size).standard_normal((size, 3)).astype(np.float32)
-            expected = reference.predict({"x": rows})["y"].tobytes()
-            assert answers(cluster, model, rows).tobytes() == answers(mirrored, model, rows).tobytes() == expected
+    for size in (1, 7, 200):
+        rows = np.random.default_rng(size).standard_normal((size, 3)).astype(np.float32)
+        for model in ("linear", "same_names"):
+            assert np.allclose(predict(mirrored, model, rows), predict(cluster, model, rows), rtol=0, atol=1e-4)
 
 
 def test_once_set_weights_returns_no_request_is_answered_with_the_old_ones(served, clients):
@@ -78,7 +76,7 @@ def test_once_set_weights_returns_no_request_is_answered_with_the_old_ones(serve
     def ask(_):
         while not stop.is_set():
             least = rounds[0]
-            found = answers(served)[0, 0]
+            found = predict(served)[0][0]
             if found < least:
                 wrong.append((found, least))
 
@@ -93,7 +91,7 @@ def test_once_set_weights_returns_no_request_is_answered_with_the_old_ones(serve
     served.set_weights("linear", {"w": np.zeros((3, 2)), "b": [0, 0]})
     clients(16, lambda function: function(None), [change] + [ask] * 15)
     assert rounds == [20] and not wrong
-    assert clients(16, lambda _: answers(served)[0, 0], range(64)) == [20] * 64  # from every worker
+    assert clients(16, lambda _: predict(served)[0][0], range(64)) == [20] * 64  # from every worker
 
 
 def test_the_adder_still_adds_beside_mirrors(mirrored, clients):
@@ -102,15 +100,14 @@ def test_the_adder_still_adds_beside_mirrors(mirrored, clients):
 
 
 def test_a_model_that_changes_its_variables_refuses_to_be_mirrored(cluster):
-    with pytest.raises(ModelError, match=r"model counter .*changes its variables.*--placement shared"):
-        with Cluster(workers=1, placement="mirrored", model=["example_models:counter"]):
-            pass
+    with pytest.raises(ModelError, match="counter.*--placement shared"):
+        Cluster(workers=1, placement="mirrored", model=["example_models:counter"]).start()
 
 
 # -- training: y = 0.1 x + 0.3, learning rate 0.5 ----------------------------------------------------------------------
 
 
-def assert_learned(weights):
+def assert_learned(weights: dict[str, np.ndarray]) -> None:
     assert abs(weights["w"] - 0.1) < 0.001 and abs(weights["b"] - 0.3) < 0.001
 
 
@@ -124,55 +121,54 @@ class Learner:
         x = np.random.default_rng(seed).uniform(-1, 1, 100)
         self.step, self.feed = outputs, {inputs["x"]: x, inputs["y"]: 0.1 * x + 0.3}
 
-    def train(self, weights):
+    def train(self, weights: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         """The weights after one step from these."""
         self.variables.set_weights(weights)
         self.variables.sess.run(self.step, self.feed)
         return self.variables.get_weights()
 
-    def get_weights(self):
+    def get_weights(self) -> dict[str, np.ndarray]:
         return self.variables.get_weights()
 
 
-def test_synchronous_training_averages_the_steps_of_several_actors(cluster):
-    """Weights go out through the object store once for all; the driver, the actors and their copies are apart."""
-    learners = [ray.remote(Learner).options(num_cpus=0).remote(seed) for seed in range(3)]
-    try:
-        weights = {"w": np.float32(0), "b": np.float32(0)}
-        for _ in range(201):
-            sent = ray.put(weights)
-            steps = ray.get([learner.train.remote(sent) for learner in learners], timeout=120)
-            weights = {name: np.mean([step[name] for step in steps], axis=0) for name in weights}
-        assert_learned(weights)
-    finally:
-        for learner in learners:
-            ray.kill(learner)
+@pytest.fixture
+def learners(cluster):
+    """Three actors, each with a copy of its own."""
+    actors = [ray.remote(Learner).options(num_cpus=0).remote(seed) for seed in range(3)]
+    yield actors
+    for actor in actors:
+        ray.kill(actor)
 
 
-def test_a_drivers_copy_does_not_disturb_an_actors(cluster):
-    learner = ray.remote(Learner).options(num_cpus=0).remote(0)
-    try:
-        stepped = ray.get(learner.train.remote({"w": np.float32(5), "b": np.float32(6)}), timeout=120)
-        with import_tensorflow().Graph().as_default():
-            mine = Learner(1)
-            mine.variables.set_weights({"w": -1, "b": -2})
-            assert plain(ray.get(learner.get_weights.remote(), timeout=60)) == plain(stepped)
-            mine.variables.set_weights(stepped)
-            ray.get(learner.train.remote({"w": np.float32(0), "b": np.float32(0)}), timeout=60)
-            assert plain(mine.get_weights()) == plain(stepped)
-    finally:
-        ray.kill(learner)
+def test_synchronous_training_averages_the_steps_of_several_actors(learners):
+    weights = {"w": np.float32(0), "b": np.float32(0)}
+    for _ in range(201):
+        sent = ray.put(weights)  # once for all
+        steps = ray.get([learner.train.remote(sent) for learner in learners], timeout=120)
+        weights = {name: np.mean([step[name] for step in steps], axis=0) for name in weights}
+    assert_learned(weights)
+
+
+def test_a_drivers_copy_does_not_disturb_an_actors(learners):
+    learner = learners[0]
+    stepped = ray.get(learner.train.remote({"w": np.float32(5), "b": np.float32(6)}), timeout=120)
+    with import_tensorflow().Graph().as_default():
+        mine = Learner(1)
+        mine.variables.set_weights({"w": -1, "b": -2})
+        assert plain(ray.get(learner.get_weights.remote(), timeout=60)) == plain(stepped)
+        mine.variables.set_weights(stepped)
+        ray.get(learner.train.remote({"w": np.float32(0), "b": np.float32(0)}), timeout=60)
+        assert plain(mine.get_weights()) == plain(stepped)
 
 
 def test_asynchronous_training_applies_gradients_to_the_shared_variables(cluster, clients):
-    def train(seed):
+    def train(seed: int) -> None:
         random = np.random.default_rng(seed)
         for _ in range(100):
             x = random.uniform(-1, 1, 100)
             own.predict({"x": x, "y": 0.1 * x + 0.3}, "line", "train")
 
     with Cluster(workers=2, model=["example_models:line"]) as own:
-        own.start(workers=2)
         clients(4, train, range(4))
         assert_learned(own.get_weights("line"))
         assert np.allclose(own.predict(np.arange(-1, 2), "line")["y"], [0.2, 0.3, 0.4], atol=0.002)

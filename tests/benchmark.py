@@ -1,501 +1,662 @@
 """How fast, and in how much memory: this project beside what one would do without it, measured in one run.
 
-    python tests/benchmark.py                                # everything; prints a table
-    python tests/benchmark.py --only adds,start --rounds 5   # some parts, more rounds
+    python tests/benchmark.py                                   # everything; prints a table
+    python tests/benchmark.py --only adds,start --rounds 5      # some parts, more rounds
+    python tests/benchmark.py --only map --rows 2000            # minutes a round
+    python tests/benchmark.py --against ../before               # another version's front ends get the same load
+    pip install mosec "ray[serve]==2.60.0"                      # once: then it is compared with these two as well
 
-All servers of a comparison are up at the same time, and bursts of load go to them in turn (A B C A B C ...), since these
-machines drift: a figure is the median of the ratios of neighbouring bursts, with their spread. Load comes from `wrk` where it
-is installed, else from a client of our own in a process of its own.
+All servers of a comparison are up at the same time, and bursts of load go to them in turn (A B C A B C ...), since
+machines drift: a figure is the median of the ratios of neighbouring bursts, with the least and the most. Beside it are
+the medians of both sides, and the CPU milliseconds that each of their processes spends on a request, which drift less.
 """
 
 import argparse
 import asyncio
+import collections
 import contextlib
+import functools
 import http.client
+import importlib
+import importlib.util
+import itertools
 import json
+import multiprocessing
 import os
-import shutil
+import random
+import re
+import signal
+import socket
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 REPOSITORY = os.path.dirname(HERE)
-sys.path[:0] = [REPOSITORY, HERE]
+BASIC_PITCH = os.path.join(os.path.dirname(REPOSITORY), "shared", "models", "basic_pitch")
 
 
-# -- the models --------------------------------------------------------------------------------------------------------
+# -- the models, with weights that are always the same, and what is asked of them --------------------------------------
+
+def weights(tf, name: str, *shape: int):
+    return tf.get_variable(name, shape, initializer=tf.glorot_uniform_initializer(seed=len(name)))
 
 
 def small(tf):
     """A convolutional network of about 3 ms a run on two cores: 28 x 28 pixels to 10 classes."""
-    return network(tf, [64, 128, 192, 192], 28)
+    return network(tf, [64, 128, 192, 192])
 
 
 def large(tf):
     """The same kind with about 50 ms a run."""
-    return network(tf, [512, 768, 768, 768], 28)
+    return network(tf, [512, 768, 768, 768])
 
 
-def network(tf, channels: list[int], size: int):
-    x = tf.placeholder(tf.float32, [None, size, size], name="x")
+def network(tf, channels: list[int]):
+    x = tf.placeholder(tf.float32, [None, 28, 28], name="x")
     y = x[..., tf.newaxis]
     for layer, width in enumerate(channels):
-        initializer = tf.glorot_uniform_initializer(seed=layer)
-        y = tf.nn.relu(tf.nn.conv2d(y, tf.get_variable(f"kernel_{layer}", [3, 3, y.shape[-1], width], initializer=initializer), 1, "SAME"))
-    weights = tf.get_variable("weights", [channels[-1], 10], initializer=tf.glorot_uniform_initializer(seed=9))
-    return {"serving_default": ({"x": x}, {"y": tf.nn.softmax(tf.matmul(tf.reduce_mean(y, [1, 2]), weights))})}
+        y = tf.nn.relu(tf.nn.conv2d(y, weights(tf, f"kernel_{layer}", 3, 3, int(y.shape[-1]), width), 1, "SAME"))
+    y = tf.reduce_mean(y, [1, 2]) @ weights(tf, "classes", channels[-1], 10)
+    return {"serving_default": ({"x": x}, {"y": tf.nn.softmax(y)})}
+
+
+def classifier(tf):
+    """Texts to 54 labels and their scores. One text takes about 3 ms, most of it in some hundred operations on strings.
+
+    A text is cleaned in six ways, each is cut into words, pairs and triples, and these are looked up in a vocabulary,
+    or hashed where they are not in it: 18 features, each with embeddings of its own.
+    """
+
+    class Vocabulary(tf.lookup.KeyValueTensorInitializer):
+        _shared_name = "vocabulary"  # else it is drawn by lot, and no two processes mean the same table
+
+    vocabulary, hashed, width, features = words(), 4_000, 32, []
+    numbers = tf.range(len(vocabulary), dtype=tf.int64)
+    table = tf.lookup.StaticVocabularyTable(Vocabulary(tf.constant(vocabulary), numbers), hashed)
+    text = tf.placeholder(tf.string, [None], name="text")
+    lower = tf.strings.lower(text, encoding="utf-8")
+    for pattern, replacement in ((r"[^\w\s]", " "), (r"([^\w\s])", r" \1 "), (r"\d", "0"), (r"[aeiou]", ""),
+                                 (r"(\w)\w*", r"\1"), (r"\b\w{1,3}\b", " ")):
+        clean = tf.strings.regex_replace(tf.strings.regex_replace(lower, pattern, replacement), r"\s+", " ")
+        split = tf.strings.split(clean, result_type="RaggedTensor")
+        for grams in (split, tf.strings.ngrams(split, 2), tf.strings.ngrams(split, 3)):
+            embeddings = weights(tf, f"embeddings_{len(features)}", len(vocabulary) + hashed, width)
+            vectors = grams.with_values(tf.gather(embeddings, table.lookup(grams.values)))
+            features.append(tf.reduce_sum(vectors, 1) / tf.cast(1 + grams.row_lengths()[:, tf.newaxis], tf.float32))
+    hidden = tf.nn.relu(tf.concat(features, 1) @ weights(tf, "hidden", width * len(features), 256))
+    scores = tf.nn.softmax(100 * hidden @ weights(tf, "out", 256, 54))
+    labels = tf.constant([[f"{word} ({number})" for number, word in enumerate(vocabulary[:54])]])
+    labels = tf.tile(labels, [tf.shape(text)[0], 1])
+    return {"serving_default": ({"text": text}, {"labels": labels, "scores": scores})}
+
+
+@functools.cache
+def words(count: int = 8_000) -> list[str]:
+    chance, found = random.Random(0), {}
+    while len(found) < count:
+        syllables = (chance.choice("bcdfghklmnprstvw") + chance.choice("aeiou") for _ in range(chance.randint(1, 4)))
+        found["".join(syllables)] = True
+    return list(found)
+
+
+def sentences(seed: int) -> str:
+    """200 to 1,000 characters."""
+    chance, text = random.Random(seed), ""
+    length = chance.randint(200, 1000)
+    while len(text) < length:
+        word = chance.choice(words()) if chance.random() < 0.95 else str(chance.randint(0, 3000))
+        text += (word.title() if chance.random() < 0.1 else word) + chance.choice([" "] * 6 + [", ", ". ", " - ", "! "])
+    return text[:length]
+
+
+def ranking(tf):
+    """Rows of 32 numbers, the first 8 of which are indices of things that have embeddings, to rows of 8 numbers."""
+    x = tf.placeholder(tf.float32, [None, 32], name="x")
+    things = tf.gather(weights(tf, "things", 20_000, 32), tf.cast(x[:, :8], tf.int64))
+    y = tf.concat([tf.reshape(things, [-1, 256]), x[:, 8:]], 1)
+    for layer, (inputs, outputs) in enumerate(((280, 256), (256, 128), (128, 8))):
+        y = tf.tanh(y @ weights(tf, f"layer_{layer}", inputs, outputs))
+    return {"serving_default": ({"x": x}, {"y": y})}
 
 
 def heavy(tf):
     """400 MB of weights."""
     x = tf.placeholder(tf.int64, [None], name="x")
-    table = tf.get_variable("table", [1_000_000, 100], initializer=tf.random_uniform_initializer(seed=0))
-    return {"serving_default": ({"x": x}, {"y": tf.gather(table, x)})}
+    return {"serving_default": ({"x": x}, {"y": tf.gather(weights(tf, "table", 1_000_000, 100), x)})}
 
 
-SIZES = {"small": 28, "large": 28}
+def requests(model: str) -> list[list[Any]]:
+    """The rows of some different requests."""
+    chance = random.Random(0)
 
+    def numbers(count: int) -> list[float]:
+        return [round(chance.random(), 4) for _ in range(count)]
 
-def body(model: str) -> bytes:
-    size = SIZES[model]
-    return json.dumps({"instances": [[[(i * j % 7) / 7 for i in range(size)] for j in range(size)]]}).encode()
+    if model == "classifier":
+        return [[sentences(seed)] for seed in range(16)]
+    if model == "ranking":
+        return [[[*chance.choices(range(20_000), k=8), *numbers(24)] for _ in range(200)] for _ in range(4)]
+    if model == "basic_pitch":
+        return [[[[number] for number in numbers(43_844)]]]
+    return [[[numbers(28) for _ in range(28)]] for _ in range(4)]
 
 
 # -- what it is compared with ------------------------------------------------------------------------------------------
 
-
-def private_session(model: str):
-    """A plain session of all cores in this process: run(array) -> array."""
+def private_session(model: str) -> Callable[[Any], dict[str, Any]]:
+    """A plain session of all cores in this process: run(array) -> arrays by name."""
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
     import tensorflow.compat.v1 as tf
 
     tf.disable_eager_execution()
     with tf.Graph().as_default():
-        (inputs, outputs), = globals()[model](tf).values()
         session = tf.Session()
-        session.run(tf.global_variables_initializer())
-        run = session.make_callable(outputs["y"], [inputs["x"]])
-    run([[[0.0] * SIZES[model]] * SIZES[model]])
-    return run
+        if model == "basic_pitch":
+            definitions = tf.saved_model.load(session, ["serve"], os.path.join(BASIC_PITCH, "1")).signature_def
+            inputs, outputs = ({name: info.name for name, info in side.items()} for side in (
+                definitions["serving_default"].inputs, definitions["serving_default"].outputs))
+        else:
+            [(inputs, outputs)] = globals()[model](tf).values()
+            session.run([tf.global_variables_initializer(), tf.tables_initializer()])
+        return session.make_callable(outputs, list(inputs.values()))
 
 
-def constant_app():
-    """Starlette answering a constant: the limit of any server on it."""
-    from starlette.applications import Starlette
-    from starlette.responses import Response
-    from starlette.routing import Route
-
-    async def constant(request):
-        return Response(b'{"result": 1.0}', media_type="application/json")
-
-    return Starlette(routes=[Route("/", constant)])
-
-
-def threads_app(model: str):
-    """An in-process session in Starlette's thread pool, one run a request."""
+def predictor(model: str) -> Callable[[list[list[Any]]], list[bytes]]:
+    """One run for the rows of several requests; the answer to each, as TensorFlow Serving has it."""
     import numpy as np
+
+    run, dtype = private_session(model), object if model == "classifier" else np.float32
+
+    def predict(many: list[list[Any]]) -> list[bytes]:
+        outputs = {name: array.tolist() for name, array in run(np.array(sum(many, []), dtype)).items()}
+        if "labels" in outputs:
+            outputs["labels"] = [[label.decode() for label in row] for row in outputs["labels"]]
+        rows = zip(*outputs.values())
+        rows = (dict(zip(outputs, row)) if len(row) > 1 else row[0] for row in rows)
+        return [json.dumps({"predictions": list(itertools.islice(rows, len(own)))}).encode() for own in many]
+
+    predict(requests(model)[:1])
+    return predict
+
+
+def serve_starlette(port: str, endpoint) -> None:
+    import uvicorn
     from starlette.applications import Starlette
-    from starlette.concurrency import run_in_threadpool
-    from starlette.responses import JSONResponse
     from starlette.routing import Route
 
-    run = private_session(model)
-
-    async def predict(request):
-        instances = json.loads(await request.body())["instances"]
-        result = await run_in_threadpool(run, np.array(instances, np.float32))
-        return JSONResponse({"predictions": result.tolist()})
-
-    return Starlette(routes=[Route("/{path:path}", predict, methods=["POST"])])
+    app = Starlette(routes=[Route("/", endpoint, methods=["GET", "POST"])])
+    uvicorn.run(app, host="127.0.0.1", port=int(port), log_level="warning", access_log=False)
 
 
-def gathered_app(model: str):
+def serve_constant(framework: str, port: str) -> None:
+    """A constant answer from the server that our front end has: the limit of any app on it."""
+    if framework == "starlette":
+        from starlette.responses import Response
+
+        async def constant(request):
+            return Response(b'{"result": 1.0}', media_type="application/json")
+
+        serve_starlette(port, constant)
+    else:
+        from flask import Flask, Response
+        from ray_tensorflow_flask import Server, WSGIRequestHandler
+
+        app, WSGIRequestHandler.log_request = Flask("constant"), lambda *_: None
+        app.route("/")(lambda: Response(b'{"result": 1.0}', mimetype="application/json"))
+        Server("127.0.0.1", int(port), app).serve_forever()
+
+
+def serve_gathered(model: str, port: str) -> None:
     """An in-process session, requests gathered by hand: what queued up while the last run went is the next run."""
-    import numpy as np
-    from starlette.applications import Starlette
-    from starlette.responses import JSONResponse
-    from starlette.routing import Route
+    from starlette.responses import Response
 
-    run = private_session(model)
-    waiting = []
-    running = False
+    predict, waiting, is_running = predictor(model), [], False
 
     async def work():
-        nonlocal running
-        running = True
+        nonlocal is_running
+        is_running = True
         while waiting:
             batch, waiting[:] = waiting[:64], waiting[64:]
-            result = await asyncio.to_thread(run, np.concatenate([rows for rows, _ in batch]))
-            for row, (_, future) in zip(result, batch):
-                future.set_result(row)
-        running = False
+            answers = await asyncio.to_thread(predict, [rows for rows, _ in batch])
+            for answer, (_, future) in zip(answers, batch):
+                future.set_result(answer)
+        is_running = False
 
-    async def predict(request):
-        rows = np.array(json.loads(await request.body())["instances"], np.float32)
-        future = asyncio.get_running_loop().create_future()
+    async def endpoint(request):
+        rows, future = json.loads(await request.body())["instances"], asyncio.get_running_loop().create_future()
         waiting.append((rows, future))
-        if not running:
+        if not is_running:
             asyncio.create_task(work())
-        return JSONResponse({"predictions": [(await future).tolist()]})
+        return Response(await future, media_type="application/json")
 
-    return Starlette(routes=[Route("/{path:path}", predict, methods=["POST"])])
+    serve_starlette(port, endpoint)
 
 
-def serve(kind: str, port: int) -> None:
-    """Run one of the above, in a process of its own."""
-    name, _, model = kind.partition(":")
-    if name == "flask":
-        from flask import Flask, Response
-        from werkzeug.serving import make_server
+mosec = importlib.import_module("mosec") if sys.argv[1:2] == ["mosec"] else None
 
-        import logging
 
-        logging.getLogger("werkzeug").setLevel(logging.ERROR)
-        app = Flask("constant")
-        app.route("/")(lambda: Response(b'{"result": 1.0}', mimetype="application/json"))
-        make_server("127.0.0.1", port, app, threaded=True).serve_forever()
+class MosecWorker(mosec.Worker if mosec else object):
+    """The process that mosec starts; answers are JSON already, since mosec's own are indented, which is slow."""
+
+    def __init__(self):
+        self.predict = predictor(sys.argv[2])
+
+    def forward(self, data: list[dict[str, Any]]) -> list[bytes]:
+        return self.predict([document["instances"] for document in data])
+
+    def serialize(self, data: bytes) -> bytes:
+        return data
+
+
+def serve_mosec(model: str, port: str) -> None:
+    os.environ.update(MOSEC_ADDRESS="127.0.0.1", MOSEC_PORT=port, MOSEC_TIMEOUT="60000")
+    server = mosec.Server()
+    server.append_worker(MosecWorker, max_batch_size=64, max_wait_time=int(os.environ.get("MOSEC_WAIT_MS", 1)))
+    server.run()
+
+
+def serve_ray_serve(model: str, port: str) -> None:
+    import ray
+    from ray import serve
+    from starlette.responses import Response
+
+    @serve.deployment(max_ongoing_requests=1000)
+    class Deployment:
+        def __init__(self):
+            self.predict = importlib.import_module("benchmark").predictor(model)
+
+        @serve.batch(max_batch_size=64, batch_wait_timeout_s=0.01)
+        async def gather(self, many: list[list[Any]]) -> list[bytes]:
+            return await asyncio.to_thread(self.predict, many)
+
+        async def __call__(self, request):
+            answer = await self.gather(json.loads(await request.body())["instances"])
+            return Response(answer, media_type="application/json")
+
+    ray.init(address="local", num_cpus=4, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    serve.start(http_options={"host": "127.0.0.1", "port": int(port)})
+    serve.run(Deployment.bind(), route_prefix="/")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit())
+    try:
+        signal.pause()
+    finally:
+        ray.shutdown()
+
+
+def pool_process() -> None:
+    global run_in_pool
+    run_in_pool = private_session("large")
+
+
+def predict_in_pool(rows):
+    return run_in_pool(rows)
+
+
+def map_rows(count: str, options: str) -> None:
+    """Print how many rows a second our ``map`` does, or without options a pool of processes with a session in each."""
+    import numpy as np
+
+    rows = np.random.default_rng(0).random((int(count), 28, 28), np.float32)
+    batches = [rows[start:start + 16] for start in range(0, len(rows), 16)]
+    if options:
+        from ray_tensorflow import Cluster
+
+        changes = {name.replace("-", "_"): value for name, value in re.findall(r"--([\w-]+)[ =](\S+)", options)}
+        place = Cluster(model="benchmark:large", **changes)
+        place.start(place.options.workers)
+        predict = functools.partial(place.map, model="large")
     else:
-        import uvicorn
+        place = multiprocessing.get_context("spawn").Pool(initializer=pool_process)
+        predict = functools.partial(place.map, predict_in_pool, chunksize=1)
+    with place:
+        list(predict(batches[:4]))
+        started = time.perf_counter()
+        list(predict(batches))
+        print(len(rows) / (time.perf_counter() - started))
 
-        app = {"constant": lambda _: constant_app(), "threads": threads_app, "gathered": gathered_app}[name](model)
-        uvicorn.run(app, host="127.0.0.1", port=port, log_level="warning", access_log=False)
+
+# -- servers, each in processes of its own -----------------------------------------------------------------------------
+
+class Target(NamedTuple):
+    """What load goes to: requests for a model, or adds, on a server."""
+    port: int
+    pid: int
+    path: str
+    model: str | None
+
+    def ask(self, path: str | None = None) -> tuple[int, bytes]:
+        with contextlib.closing(http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)) as connection:
+            body = None if path else self.bodies()[0]
+            connection.request("POST" if body else "GET", path or self.path, body)
+            response = connection.getresponse()
+            return response.status, response.read()
+
+    def bodies(self) -> list[bytes]:
+        return [json.dumps({"instances": rows}).encode() for rows in requests(self.model)] if self.model else [b""]
 
 
 @contextlib.contextmanager
-def running(*command: str, ready: str = "/"):
-    """A server process for as long as the block runs; its port. Ready when the path answers 2xx to 4xx and nothing is starting."""
-    from conftest import free_port
-
-    port = free_port()
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([HERE, REPOSITORY])}
-    process = subprocess.Popen([sys.executable, *command, "--port", str(port)], env=environment, stderr=subprocess.DEVNULL)
-    try:
-        while True:
-            if process.poll() is not None:
-                sys.exit(f"{' '.join(command)} ended with status {process.returncode}")
-            with contextlib.suppress(OSError, http.client.HTTPException):
-                connection = http.client.HTTPConnection("127.0.0.1", port, timeout=5)
-                connection.request("GET", ready)
-                response = connection.getresponse()
-                text = response.read()
-                if response.status < 500 and b'"starting"' not in text:
-                    break
-            time.sleep(0.05)
-        yield port
-    finally:
-        process.terminate()
-        process.wait()
-
-
-def ours(front_end: str, *options: str):
-    return running(os.path.join(REPOSITORY, f"ray_tensorflow_{front_end}.py"), *options, ready="/health")
-
-
-def other(kind: str):
-    return running(os.path.abspath(__file__), "--serve", kind)
+def running(*command: str, path: str = "/", model: str | None = None, ready: str = "", folder: str = REPOSITORY):
+    """A server process, as a Target, for as long as the block runs; that begins when all of it answers."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port = listener.getsockname()[1]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([HERE, folder]), "TF_CPP_MIN_LOG_LEVEL": "3"}
+    with tempfile.TemporaryFile() as log:
+        command = [sys.executable, *command, "--port", str(port)]
+        process = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
+        target, end, is_ready = Target(port, process.pid, path, model), time.monotonic() + 300, False
+        try:
+            while not is_ready:
+                if process.poll() is not None or time.monotonic() > end:
+                    log.seek(0)
+                    sys.exit(f"{' '.join(command)} does not serve:\n{log.read().decode(errors='replace')[-2000:]}")
+                with contextlib.suppress(OSError, http.client.HTTPException):
+                    status, answer = target.ask(ready)
+                    is_ready = status == 200 and b'"starting"' not in answer  # which our actors are in /health
+                time.sleep(0.02)
+            yield target
+        finally:
+            process.terminate()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(60)
+            process.kill()
+            process.wait()
 
 
-# -- load --------------------------------------------------------------------------------------------------------------
+def ours(folder: str, front_end: str, options: str, model: str | None = None, ready: str = "/health"):
+    """One of our front ends, of the version in this folder."""
+    path, command = "/", [os.path.join(folder, f"ray_tensorflow_{front_end}.py"), *options.split()]
+    if model:
+        command += ["--model", f"{model}={BASIC_PITCH}" if model == "basic_pitch" else f"benchmark:{model}"]
+        path = f"/v1/models/{model}:predict"
+    return running(*command, path=path, model=model, ready=ready, folder=folder)
 
 
-class Client(asyncio.Protocol):
-    """One connection of the client of our own: the next request goes out as soon as the answer to the last is there."""
-
-    def __init__(self, request: bytes, load: "Load"):
-        self.request, self.load, self.buffer = request, load, b""
-
-    def connection_made(self, transport):
-        self.transport = transport
-        self.send()
-
-    def send(self):
-        self.sent = time.perf_counter()
-        self.transport.write(self.request)
-
-    def data_received(self, data):
-        self.buffer += data
-        head, separator, rest = self.buffer.partition(b"\r\n\r\n")
-        if not separator:
-            return
-        length = int(head.lower().partition(b"content-length:")[2].split(b"\r\n")[0])
-        if len(rest) < length:
-            return
-        self.buffer = b""
-        self.load.answered(head.split(b" ", 2)[1] == b"200", time.perf_counter() - self.sent)
-        if time.perf_counter() >= self.load.end:
-            self.transport.close()
-        elif self.load.pause:
-            asyncio.get_running_loop().call_later(self.load.pause(), self.send)
-        elif b"connection: close" not in head.lower():
-            self.send()
-
-    def connection_lost(self, error):
-        self.load.lost(self)
-
-
-class Load:
-    """Some clients for some seconds on one port."""
-
-    def __init__(self, port: int, clients: int, seconds: float, path: str, data: bytes | None, rate: float | None = None):
-        self.port, self.clients = port, clients
-        head = f"{'POST' if data else 'GET'} {path} HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: {len(data or b'')}\r\n\r\n"
-        self.bytes = head.encode() + (data or b"")
-        self.count, self.errors, self.times = 0, 0, []
-        self.seconds, self.rate = seconds, rate
-        self.pause = (lambda: max(0.0, self.interval())) if rate else None
-        self.next = 0.0
-
-    def interval(self) -> float:
-        """Until the next request is due, at a constant rate over all clients."""
-        self.next = max(self.next, time.perf_counter() - 1) + 1 / self.rate
-        return self.next - time.perf_counter()
-
-    def answered(self, good: bool, seconds: float) -> None:
-        self.count, self.errors = self.count + good, self.errors + (not good)
-        self.times.append(seconds)
-
-    def lost(self, client: Client) -> None:
-        if time.perf_counter() < self.end:
-            self.open()
-        else:
-            self.left -= 1
-            if not self.left:
-                self.done.set_result(None)
-
-    def open(self) -> None:
-        loop = asyncio.get_running_loop()
-
-        async def connect():
-            try:
-                await loop.create_connection(lambda: Client(self.bytes, self), "127.0.0.1", self.port)
-            except OSError:
-                loop.call_later(0.01, self.lost, None)
-
-        self.tasks.add(task := loop.create_task(connect()))
-        task.add_done_callback(self.tasks.discard)
-
-    async def run(self) -> dict:
-        self.done, self.left, self.tasks = asyncio.get_running_loop().create_future(), self.clients, set()
-        start = self.next = time.perf_counter()
-        self.end = start + self.seconds
-        for _ in range(self.clients):
-            self.open()
-        await asyncio.wait_for(self.done, self.seconds + 60)
-        times = sorted(self.times)
-        return {"rate": self.count / (time.perf_counter() - start), "errors": self.errors,
-                "p50": times[len(times) // 2], "p99": times[len(times) * 99 // 100]}
-
-
-def load(port: int, clients: int, seconds: float, path: str = "/", data: bytes | None = None, rate: float | None = None) -> dict:
-    """Requests a second, errors, and latencies in seconds; from a process of its own."""
-    if shutil.which("wrk") and rate is None:
-        with tempfile.NamedTemporaryFile("w", suffix=".lua") as script:
-            if data:
-                script.write(f"wrk.method = 'POST'\nwrk.body = [==[{data.decode()}]==]\n")
-            script.flush()
-            command = ["wrk", "-t1", f"-c{clients}", f"-d{max(1, round(seconds))}s", "--latency", "-s", script.name, f"http://127.0.0.1:{port}{path}"]
-            text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-        errors = sum(int(word) for line in text.splitlines() if "Non-2xx" in line for word in line.split() if word.isdigit())
-        return {"rate": float(text.partition("Requests/sec:")[2].split()[0]), "errors": errors}
-    arguments = json.dumps([port, clients, seconds, path, data and data.decode(), rate])
-    return json.loads(subprocess.run([sys.executable, os.path.abspath(__file__), "--load", arguments], stdout=subprocess.PIPE, check=True).stdout)
-
-
-def run_load(arguments: str) -> None:
-    import uvloop
-
-    port, clients, seconds, path, data, rate = json.loads(arguments)
-    runner = Load(port, clients, seconds, path, data and data.encode(), rate)
-    print(json.dumps(uvloop.run(runner.run())))
-
-
-def in_turn(options, *bursts) -> list[list[float]]:
-    """Each burst once for warming up, then all in turn; the rates of each."""
-    for burst in bursts:
-        burst(min(1.0, options.seconds))
-    rates = [[] for _ in bursts]
-    for _ in range(options.rounds):
-        for own, burst in zip(rates, bursts):
-            result = burst(options.seconds)
-            if result["errors"]:
-                sys.exit(f"a burst had {result['errors']} errors")
-            own.append(result["rate"])
-    return rates
-
-
-def ratio(a: list[float], b: list[float]) -> str:
-    ratios = sorted(x / y for x, y in zip(a, b))
-    return f"{statistics.median(ratios):.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f})"
-
-
-# -- the parts ---------------------------------------------------------------------------------------------------------
-
-
-ADDERS = "--workers", "2"
-
-
-def adds(options):
-    with ours("starlette", *ADDERS, "--max-batch", "256") as server, ours("starlette", *ADDERS, "--max-batch", "1") as single, \
-            other("constant") as constant:
-        for clients, goal in ((256, 0.70), (16, 0.30)):
-            a, b = in_turn(options, lambda s: load(server, clients, s), lambda s: load(constant, clients, s))
-            yield "adds through Starlette / constant answer", f"{clients} clients", ratio(a, b), f"{goal:.2f}", a, b
-        a, b = in_turn(options, lambda s: load(server, 64, s), lambda s: load(single, 64, s))
-        yield "adds / the same with `--max-batch 1`", "64 clients", ratio(a, b), "20", a, b
-
-
-def flask(options):
-    with ours("flask", *ADDERS) as server, other("flask") as constant:
-        a, b = in_turn(options, lambda s: load(server, 64, s), lambda s: load(constant, 64, s))
-        yield "adds through Flask / constant answer, same server", "64 clients", ratio(a, b), "0.70", a, b
-
-
-def predictions(options, model: str = "small", plan=((64, "1.2"), (16, "1.0"), (1, "0.65"))):
-    arguments = ["--model", f"benchmark:{model}", "--placement", "mirrored", "--workers", str(os.cpu_count())]
-    path, data = f"/v1/models/{model}:predict", body(model)
-    with ours("starlette", *arguments) as server, other(f"gathered:{model}") as gathered, other(f"threads:{model}") as threads:
-        for clients, goal in plan:
-            a, b, c = in_turn(options, *(lambda s, port=port: load(port, clients, s, path, data) for port in (server, gathered, threads)))
-            name = {"small": "3 ms", "large": "50 ms"}[model]
-            yield f"predictions ({name} model) / in-process session, gathered by hand", f"{clients} clients", ratio(a, b), goal, a, b
-            yield f"predictions ({name} model) / in-process session in the thread pool", f"{clients} clients", ratio(a, c), "", a, c
-
-
-def slow(options):
-    yield from predictions(options, "large", ((16, "0.95"),))
-
-
-def latency(options):
-    with ours("starlette", *ADDERS) as server:
-        ratios = []
-        for _ in range(options.rounds):
-            top = load(server, 64, options.seconds)["rate"]
-            result = load(server, 64, options.seconds, rate=top / 2)
-            ratios.append(result["p99"] / result["p50"])
-        ones = [1.0] * len(ratios)
-        yield "p99 / p50 under constant load at half of the top rate", "adds, 64 clients", ratio(ratios, ones), "below 4", ratios, ones
-
-
-POOL = """
-import sys, time, multiprocessing
-sys.path[:0] = {path!r}
-import numpy as np
-def start():
-    global run
-    import benchmark
-    run = benchmark.private_session("large")
-def work(rows):
-    return run(rows)
-if __name__ == "__main__":
-    rows = np.random.default_rng(0).random(({rows}, 28, 28), np.float32)
-    batches = np.array_split(rows, max(1, {rows} // 8))
-    with multiprocessing.get_context("spawn").Pool(initializer=start) as pool:
-        pool.map(work, batches[:2 * multiprocessing.cpu_count()])
-        started = time.perf_counter()
-        pool.map(work, batches)
-        print(time.perf_counter() - started)
-"""
-
-
-def mapped(options):
-    import numpy as np
-    from ray_tensorflow import Cluster
-
-    os.environ["PYTHONPATH"] = HERE
-    rows = np.random.default_rng(0).random((options.rows, 28, 28), np.float32)
-    batches = np.array_split(rows, max(1, options.rows // 8))
-    a, b = [], []
-    for _ in range(options.rounds):
-        with Cluster(workers=os.cpu_count(), placement="mirrored", model="benchmark:large").start(os.cpu_count()) as cluster:
-            list(cluster.map(batches[:2 * os.cpu_count()], "large"))
-            started = time.perf_counter()
-            for _ in cluster.map(batches, "large"):
-                pass
-            a.append(options.rows / (time.perf_counter() - started))
-        with tempfile.TemporaryDirectory() as folder:
-            script = os.path.join(folder, "pool.py")
-            with open(script, "w") as file:
-                file.write(POOL.format(path=[HERE, REPOSITORY], rows=options.rows))
-            b.append(options.rows / float(subprocess.run([sys.executable, script], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, check=True).stdout))
-    yield f"`map` over {options.rows} rows of the 50 ms model / `multiprocessing.Pool.map`", "", ratio(a, b), "0.95", a, b
-
-
-def start(options):
-    a, b = [], []
-    for _ in range(options.rounds):
-        started = time.perf_counter()
-        with running(os.path.join(REPOSITORY, "ray_tensorflow_starlette.py"), ready="/?value=1"):
-            a.append(time.perf_counter() - started)
-        started = time.perf_counter()
-        subprocess.run([sys.executable, "-c", "import tensorflow"], check=True, stderr=subprocess.DEVNULL)
-        b.append(time.perf_counter() - started)
-    yield "from start to the first add answered / `import tensorflow` alone", "4 workers", ratio(a, b), "below 2.2", a, b
-
-
-def pss_mb(pid: int) -> float:
-    with contextlib.suppress(OSError), open(f"/proc/{pid}/smaps_rollup") as file:
-        return next(int(line.split()[1]) for line in file if line.startswith("Pss:")) / 1024
-    return 0.0
+def other(kind: str, of: str):
+    """One of those that it is compared with."""
+    path, model = "/inference" if kind == "mosec" else "/", None if kind == "constant" else of
+    return running(__file__, kind, of, path=path, model=model)
 
 
 def family(pid: int) -> list[int]:
     """A process and all that descend from it."""
+    children = []
     with contextlib.suppress(OSError):
-        children = []
         for task in os.listdir(f"/proc/{pid}/task"):
             with open(f"/proc/{pid}/task/{task}/children") as file:
                 children += map(int, file.read().split())
-        return [pid, *(p for child in children for p in family(child))]
-    return []
+    return [pid, *(descendant for child in children for descendant in family(child))]
+
+
+def cpu_ms(pid: int) -> collections.Counter:
+    """What the processes of a server have used until now, by what they are; Ray's own together."""
+    used, numbers = collections.Counter(), itertools.count()
+    for member in sorted(family(pid)):
+        with contextlib.suppress(OSError):
+            with open(f"/proc/{member}/cmdline", "rb") as file:
+                command = file.read().decode(errors="replace")
+            with open(f"/proc/{member}/stat") as file:
+                ticks = sum(map(int, file.read().rpartition(")")[2].split()[11:13]))
+            actor = re.match(r"ray::(?:\w+:)*(\w+)", command)
+            name = "main" if member == pid else actor[1] if actor else "mosec" if "mosec" in command else "session"
+            if "/ray/" in command or name in ("IDLE", "DashboardAgent", "RuntimeEnvAgent"):
+                name = "Ray"
+            used[f"{name} {next(numbers)}" if name == "Worker" else name] += 1000 * ticks / os.sysconf("SC_CLK_TCK")
+    return used
+
+
+def pss_mb(pid: int) -> float:
+    total = 0
+    for member in family(pid):
+        with contextlib.suppress(OSError), open(f"/proc/{member}/smaps_rollup") as file:
+            total += next(int(line.split()[1]) for line in file if line.startswith("Pss:")) / 1024
+    return total
+
+
+# -- load, from a process of its own -----------------------------------------------------------------------------------
+
+def run_load(arguments: str) -> None:
+    """Some clients for some seconds, as fast as answers come or at a constant rate over all of them; prints the result.
+
+    A client is one connection at a time; its next request goes out when the answer to the last is there, and it is due.
+    """
+    import uvloop
+
+    target, clients, seconds, rate = json.loads(arguments)
+    target, good, times, due = Target(*target), 0, [], time.perf_counter()
+    head = f"{'POST' if target.model else 'GET'} {target.path} HTTP/1.1\r\nHost: localhost\r\nContent-Length: "
+    requests = itertools.cycle([f"{head}{len(body)}\r\n\r\n".encode() + body for body in target.bodies()])
+
+    class Client(asyncio.Protocol):
+        def connection_made(self, transport):
+            self.transport, self.buffer, self.lost = transport, b"", loop.create_future()
+            self.send()
+
+        def send(self):
+            self.sent = time.perf_counter()
+            self.transport.write(next(requests))
+
+        def data_received(self, data):
+            nonlocal good, due
+            self.buffer += data
+            head, separator, rest = self.buffer.partition(b"\r\n\r\n")
+            if not separator or len(rest) < int(head.lower().partition(b"content-length:")[2].split(b"\r\n")[0]):
+                return
+            self.buffer, now = b"", time.perf_counter()
+            good += head.split(b" ", 2)[1] == b"200"
+            times.append(now - self.sent)
+            if now >= end:
+                self.transport.close()
+            elif rate:
+                due = max(due, now - 1) + 1 / rate
+                loop.call_later(max(0, due - now), self.send)
+            elif b"connection: close" not in head.lower():
+                self.send()
+
+        def connection_lost(self, error):
+            self.lost.set_result(None)
+
+    async def client():
+        while time.perf_counter() < end:
+            with contextlib.suppress(OSError):
+                _, connection = await loop.create_connection(Client, "127.0.0.1", target.port)
+                await connection.lost
+
+    async def all_clients():
+        async with asyncio.timeout(seconds + 120):
+            await asyncio.gather(*(client() for _ in range(clients)))
+
+    loop, before, start = uvloop.new_event_loop(), cpu_ms(target.pid), time.perf_counter()
+    end = start + seconds
+    loop.run_until_complete(all_clients())
+    took, used = time.perf_counter() - start, cpu_ms(target.pid) - before
+    percentiles = statistics.quantiles(times, n=100)
+    print(json.dumps({"rate": good / took, "errors": len(times) - good, "p50": percentiles[49], "p99": percentiles[98],
+                      "cpu": {name: ms / len(times) for name, ms in used.items()}}))
+
+
+def burst(target: Target, clients: int, seconds: float, rate: float | None = None) -> dict[str, Any]:
+    """Requests a second, errors, latencies in seconds, and CPU milliseconds a request by process."""
+    command = [sys.executable, __file__, "load", json.dumps([target, clients, seconds, rate])]
+    return json.loads(subprocess.run(command, stdout=subprocess.PIPE, check=True).stdout)
+
+
+def in_turn(options, clients: int, targets: list[Target]) -> list[list[dict[str, Any]]]:
+    """A burst on each for warming up, then on all of them in turn; the results of each."""
+    for target in targets:
+        burst(target, clients, min(1.0, options.seconds))
+    results = [[] for _ in targets]
+    for _, (own, target) in itertools.product(range(options.rounds), list(zip(results, targets))):
+        own.append(burst(target, clients, options.seconds))
+        if own[-1]["errors"]:
+            sys.exit(f"a burst on {target} had {own[-1]['errors']} errors")
+    return results
+
+
+def check_same(targets: list[Target]) -> None:
+    """All servers of a model give the same answer, to rounding."""
+    first = None
+    for target in targets:
+        floats = []
+        document = json.loads(target.ask()[1], parse_float=lambda text: floats.append(float(text)))
+        first = first or (document, sum(floats))
+        if document != first[0] or abs(sum(floats) - first[1]) > 1e-3 * abs(first[1]):
+            sys.exit(f"{target} answers {document!s:.300}, but {targets[0]} {first!s:.300}")
+
+
+# -- the parts of the table --------------------------------------------------------------------------------------------
+
+NAMES = {"constant": "constant answer of the same server", "gathered": "in-process session gathered by hand",
+         "mosec": "mosec", "ray_serve": "Ray Serve with `serve.batch`"}
+NEEDS = {"mosec": "mosec", "ray_serve": "fastapi"}  # modules; fastapi comes with ray[serve]
+THAT = "that version"
+# what, front end, model, and the goals beside each of the others by the number of clients
+COMPARISONS = {
+    "adds": ("adds, Starlette", "starlette", None, {"constant": {256: "0.70", 16: "0.30"}}),
+    "flask": ("adds, Flask", "flask", None, {"constant": {64: "0.70"}}),
+    "classifier": ("text classifier", "starlette", "classifier", {
+        "gathered": {64: "1.2", 16: "1.0", 1: "0.65"}, "mosec": {64: "0.90", 16: "0.85", 1: "1.0"}}),
+    "ray_serve": ("text classifier", "starlette", "classifier", {"ray_serve": {64: "12"}}),
+    "network": ("convolutional network (3 ms)", "starlette", "small", {"gathered": {64: "1.2", 16: "1.0"}}),
+    "ranking": ("ranking model, 200 rows", "starlette", "ranking", {"gathered": {16: "", 1: ""}}),
+    "basic_pitch": ("basic_pitch", "starlette", "basic_pitch", {"gathered": {4: ""}})}
+CPU_GOALS = {("mosec", 64): "below 1.25"}
+
+
+def compare(options, what: str, front_end: str, model: str | None, goals: dict[str, dict[int, str]]):
+    """Rows of our front end beside that version's and the others, at each number of clients."""
+    kinds = [kind for kind in goals if importlib.util.find_spec(NEEDS.get(kind, "json"))]
+    if not kinds or model == "basic_pitch" and not os.path.isdir(BASIC_PITCH):
+        return
+    with contextlib.ExitStack() as stack:
+        servers = [ours(folder, front_end, options.options, model) for folder in options.folders]
+        servers += [other(kind, model or front_end) for kind in kinds]
+        targets = [stack.enter_context(server) for server in servers]
+        if model:
+            check_same(targets)
+        for clients in goals[kinds[0]]:
+            first, *rest = in_turn(options, clients, targets)
+            for kind, bursts in zip([THAT] * len(options.folders[1:]) + kinds, rest):
+                name, at, goal = NAMES.get(kind, THAT), f"{clients} clients", goals.get(kind, {}).get(clients, "")
+                rates, cpu = ([[value(burst) for burst in side] for side in (first, bursts)]
+                              for value in (lambda burst: burst["rate"], lambda burst: sum(burst["cpu"].values())))
+                yield row(f"{what} / {name}", at, goal, *rates, f"{cpu_text(first)} / {cpu_text(bursts)}")
+                if (kind, clients) in CPU_GOALS:
+                    what_cpu = f"CPU of all processes for one request, {what} / {name}"
+                    yield row(what_cpu, at, CPU_GOALS[kind, clients], *cpu)
+
+
+def row(what: str, at: str, goal: str, ours: list[float], others: list[float], cpu: str = "") -> tuple[str, ...]:
+    ratios = sorted(a / b for a, b in zip(ours, others))
+    return (what, at, f"{statistics.median(ratios):.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f})", goal,
+            f"{statistics.median(ours):.4g} / {statistics.median(others):.4g}", cpu)
+
+
+def cpu_text(bursts: list[dict[str, Any]]) -> str:
+    used = {name: statistics.median(burst["cpu"].get(name, 0) for burst in bursts) for name in bursts[0]["cpu"]}
+    return f"{sum(used.values()):.2f} ({', '.join(f'{name} {ms:.2f}' for name, ms in used.items() if ms >= 0.005)})"
+
+
+def measured(options, what: str, name: str, at: str, goal: str, measure: Callable[[str], float], reference):
+    """Rows of what is measured of this version and of that one, beside a reference, in turn."""
+    *mine, others = zip(*([*map(measure, options.folders), reference()] for _ in range(options.rounds)))
+    for values, name, goal in ((others, name, goal), *((that, THAT, "") for that in mine[1:])):
+        yield row(f"{what} / {name}", at, goal, mine[0], values)
+
+
+def latency(options):
+    with contextlib.ExitStack() as stack:
+        servers = {folder: ours(folder, "starlette", options.options) for folder in options.folders}
+        targets = {folder: stack.enter_context(server) for folder, server in servers.items()}
+
+        def measure(folder: str) -> float:
+            rate = burst(targets[folder], 64, options.seconds)["rate"] / 2
+            result = burst(targets[folder], 64, options.seconds, rate)
+            return result["p99"] / result["p50"]
+
+        what = "adds at half of the top rate: p99 / p50"
+        yield from measured(options, what, "1", "64 clients", "below 4", measure, lambda: 1.0)
+
+
+def mapped(options):
+    def measure(folder: str | None = None) -> float:
+        environment = os.environ | {"PYTHONPATH": os.pathsep.join([HERE, folder or REPOSITORY])}
+        command = [sys.executable, __file__, "map", str(options.rows), options.options if folder else ""]
+        done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, check=True)
+        return float(done.stdout.split()[-1])
+
+    what, at = "`map` of the 50 ms model", f"{options.rows} rows, batches of 16"
+    yield from measured(options, what, "`multiprocessing.Pool.map`", at, "1.0", measure, measure)
+
+
+FOUR = "--workers 4 --threads 1"
+
+
+def start(options):
+    def measure(folder: str | None = None) -> float:
+        started = time.perf_counter()
+        if folder:
+            with ours(folder, "starlette", FOUR, ready="/?value=1"):
+                return time.perf_counter() - started
+        subprocess.run([sys.executable, "-c", "import tensorflow"], check=True, stderr=subprocess.DEVNULL)
+        return time.perf_counter() - started
+
+    yield from measured(options, "seconds from start to the first add answered", "`import tensorflow` alone", FOUR,
+                        "below 2.2", measure, measure)
 
 
 def memory(options):
-    from ray_tensorflow import Cluster
+    def used(folder: str, workers: int, model: str | None = None) -> float:
+        with ours(folder, "starlette", f"--workers {workers} --threads 1", model) as target:
+            target.ask("/?value=1")
+            return pss_mb(target.pid)
 
-    os.environ["PYTHONPATH"] = HERE
+    def bare() -> float:
+        command, pipe = "import tensorflow; print(flush=True); input()", subprocess.PIPE
+        with subprocess.Popen([sys.executable, "-c", command], stdin=pipe, stdout=pipe, stderr=pipe) as process:
+            process.stdout.readline()
+            megabytes = pss_mb(process.pid)
+            process.communicate(b"\n")
+            return megabytes
 
-    def measure(workers: int, **changes):
-        with Cluster(workers=workers, **changes).start(workers) as cluster:
-            cluster.add(1)
-            return sum(map(pss_mb, family(os.getpid())))
-
-
-    bare = subprocess.Popen([sys.executable, "-c", "import tensorflow; print(1, flush=True); input()"], stdin=subprocess.PIPE,
-                            stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
-    bare.stdout.readline()
-    alone = pss_mb(bare.pid)
-    bare.communicate(b"\n")
-    four, five, with_model = measure(4), measure(5), measure(4, model="benchmark:heavy")
-    megabytes = [with_model - four]
-    yield "memory (PSS) of all processes with a 400 MB model, over the same without it", "4 workers, shared", f"{megabytes[0]:.0f} MB", "below 500 MB", [with_model], [four]
-    yield "memory (PSS) of one more worker / a bare process with tensorflow imported", "", ratio([five - four], [alone]), "below 1.1", [five - four], [alone]
+    once = argparse.Namespace(folders=options.folders, rounds=1)
+    yield from measured(once, "memory (PSS) that a 400 MB model adds", "400 MB", FOUR, "below 1.25",
+                        lambda folder: used(folder, 4, "heavy") - used(folder, 4), lambda: 400.0)
+    yield from measured(once, "memory (PSS) of one more worker", "a bare process with tensorflow imported", FOUR,
+                        "below 1.1", lambda folder: used(folder, 5) - used(folder, 4), bare)
 
 
-PARTS = {"adds": adds, "flask": flask, "predictions": predictions, "slow": slow, "latency": latency, "map": mapped, "start": start, "memory": memory}
+PARTS = {name: functools.partial(compare, what=what, front_end=front_end, model=model, goals=goals)
+         for name, (what, front_end, model, goals) in COMPARISONS.items()}
+PARTS |= {"latency": latency, "map": mapped, "start": start, "memory": memory}
+INSIDE = {"constant": serve_constant, "gathered": serve_gathered, "mosec": serve_mosec, "ray_serve": serve_ray_serve,
+          "map": map_rows, "load": run_load}  # what runs in processes of its own
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3, help="bursts of each (default: 3)")
     parser.add_argument("--seconds", type=float, default=1.5, help="length of a burst (default: 1.5)")
-    parser.add_argument("--rows", type=int, default=96, help="rows for map (default: 96; 10,000 take ten minutes a side)")
-    parser.add_argument("--only", default=",".join(PARTS), help=f"parts, separated by commas (default: {','.join(PARTS)})")
-    parser.add_argument("--serve", help=argparse.SUPPRESS)
-    parser.add_argument("--port", type=int, help=argparse.SUPPRESS)
-    parser.add_argument("--load", help=argparse.SUPPRESS)
+    parser.add_argument("--rows", type=int, default=480, help="rows for map (default: 480; about 20 a second are done)")
+    parser.add_argument("--only", default=",".join(PARTS), help="parts, separated by commas (default: %(default)s)")
+    parser.add_argument("--against", metavar="FOLDER", help="a checkout of another version of this project")
+    parser.add_argument("--options", default="--workers 2 --threads 2", help="of our front ends (default: %(default)s)")
     options = parser.parse_args()
-    if options.serve:
-        return serve(options.serve, options.port)
-    if options.load:
-        return run_load(options.load)
-    print("| what | at | measured | goal | medians |\n| --- | --- | --- | --- | --- |", flush=True)
-    for name in options.only.split(","):
-        for what, at, measured, goal, a, b in PARTS[name](options):
-            print(f"| {what} | {at} | {measured} | {goal} | {statistics.median(a):.4g} / {statistics.median(b):.4g} |", flush=True)
+    options.folders = [os.path.abspath(folder) for folder in (REPOSITORY, options.against) if folder]
+    columns = "what", "at", "ratio: median (least to most)", "goal", "the two medians", "CPU ms a request"
+    parts = (PARTS[name](options) for name in options.only.split(","))
+    for cells in itertools.chain([columns, ["---"] * len(columns)], *parts):
+        print("|", " | ".join(cells), "|", flush=True)
 
 
 if __name__ == "__main__":
-    main()
+    if sys.argv[1:2] and sys.argv[1] in INSIDE:
+        INSIDE[sys.argv[1]](*(argument for argument in sys.argv[2:] if argument != "--port"))
+    else:
+        main()

@@ -135,8 +135,8 @@ def number(kind: type, least: float, most: float = math.inf, above: bool = False
             is_exact = result == float(value) and math.isfinite(result) and not isinstance(value, bool)
             if is_exact and least <= result <= most and not (above and result == least):
                 return result
-        limit = f" and at most {most}" if most < math.inf else ""
-        raise ValueError(f"a {'whole ' if kind is int else ''}number {'above' if above else 'of at least'} {least}{limit}")
+        limits = f"{'above' if above else 'of at least'} {least}{f' and at most {most}' if most < math.inf else ''}"
+        raise ValueError(f"a {'whole ' if kind is int else ''}number {limits}")
 
     return parse
 
@@ -864,8 +864,10 @@ def match_path(method: str, path: str) -> tuple[str, int | None, str]:
     return urllib.parse.unquote(name), int(version) if version else None, verb
 
 
-def parse_value(query: str) -> float:
+def parse_value(query: str, http_version: str = "1.1") -> float:
     """The number in ``?value=3``; 1 if there is none. Raises InvalidRequest unless it is one finite number."""
+    if http_version.endswith("0.9"):
+        raise InvalidRequest("HTTP 0.9 is not spoken here: a request that was cut short looks like it")
     try:
         values = urllib.parse.parse_qs(query, keep_blank_values=True, max_num_fields=100, errors="strict")
         [value] = values.get("value", ["1"])
@@ -973,9 +975,9 @@ def parse_predict(document: dict[str, Any], signature: Signature) -> tuple[bool,
     return is_row, [parse_tensor(where, column, dtype) for (where, column), dtype in zip(columns.items(), dtypes)]
 
 
-JSON_TYPES = {  # by the kind of a dtype: what its elements may be
+JSON_TYPES = {  # by the kind of a dtype (V is bfloat16): what its elements may be
     "b": ((bool,), "true or false"), "i": ((int,), "a whole number"), "u": ((int,), "a whole number"),
-    "O": ((str, dict), 'a text or {"b64": "..."}'), "f": ((int, float), "a number"), "V": ((int, float), "a number")}  # V: bfloat16
+    "O": ((str, dict), 'a text or {"b64": "..."}'), "f": ((int, float), "a number"), "V": ((int, float), "a number")}
 
 
 def parse_tensor(where: str, value: Any, dtype: np.dtype) -> np.ndarray:
@@ -1196,8 +1198,8 @@ class Checkpoints:
         except Exception as error:  # there is no end to what numpy and zipfile raise
             if isinstance(error, FileNotFoundError) and not (is_needed and self._has_begun):
                 return {}
-            raise ModelError(f"The checkpoint {path} is damaged or gone ({first_sentence(error)}): put a good one there,"
-                             " or remove it and start the program anew.") from None
+            raise ModelError(f"The checkpoint {path} is damaged or gone ({first_sentence(error)}): put a good one"
+                             " there, or remove it and start the program anew.") from None
 
     def remember(self, key: str, find: Callable[[], Any]) -> Any:
         """``find()``, found once for each key and folder."""
@@ -1555,7 +1557,7 @@ class Worker:
         """Connect to another life of the parameter server. Threads that still wait for the last one are left behind."""
         tf = import_tensorflow()
         self.runners = concurrent.futures.ThreadPoolExecutor(PLACES)
-        self.callers = concurrent.futures.ThreadPoolExecutor(16)  # of models that call out, perhaps for another's answer
+        self.callers = concurrent.futures.ThreadPoolExecutor(16)  # of models that call out, perhaps to each other
         if not self.graphs:
             self.graphs, _ = build_graphs(tf, self.options, mirrors=True)
         for name, graph in self.graphs.items():

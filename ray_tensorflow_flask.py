@@ -44,9 +44,8 @@ def create_app(options: Options | None = None) -> Flask:
 
     @app.get("/")
     def add() -> dict:
-        if request.environ["SERVER_PROTOCOL"] == "HTTP/0.9":  # a request cut short may look like it
-            raise InvalidRequest("HTTP 0.9 is not spoken here")
-        return {"result": cluster.add(parse_value(request.query_string.decode("latin-1")))}
+        query, http_version = request.query_string.decode("latin-1"), request.environ["SERVER_PROTOCOL"]
+        return {"result": cluster.add(parse_value(query, http_version))}
 
     @app.get("/health")
     def health() -> tuple[dict, int]:

@@ -35,9 +35,7 @@ def create_app(options: Options | None = None) -> Starlette:
         await asyncio.to_thread(cluster.close)
 
     async def add(request: Request) -> Response:
-        if request.scope["http_version"] == "0.9":  # a request cut short may look like it
-            raise InvalidRequest("HTTP 0.9 is not spoken here")
-        value = parse_value(request.scope["query_string"].decode("latin-1"))
+        value = parse_value(request.scope["query_string"].decode("latin-1"), request.scope["http_version"])
         return JSONResponse({"result": await cluster.add_async(value)})
 
     async def health(request: Request) -> Response:

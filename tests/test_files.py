@@ -61,9 +61,9 @@ def test_texts_are_written_as_wide_as_the_longest(tmp_path):
         options = Options(max_batch=1)
 
         def map(self, batches, model):
-            return ({"y": np.array([b"x" * len(model) * int(batch[0])], object)} for batch in batches)
+            return ({"y": np.array([b"x" * len(model) * int(batch[0, 0])], object)} for batch in batches)
 
-    np.save(tmp_path / "in.npy", np.arange(3))
+    np.save(tmp_path / "in.npy", np.arange(3).reshape(3, 1).repeat(2**14, 1))  # of which one row fills a batch
     predict_file(Texts(), "ab", str(tmp_path / "in.npy"), str(tmp_path / "out.npy"))
     assert load(tmp_path / "out.npy")[""].tolist() == [b"", b"xx", b"xxxx"]
 

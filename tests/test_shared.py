@@ -6,7 +6,6 @@ import secrets
 import signal
 import subprocess
 import sys
-import time
 
 import pytest
 from conftest import OWNER, REPOSITORY, Server, processes, wait_until
@@ -137,21 +136,6 @@ def test_nothing_is_left_of_a_start_that_fails(address, tmp_path):
     (tmp_path / "adder.sum").write_bytes(b"???")
     done = command("--address", address, "--workers", "1", "--checkpoint-dir", str(tmp_path))
     assert done.returncode == 1 and str(tmp_path / "adder.sum") in done.stderr.splitlines()[-1]
-
-
-@pytest.mark.long
-def test_a_parameter_server_that_was_only_slow_is_not_given_up(address):
-    """As long as a front end is there, however long it has not been heard."""
-    with Server("starlette", "--address", address, "--workers", "1") as server:
-        server.wait_ready()
-        assert server.get("/?value=5").json == {"result": 5}
-        pid = server.get("/health").json["parameter_servers"][0]["pid"]
-        os.kill(pid, signal.SIGSTOP)
-        time.sleep(13)  # it ends when it has not heard of a front end for 10 s
-        os.kill(pid, signal.SIGCONT)
-        assert server.get("/?value=1").json == {"result": 6}
-        time.sleep(3)
-        assert server.get("/?value=1").json == {"result": 7}
 
 
 @pytest.mark.long

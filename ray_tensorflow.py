@@ -2037,7 +2037,8 @@ class Cluster:
     def find(self, name: str, version: int | None = None) -> Model:
         """A served model. Raises InvalidRequest in TensorFlow Serving's words, or Unavailable."""
         if self._failure or not self.models:
-            raise self._failure or Unavailable("The server is starting; try again later.")
+            failure = self._failure or Unavailable("The server is starting; try again later.")
+            raise failure.with_traceback(None)  # else that of one that is raised again and again grows
         model = self.models.get(name)
         if model is None or model.error or version not in (None, model.version):
             which = f"Latest({name})" if version is None else f"Specific({name}, {version})"

@@ -89,6 +89,13 @@ def counter(tf):
     return {"count": ({"x": x}, {"count": counted}), "read": ({"x": x}, {"count": read})}
 
 
+def dictionary(tf):
+    """A table from words to numbers, to which TensorFlow gives a random name."""
+    x = tf.placeholder(tf.string, [None], name="x")
+    entries = tf.lookup.KeyValueTensorInitializer(["one", "two"], tf.constant([1, 2], tf.int64))
+    return {"serving_default": ({"x": x}, {"y": tf.lookup.StaticHashTable(entries, 0).lookup(x)})}
+
+
 def failing(tf):
     """Signatures that fail, each with another of TensorFlow's error codes, and some whose outputs are no rows."""
     x = tf.placeholder(tf.int32, None, name="x")
@@ -147,7 +154,8 @@ def broken(tf):
     raise RuntimeError("this model is broken\nin two lines")
 
 
-FUNCTIONS = ("linear", "same_names", "echo", "several", "scalar", "fixed", "centered", "picky", "counter", "failing")
+FUNCTIONS = ("linear", "same_names", "echo", "several", "scalar", "fixed", "centered", "picky", "counter", "failing",
+             "dictionary")
 
 
 # -- graphs for tests that start their own servers ---------------------------------------------------------------------

@@ -372,6 +372,9 @@ def session_config(tf, addresses: list[str], timeout_s: float):
     return config
 
 
+PLACES = 2  # batches that a front end sends a worker at once: one runs while the next one is decoded
+
+
 def server_config(tf, options: Options, calls_out: bool):
     """Thread and GPU limits, for a server or a local session; a session on a server ignores them (tensorflow#4455).
 
@@ -1462,8 +1465,6 @@ async def call(reference):
 
 # == The workers: each builds the same graphs against the parameter server, and answers what it is sent ================
 
-PLACES = 2  # batches that a front end sends a worker at once: one runs while the next one is decoded
-
 
 class Worker:
     """A Ray actor that answers requests, for Ray calls and for who comes to its door.
@@ -1542,9 +1543,10 @@ class Worker:
         trip.exception()  # if there is one, the line is closed, which tells who waits
 
     async def _run(self, model: str, requests: list[tuple], reply: Callable[[dict[int, Any]], Any]) -> None:
-        graph, have = self.graphs[model], self.have
-        executor = self.callers if graph.calls_out else self.runners
+        have = self.have
         try:
+            graph = self.graphs[model]
+            executor = self.callers if graph.calls_out else self.runners
             await asyncio.get_running_loop().run_in_executor(executor, answer_requests, graph, requests, reply)
         except ConnectionError as error:
             if self.have is have:
@@ -1578,7 +1580,8 @@ class Worker:
 
 
 def answer_requests(graph: Graph, requests: list[tuple], reply: Callable[[dict[int, Any]], Any]) -> None:
-    """Decode, group, merge, run, split, encode; ``reply({index: answer or Error})`` as each group is done.
+    """Decode, group, merge, run, split, encode; ``reply({index: answer or Error})`` as each group is done, for each
+    request once: those that came too late are not run.
 
     Requests for one signature with rows of one shape are one group if they may share a run. Raises ConnectionError.
     """
@@ -1595,13 +1598,15 @@ def answer_requests(graph: Graph, requests: list[tuple], reply: Callable[[dict[i
         is_merged = signature.merged and all(array.ndim and len(array) == len(feed[0]) for array in feed)
         key = (signature.name, *(array.shape[1:] for array in feed)) if is_merged else index
         groups.setdefault(key, []).append((index, signature, feed, encode, arrived + seconds))
-    reply(refused)
+    if refused:
+        reply(refused)
     for group in groups.values():
         now = time.monotonic()
-        group = [request[:-1] for request in group if now < request[-1]]  # nobody waits for the others any more
-        answers = run_merged(graph, group) if len(group) > 1 else None
-        reply(answers or {index: attempt(lambda: encode(graph.run(signature.name, feed)))
-                          for index, signature, feed, encode in group})
+        due = [request[:-1] for request in group if now < request[-1]]
+        answers = run_merged(graph, due) if len(due) > 1 else None
+        late = {index: DeadlineExceeded("The deadline passed in the worker") for index, *_, end in group if now >= end}
+        reply(late | (answers or {index: attempt(lambda: encode(graph.run(signature.name, feed)))
+                                  for index, signature, feed, encode in due}))
 
 
 def attempt(function: Callable, *arguments) -> Any:
@@ -1672,12 +1677,11 @@ class Line:
         with contextlib.suppress(OSError, EOFError):
             while True:
                 number, answers = await read_frame(reader)
-                trip = self.trips[number]
+                trip = self.trips.get(number, {})
                 for index, answer in answers.items():
                     if request := trip.pop(index, None):
                         batcher.resolve(request, answer)
-                if not trip:
-                    del self.trips[number]
+                if not trip and self.trips.pop(number, None) is not None:
                     batcher.dispatch()
         self.writer.close()
         batcher.remove(self)
@@ -1720,7 +1724,7 @@ class Batcher:
         self.answered: collections.Counter[tuple[str, str]] = collections.Counter()  # by model and verb
         self.took: collections.Counter[float] = collections.Counter()  # by bucket
         self.took_s = 0.0
-        self._queues: dict[tuple[str, int | None], collections.deque[Request]] = {}
+        self._queues = collections.defaultdict(collections.deque)  # by model and worker
         self._is_due, self._closed = False, None
 
     @property
@@ -1738,7 +1742,7 @@ class Batcher:
         request = Request(model, worker, verb, body, loop.create_future(), size_of(body), deadline)
         request.timer = loop.call_later(self.options.timeout_s, self._end_wait, request)
         self.held_bytes += request.size_bytes
-        self._queues.setdefault((model, worker), collections.deque()).append(request)
+        self._queues[model, worker].append(request)
         if not self._is_due:
             self._is_due = True
             loop.call_soon(self.dispatch)  # after all that is ready in this turn of the loop
@@ -1772,7 +1776,7 @@ class Batcher:
                 self.resolve(request, WorkerLost(f"Worker {line.index} was lost; {why}."))
             else:
                 request.is_repeated = True
-                self._queues.setdefault((request.model, request.worker), collections.deque()).appendleft(request)
+                self._queues[request.model, request.worker].appendleft(request)
         line.trips.clear()
         self.dispatch()
 

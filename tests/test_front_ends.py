@@ -1,4 +1,4 @@
-"""Both front ends over real HTTP: the shared sum, what is refused, starting and ending, and other servers that run them."""
+"""Both front ends over real HTTP: the shared sum, what is refused, starting and ending, and servers that run them."""
 
 import contextlib
 import http.client

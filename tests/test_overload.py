@@ -9,6 +9,7 @@ import socket
 
 import pytest
 from conftest import Server, wait_until
+from ray_tensorflow import Cluster, DeadlineExceeded
 
 KINDS = pytest.mark.parametrize("kind", ["flask", "starlette"])
 
@@ -41,6 +42,21 @@ def test_2000_clients_at_once_are_each_answered_and_what_was_refused_changed_not
     assert done >= 500
     assert front_end.get("/?value=0").json["result"] == before + done
     wait_until(lambda: front_end.get("/health").json["waiting"] == 0)
+
+
+def test_after_requests_have_expired_in_a_worker_the_next_ones_are_served(tmp_path, clients):
+    with Cluster(workers=1, timeout_s=3, model="example_models:gate") as cluster:
+        def ask(name: str):
+            try:
+                return cluster.predict([str(tmp_path / name)], "gate")["path"].tolist()
+            except DeadlineExceeded:
+                return None
+
+        (tmp_path / "open").touch()
+        assert clients(20, ask, ["shut"] * 20) == [None] * 20
+        (tmp_path / "shut").touch()
+        wait_until(lambda: cluster.health()["workers"][0]["in_flight"] == 0)
+        assert clients(20, ask, ["open"] * 20) == [[str(tmp_path / "open").encode()]] * 20
 
 
 def ask_gate(server, path: str) -> socket.socket:

@@ -402,7 +402,7 @@ def server_config(tf, options: Options, calls_out: bool):
     """
     waiting = PLACES * options.workers if calls_out else 0
     return tf.ConfigProto(
-        intra_op_parallelism_threads=options.threads, inter_op_parallelism_threads=options.threads + waiting,
+        intra_op_parallelism_threads=options.threads, inter_op_parallelism_threads=options.threads + waiting + 1,
         gpu_options=tf.GPUOptions(allow_growth=True), allow_soft_placement=True)
 
 
@@ -447,7 +447,7 @@ class Graph:
                 # an output may be an input itself, or another output, and TensorFlow fetches neither
                 self._ends[name] = [t.name for t in feed.values()], [tf.identity(t).name for t in fetch.values()]
             self.variables = TensorFlowVariables(outputs)
-            self._free = free_operations(tf, self.graph)
+            self._free, self._allocate = memory_operations(tf, self.graph)
         self.graph.finalize()
         self.writes = any(signature.writes for signature in self.signatures.values())
         self.calls_out = any(signature.calls_out for signature in self.signatures.values())
@@ -514,6 +514,7 @@ class Graph:
         if self._loader is None:
             return self.session.run(self.graph.get_operation_by_name(self._initializer))
         if variables:
+            self.session.run(self._allocate)
             self._loader.restore_variables(self.session, self._saver)
         self._loader.run_init_ops(self.session, ["serve"])
 
@@ -583,17 +584,20 @@ def prepare_nodes(meta_graph, container: str) -> None:
             node.attr["use_locking"].b = True
 
 
-def free_operations(tf, graph) -> list:
-    """What empties a graph's variables and tables, on the server whose they are."""
-    operations = []
+def memory_operations(tf, graph) -> tuple[list, list]:
+    """What gives back the memory of a graph's variables and tables; and what has to come before they are restored:
+    reference variables cannot be removed, only be made empty."""
+    free, allocate = [], []
     for holder in graph.get_operations():
         with tf.colocate_with(holder):
             if holder.type in ("VariableV2", "Variable"):
-                nothing = tf.zeros([0], holder.get_attr("dtype"))
-                operations.append(tf.raw_ops.Assign(ref=holder.outputs[0], value=nothing, validate_shape=False).op)
+                dtype, shape = holder.get_attr("dtype"), tf.TensorShape(holder.get_attr("shape"))
+                nothing, zeros = tf.zeros([0], dtype), tf.zeros(shape, dtype)
+                free.append(tf.raw_ops.Assign(ref=holder.outputs[0], value=nothing, validate_shape=False).op)
+                allocate.append(tf.raw_ops.Assign(ref=holder.outputs[0], value=zeros, validate_shape=False).op)
             elif "container" in holder.node_def.attr and holder.outputs[0].dtype == tf.resource:
-                operations.append(tf.raw_ops.DestroyResourceOp(resource=holder.outputs[0], ignore_lookup_error=True))
-    return operations
+                free.append(tf.raw_ops.DestroyResourceOp(resource=holder.outputs[0], ignore_lookup_error=True))
+    return free, allocate
 
 
 # Operations that change what a later run sees
@@ -1693,7 +1697,7 @@ class Worker:
                             weights = await call(server.get_weights.remote(*key))
                             await asyncio.to_thread(self.graphs[key].variables.set_weights, weights)
                             self.weights[key] = version
-                    await self._move(there, is_new_life)
+                    await self._move(server, there, is_new_life)
                     self.have = there["life"], there["edition"]
             except Exception:  # whoever it answers is to look for another one
                 self._leave()
@@ -1785,16 +1789,20 @@ class Worker:
             graph.warm_up()
             self.graphs[key] = graph
 
-    async def _move(self, there: dict[str, Any], is_new_life: bool) -> None:
+    async def _move(self, server, there: dict[str, Any], is_new_life: bool) -> None:
         """Let what can be asked for stand for the versions that it stands for now, when all that still runs on another
         one is answered; meanwhile who asks for it waits."""
         served = {key: self.graphs.get((key[0], model.version)) for key, model in there["models"].items()
                   if key not in there["moving"] and model.metadata}
         other = {key for key, graph in self.served.items() if served.get(key) is not graph}
         self.moving = there["moving"] | other
-        runs = [run for key in other for run in self.runs.pop(key, ())]
-        if runs and not is_new_life:
-            await asyncio.wait(runs)
+        if is_new_life:  # what still runs fails, since it waits for one that is gone
+            self.runs.clear()
+        gone = asyncio.ensure_future(call(server.stay.remote()))
+        while (runs := {run for key in other for run in self.runs[key]}) and not gone.done():
+            await asyncio.wait({gone, *runs}, return_when=asyncio.FIRST_COMPLETED)
+        if not gone.cancel():
+            raise WorkerLost(f"The parameter server of worker {self.index} was lost: {gone.exception()}")
         self.served, self.moving, moved = served, there["moving"], self.moved
         self.moved = asyncio.Event()
         moved.set()

@@ -323,11 +323,12 @@ class Model(NamedTuple):
     """A version of a served model as everybody but its graph knows it."""
 
     source: ModelSource
-    state: str  # LOADING, AVAILABLE, UNLOADING or END, as TensorFlow Serving has them
+    state: str  # LOADING, AVAILABLE, UNLOADING or END, as TensorFlow Serving has them; MOVING: wait for another version
     error: str | None = None  # why it could not be loaded
     metadata: dict[str, Any] = {}  # its SignatureDefs as proto3 JSON, when the parameter server has loaded it
     merged: list[str] = []  # the signatures of which several requests may share one run
     calls_out: bool = False
+    weights: str | None = None  # which ones, of a mirror
 
     @property
     def version(self) -> int:
@@ -418,6 +419,7 @@ class Graph:
         from tensorflow.python.saved_model import loader_impl
 
         self.source, self.home, self.atomic, self.session, self._callables = source, home, False, None, {}
+        self.kept: int | None = None  # a fingerprint of its variables as they were kept last
         self._loader = loader_impl.SavedModelLoader(source.folder) if source.folder else None
         meta_graph = self._build(tf) if self._loader is None else copy.deepcopy(
             self._loader.get_meta_graph_def_from_tags(["serve"]))
@@ -493,7 +495,8 @@ class Graph:
 
     def free(self) -> None:
         """Give the memory of the variables and tables back."""
-        self.session.run(self._free)
+        if self.session:
+            self.session.run(self._free)
         self.disconnect()
 
     def run(self, signature: str, feed: list[np.ndarray]) -> list[np.ndarray]:
@@ -1240,7 +1243,7 @@ class Checkpoints:
                 os.fdatasync(self._sum_file)
 
     def load(self, source: ModelSource) -> dict[str, np.ndarray]:
-        """What was kept last, if anything was. Raises ModelError when it is damaged, or was kept in this run and gone."""
+        """What was kept last, if anything was. Raises ModelError when it is damaged, or has gone since."""
         path = self.path(source)
         try:
             with open(path, "rb") as file:
@@ -1319,12 +1322,9 @@ class ParameterServer:
         self.server = None
         self.about: dict[str, Any] | None = None  # what ``start`` tells of this life, when all is loaded
         self.models: dict[Key, Model] = {}  # each loaded version, label and latest; and versions that come or failed
-        self.moving: set[Key] = set()  # those that are just getting another version
-        self.weights: dict[Key, str] = {}  # the version of each mirrored model's
-        self.edition = 0  # of these three
+        self.edition = 0  # of these
         self.graphs: dict[Key, Graph] = {}  # by name and version
         self.stamps: dict[Key, tuple] = {}  # of the files of a version that is not loaded, and whether they were tried
-        self.kept: dict[Key, int] = {}  # a fingerprint of each model's variables as they were kept last
         self.trouble: str | None = None  # with keeping variables
         self.silent_s = 0  # how long no front end has been heard
         self.turn = concurrent.futures.ThreadPoolExecutor(1)  # so that the event loop can always answer ping()
@@ -1356,7 +1356,7 @@ class ParameterServer:
         await asyncio.Event().wait()
 
     def _news(self) -> dict[str, Any]:
-        return {"edition": self.edition, "models": self.models, "moving": self.moving, "weights": dict(self.weights)}
+        return {"edition": self.edition, "models": self.models}
 
     async def ping(self, edition: int) -> tuple[str | None, dict[str, Any] | None]:
         """What is wrong with keeping variables, if anything is; and what it has now, if that is another edition."""
@@ -1364,7 +1364,8 @@ class ParameterServer:
         return self.trouble, self._news() if edition != self.edition else None
 
     async def get_weights(self, model: str, version: int | None = None) -> dict[str, np.ndarray]:
-        return await self._in_turn(self.graphs[model, version or self.models[model, None].version].variables.get_weights)
+        version = version or self.models[model, None].version
+        return await self._in_turn(self.graphs[model, version].variables.get_weights)
 
     async def set_weights(self, model: str, weights: dict[str, np.ndarray]) -> None:
         """They are kept when this returns, and every worker has them, or is dead."""
@@ -1372,9 +1373,9 @@ class ParameterServer:
         async with self.starting:  # nobody is told of weights that are just being replaced
             await self._in_turn(self.graphs[key].variables.set_weights, weights)
             await self._in_turn(self._keep, key)
-            if key in self.weights:
-                self.weights[key], self.edition = secrets.token_hex(8), self.edition + 1
-        if key in self.weights:
+            if self.models[key].weights:
+                self._tell(key, self.models[key]._replace(weights=secrets.token_hex(8)))
+        if self.models[key].weights:
             await self._update_workers()
 
     async def reload(self, model: str) -> dict[str, Any]:
@@ -1399,19 +1400,14 @@ class ParameterServer:
         found = await asyncio.gather(*(find_actor(name, self.namespace) for name in names), return_exceptions=True)
         return [worker for worker in found if not isinstance(worker, Exception)]
 
-    async def _update_workers(self, at_once: bool = True) -> list[dict[str, Any]]:
-        """What those say that have now what is here. Others are dead, and begin their next life with it."""
-        if self.about is None:  # they wait for ``start``
-            return []
-        workers = await self._workers()
-        places = asyncio.Semaphore(len(workers) if at_once else 1)
-
-        async def update(worker) -> dict[str, Any]:
-            async with places:
-                return await worker.start.remote()
-
-        told = await asyncio.gather(*map(update, workers), return_exceptions=True)
-        return [about for about in told if not isinstance(about, Exception)]
+    async def _update_workers(self) -> list[dict[str, Any]]:
+        """What those say that have now what is here, one after another, since that takes them time from what they do.
+        Those that are dead begin their next life with it."""
+        updated = []
+        for worker in await self._workers() if self.about else ():  # else they wait for ``start``
+            with contextlib.suppress(ray.exceptions.RayError):
+                updated.append(await worker.start.remote())
+        return updated
 
     def _boot(self) -> str:
         """The address of a TensorFlow server on a port that the system picks. It ends with this process.
@@ -1421,13 +1417,13 @@ class ParameterServer:
         global checkpoints
         tf = import_tensorflow()
         if self.server is None:
-            self.built: dict[str, Graph] = {}  # of functions, since how many threads there are to be depends on them
             if self.index == 0:
                 checkpoints = Checkpoints(self.folder, self.run, durable=self.options.checkpoint_dir is not None)
-                for source in self.options.model:
+                for source in self.options.model:  # first those on which depends how many threads there are to be
                     with contextlib.suppress(Exception):  # which is raised again when the model is loaded
-                        self.built |= {source.name: build_graph(tf, self.options, source)} if source.function else {}
-            config = server_config(tf, self.options, any(graph.calls_out for graph in self.built.values()))
+                        if source.function:
+                            self.graphs[source.name, 1] = build_graph(tf, self.options, source)
+            config = server_config(tf, self.options, any(graph.calls_out for graph in self.graphs.values()))
             self.server = tf.train.Server({"boot": ["localhost:0"]}, job_name="boot", task_index=0, config=config)
         return f"{ray.util.get_node_ip_address()}:{self.server.target.rpartition(':')[2]}"
 
@@ -1474,6 +1470,10 @@ class ParameterServer:
 
     # -- versions come and go ------------------------------------------------------------------------------------------
 
+    def _tell(self, key: Key, model: Model | None) -> None:
+        others = {other: its for other, its in self.models.items() if other != key}
+        self.models, self.edition = others | ({key: model} if model else {}), self.edition + 1
+
     async def _watch_folders(self) -> None:
         while True:
             await asyncio.sleep(LOOK_EVERY_S)
@@ -1488,9 +1488,8 @@ class ParameterServer:
         name = source.name
         async with self.refreshing:
             there, labels = await asyncio.to_thread(lambda: (source.versions(), source.labels()))
-            now = {which: model.version for (n, which), model in self.models.items()
-                   if n == name and not isinstance(which, int)}
-            wanted = {which: version for which, version in now.items() if which is None or which in labels}
+            wanted = {which: self.models[name, which].version
+                      for which in [None, *labels] if (name, which) in self.models}
             for version in sorted(there, reverse=True):
                 if await self._have(there[version], at_once):
                     wanted[None] = version
@@ -1498,73 +1497,45 @@ class ParameterServer:
             for label, version in labels.items():
                 if version in there and await self._have(there[version], at_once):
                     wanted[label] = version
-                elif version not in there and (name, version) not in self.graphs:
+                elif version not in there and (name, version) not in self.models:
                     why = f"The label {label!r} of model {name} points to version {version}, which is not there."
-                    self._tell(Model(source._replace(version=version), "END", why))
-            moving = {(name, which) for which in now | wanted if now.get(which) != wanted.get(which)}
-            if moving:
-                await self._move(moving, {(name, which): version for which, version in wanted.items()})
+                    self._tell((name, version), Model(source._replace(version=version), "END", why))
+            await self._move(name, wanted)
             for key, model in self.models.items():
-                if key[0] == name and key[1] == model.version and model.version not in wanted.values():
-                    if key in self.graphs:
+                if key == (name, model.version) and model.version not in wanted.values():
+                    if model.metadata:
                         await self._unload(key)
-                    elif not model.error or model.version not in {*there, *labels.values()}:
-                        self._forget(key)
+                    elif model.version not in {*there, *labels.values()}:
+                        self._tell(key, None)
 
     async def _have(self, source: ModelSource, at_once: bool) -> bool:
         """Is this version loaded? If not it is tried, unless its files still change, or have failed as they are."""
         key = source.name, source.version
-        if key in self.graphs:
+        if key in self.models and self.models[key].metadata:
             return True
         stamp, last = await asyncio.to_thread(stamp_of, source), self.stamps.get(key)
         if not at_once and last != (stamp, False):
-            if last != (stamp, True):
-                self.stamps[key] = stamp, False
+            self.stamps[key] = last if last == (stamp, True) else (stamp, False)
             return False
         self.stamps[key] = stamp, True
-        self._tell(Model(source, "LOADING"))
+        self._tell(key, Model(source, "LOADING"))
         try:
-            model = await asyncio.to_thread(self._load_version, source)
-            self._tell(model)
-            if any(key not in worker["graphs"] for worker in await self._update_workers(at_once=False)):
+            self._tell(key, await asyncio.to_thread(self._load_version, source))
+            if any(key not in worker["graphs"] for worker in await self._update_workers()):
                 raise ModelError(f"Model {source} cannot be loaded by a worker.")
-            self._tell(model._replace(state="AVAILABLE"))
+            self._tell(key, self.models[key]._replace(state="AVAILABLE"))
             del self.stamps[key]
-            return True
-        except Unavailable:
-            raise
         except Exception as error:
             why = f"Model {source} cannot be loaded: {type(error).__name__}: {first_sentence(error)}"
-            self._tell(Model(source, "END", str(error) if isinstance(error, Error) else why))
-            if key in self.graphs:
-                await self._unload(key)
-            return False
-
-    async def _move(self, moving: set[Key], wanted: dict[Key, int]) -> None:
-        """Give labels, or the latest, other versions: nobody answers with the new ones before all workers have stopped
-        to answer with the old ones, or are dead. So no client sees a version go back."""
-        self.moving, self.edition = moving, self.edition + 1
-        await self._update_workers()
-        models = {key: model for key, model in self.models.items() if key not in moving}
-        self.models = models | {key: models[key[0], version] for key, version in wanted.items()}
-        self.moving, self.edition = set(), self.edition + 1
-        await self._update_workers()
-
-    def _tell(self, model: Model) -> None:
-        """Of a version's state."""
-        key = model.source.name, model.version
-        if self.models.get(key) != model:
-            self.models, self.edition = self.models | {key: model}, self.edition + 1
-
-    def _forget(self, key: Key) -> None:
-        self.models = {other: model for other, model in self.models.items() if other != key}
-        self.edition += 1
+            await self._unload(key, Model(source, "END", str(error) if isinstance(error, Error) else why))
+            if isinstance(error, Unavailable):
+                raise
+        return key in self.graphs
 
     def _load_version(self, source: ModelSource) -> Model:
         """In a thread of its own, which may take long."""
         tf, key, is_mirror = import_tensorflow(), (source.name, source.version), is_mirrored(self.options, source)
-        graph = self.built.pop(source.name, None) or build_graph(tf, self.options, source)
-        self.graphs[key] = graph
+        graph = self.graphs[key] = self.graphs.get(key) or build_graph(tf, self.options, source)
         graph.connect(tf, self.addresses, self.options)
         graph.restore()
         if is_mirror and graph.writes:
@@ -1576,25 +1547,34 @@ class ParameterServer:
             raise ModelError(f"The checkpoint {checkpoints.path(source)} is not of this model: {error}") from None
         if graph.writes:
             self._keep(key)
-        if is_mirror:
-            self.weights[key] = secrets.token_hex(8)
         rule = f"merged-{self.options.max_batch}-{self.options.exact}-{graph.fingerprint}"
         merged = checkpoints.remember(rule, lambda: graph.find_merged(self.options))
-        return Model(source, "LOADING", None, graph.metadata(), merged, graph.calls_out)
+        weights = secrets.token_hex(8) if is_mirror else None
+        return Model(source, "LOADING", None, graph.metadata(), merged, graph.calls_out, weights)
 
-    async def _unload(self, key: Key) -> None:
-        """Give back the memory of a version that nobody asks for any more, when what is under way is answered."""
-        is_well = not self.models[key].error
-        if is_well:
-            self._tell(self.models[key]._replace(state="UNLOADING", metadata={}))
+    async def _move(self, name: str, wanted: dict[str | None, int]) -> None:
+        """Let the latest and the labels stand for other versions. First all workers stop to answer with the old ones,
+        or are dead, and let who asks wait; only then they answer with the new ones. So nobody sees a version go back.
+        """
+        now = {key: its for key, its in self.models.items() if key[0] == name and key[1] != its.version}
+        then = {(name, which): self.models[name, version] for which, version in wanted.items()}
+        moving = {key: its if key in now and now[key].version == its.version else its._replace(state="MOVING")
+                  for key, its in then.items()}
+        others = {key: its for key, its in self.models.items() if key not in now}
+        for stands_for in (moving, then) if moving != now else ():
+            self.models, self.edition = others | stands_for, self.edition + 1
+            await self._update_workers()
+
+    async def _unload(self, key: Key, failed: Model | None = None) -> None:
+        """Give back the memory of a version that is of no use any more, or has failed, when all on it is answered."""
+        self._tell(key, failed or self.models[key]._replace(state="UNLOADING", metadata={}))
         await self._update_workers()
-        if is_well and self.graphs[key].writes:
-            await self._in_turn(self._keep, key)
-        await asyncio.to_thread(self.graphs.pop(key).free)
-        self.weights.pop(key, None)
-        self.kept.pop(key, None)
-        if is_well:
-            self._forget(key)
+        if key in self.graphs:
+            if self.graphs[key].writes and not failed:
+                await self._in_turn(self._keep, key)
+            await asyncio.to_thread(self.graphs.pop(key).free)
+        if not failed:
+            self._tell(key, None)
 
     def _keep(self, key: Key) -> None:
         """Keep a model's variables, if they are not as they were kept last."""
@@ -1604,9 +1584,9 @@ class ParameterServer:
             return
         weights = graph.variables.get_weights()
         fingerprint = zlib.crc32(pickle.dumps(weights))
-        if self.kept.get(key) != fingerprint:
+        if graph.kept != fingerprint:
             checkpoints.keep(graph.source, weights)
-            self.kept[key] = fingerprint
+            graph.kept = fingerprint
 
 
 def build_graph(tf, options: Options, source: ModelSource, is_mirror: bool = False) -> Graph:
@@ -1616,13 +1596,10 @@ def build_graph(tf, options: Options, source: ModelSource, is_mirror: bool = Fal
     return Graph(tf, source, home, 0 if is_mirror else options.parameter_servers)
 
 
-def stamp_of(source: ModelSource) -> list:
-    """The files of a version, with their sizes and times; nothing while they are going away."""
-    paths = glob.glob("**", root_dir=source.folder, recursive=True) if source.folder else []
-    with contextlib.suppress(OSError):
-        stats = [(path, os.stat(os.path.join(source.folder, path))) for path in sorted(paths)]
-        return [(path, stat.st_size, stat.st_mtime_ns) for path, stat in stats]
-    return []
+def stamp_of(source: ModelSource) -> list[tuple]:
+    """The files of a version, with their sizes and times."""
+    paths = glob.glob(f"{glob.escape(source.folder)}/**", recursive=True) if source.folder else ()
+    return [(path, os.path.getsize(path), os.path.getmtime(path)) for path in sorted(paths)]
 
 
 def is_mirrored(options: Options, source: ModelSource) -> bool:
@@ -1660,10 +1637,10 @@ class Worker:
         self.index, self.options, self.namespace = index, options, namespace
         self.have: tuple | None = None  # of the parameter server: its life, and the edition of what it has
         self.graphs: dict[Key, Graph] = {}  # by name and version
-        self.weights: dict[Key, str] = {}  # the version of each mirror's
-        self.served: dict[Key, Graph] = {}  # by whatever can be asked for
+        self.models: dict[Key, Model] = {}  # what is answered
+        self.weights: dict[Key, str] = {}  # which ones each mirror has
+        self.moved = asyncio.Event()  # when what is MOVING among them no longer is
         self.runs: dict[Key, set[asyncio.Future]] = collections.defaultdict(set)
-        self.moving, self.moved = set(), asyncio.Event()  # what waits for another version, and for what
         self.starting = asyncio.Lock()
         self.door, self.key = None, secrets.token_bytes(32)
         self.lines: set[asyncio.StreamWriter] = set()
@@ -1692,12 +1669,13 @@ class Worker:
                         return about_this_actor() | about
                     is_new_life = self.have is None or self.have[0] != there["life"]
                     await asyncio.to_thread(self._connect, there, is_new_life)
-                    for key, version in there["weights"].items():
-                        if key in self.graphs and self.weights.get(key) != version:
+                    for key, graph in self.graphs.items():
+                        model = there["models"].get(key)
+                        if model and model.weights not in (None, self.weights.get(key)):
                             weights = await call(server.get_weights.remote(*key))
-                            await asyncio.to_thread(self.graphs[key].variables.set_weights, weights)
-                            self.weights[key] = version
-                    await self._move(server, there, is_new_life)
+                            await asyncio.to_thread(graph.variables.set_weights, weights)
+                            self.weights[key] = model.weights
+                    await self._move(server, there["models"], is_new_life)
                     self.have = there["life"], there["edition"]
             except Exception:  # whoever it answers is to look for another one
                 self._leave()
@@ -1740,11 +1718,11 @@ class Worker:
     async def _run(self, key: Key, requests: list[tuple], reply: Callable[[dict[int, Any]], Any]) -> None:
         have, arrived = self.have, time.monotonic()
         try:
-            while key in self.moving:
+            while (model := self.models.get(key)) and model.state == "MOVING":
                 await self.moved.wait()
-            graph = self.served.get(key)
-            if graph is None:
+            if model is None or not model.metadata:
                 raise not_found(*key)
+            graph = self.graphs[key[0], model.version]
             executor = self.callers if graph.calls_out else self.runners
             run = self.loop.run_in_executor(executor, answer_requests, graph, requests, reply, arrived)
             self.runs[key].add(run)
@@ -1789,24 +1767,22 @@ class Worker:
             graph.warm_up()
             self.graphs[key] = graph
 
-    async def _move(self, server, there: dict[str, Any], is_new_life: bool) -> None:
-        """Let what can be asked for stand for the versions that it stands for now, when all that still runs on another
-        one is answered; meanwhile who asks for it waits."""
-        served = {key: self.graphs.get((key[0], model.version)) for key, model in there["models"].items()
-                  if key not in there["moving"] and model.metadata}
-        other = {key for key, graph in self.served.items() if served.get(key) is not graph}
-        self.moving = there["moving"] | other
+    async def _move(self, server, models: dict[Key, Model], is_new_life: bool) -> None:
+        """Answer with these, when all that still runs on what is others now is answered; who asks for that waits."""
         if is_new_life:  # what still runs fails, since it waits for one that is gone
             self.runs.clear()
+        other = {key: model._replace(state="MOVING") for key, model in self.models.items()
+                 if key not in models or models[key].version != model.version
+                 or models[key].state == "MOVING" or not models[key].metadata}
+        self.models = self.models | other
         gone = asyncio.ensure_future(call(server.stay.remote()))
         while (runs := {run for key in other for run in self.runs[key]}) and not gone.done():
             await asyncio.wait({gone, *runs}, return_when=asyncio.FIRST_COMPLETED)
         if not gone.cancel():
             raise WorkerLost(f"The parameter server of worker {self.index} was lost: {gone.exception()}")
-        self.served, self.moving, moved = served, there["moving"], self.moved
-        self.moved = asyncio.Event()
+        self.models, moved, self.moved = models, self.moved, asyncio.Event()
         moved.set()
-        for key in [key for key in self.graphs if key not in served]:
+        for key in [key for key in self.graphs if key not in models or not models[key].metadata]:
             self.graphs.pop(key).disconnect()
             self.weights.pop(key, None)
 
@@ -2292,7 +2268,7 @@ class Cluster:
             failure = self._failure or Unavailable("The server is starting; try again later.")
             raise failure.with_traceback(None)  # else that of one that is raised again and again grows
         model = self.models.get((name, version))
-        if model is None or model.state != "AVAILABLE":
+        if model is None or model.state not in ("AVAILABLE", "MOVING"):
             raise not_found(name, version)
         return model
 

@@ -29,6 +29,7 @@ import dataclasses
 import errno
 import fcntl
 import functools
+import gc
 import glob
 import hashlib
 import http.client
@@ -377,6 +378,7 @@ def import_tensorflow():
 
     tf.disable_eager_execution()  # and not disable_v2_behavior(), which brings reference variables back
     tf.get_logger().setLevel("ERROR")
+    gc.freeze()  # a look at all of TensorFlow's objects would stop requests for a tenth of a second, now and then
     return tf
 
 
@@ -868,7 +870,7 @@ def call_remote(
     if inputs.keys() != signature["inputs"].keys() or dtypes.keys() - signature["outputs"].keys():
         there = [sorted(signature[side]) for side in ("inputs", "outputs")]
         raise InvalidRequest(f"aliases {sorted(inputs)} and {sorted(dtypes)} do not fit {there[0]} and {there[1]}")
-    columns = ", ".join(f"{json.dumps(name)}: {json_text(array, f'{name}_bytes')}" for name, array in inputs.items())
+    columns = ", ".join(f"{json.dumps(name)}: {json_text(plain(array, '_bytes'))}" for name, array in inputs.items())
     body = f'{{"signature_name": {json.dumps(signature_name)}, "inputs": {{{columns}}}}}'.encode()
     outputs = json.loads(request_http(address, "POST", f"{path}:predict", body, deadline))["outputs"]
     named = outputs if len(signature["outputs"]) > 1 else dict.fromkeys(signature["outputs"], outputs)
@@ -952,7 +954,8 @@ def finite(value: Any) -> float:
 
 
 def decode(signatures: dict[str, Signature], verb: str, body: Any) -> tuple[Signature, list[np.ndarray], Callable]:
-    """A request's signature, its array for each input, and what makes its outputs the answer. Raises InvalidRequest.
+    """A request's signature, its array for each input, and what makes its outputs the answer: those of ``Graph.run``
+    for the verbs "add" and "arrays", else what ``plain`` makes of them. Raises InvalidRequest.
 
     ``body`` is a float for the verb "add", a signature's name and the inputs for "arrays", else the body that came over
     HTTP, and whether it is gzip.
@@ -1119,41 +1122,39 @@ def encode_predict(signature: Signature, is_row: bool, outputs: list[np.ndarray]
         shapes = [list(output.shape) for output in outputs]
         raise InvalidRequest(f"Outputs {names} of shapes {shapes} have not one row for each instance")
     if len(names) == 1:
-        text = json_text(outputs[0], names[0])
+        text = json_text(outputs[0])
     elif is_row:
         step, texts = max(1, SLICE * rows[0] // max(1, sum(output.size for output in outputs))), []
         for i in range(0, rows[0], step):
-            columns = [plain(output[i:i + step], name) for name, output in zip(names, outputs)]
+            columns = [output[i:i + step].tolist() for output in outputs]
             texts.append(json.dumps([dict(zip(names, row)) for row in zip(*columns)], ensure_ascii=False)[1:-1])
         text = "[" + ", ".join(texts) + "]"
     else:
-        pairs = (f"{json.dumps(name)}: {json_text(output, name)}" for name, output in zip(names, outputs))
-        text = "{" + ", ".join(pairs) + "}"
+        text = "{" + ", ".join(f"{json.dumps(name)}: {json_text(output)}" for name, output in zip(names, outputs)) + "}"
     text = f'{{"{"predictions" if is_row else "outputs"}": {text}}}'
     return text.encode("utf-8", "surrogateescape")  # strings that are not UTF-8 pass as they are
 
 
-def json_text(array: np.ndarray, name: str) -> str:
-    """The JSON of an output of this name, made in slices."""
+def json_text(array: np.ndarray) -> str:
+    """Nested lists, made in slices."""
     if array.size <= SLICE or not array.ndim:
-        return json.dumps(plain(array, name), ensure_ascii=False)
+        return json.dumps(array.tolist(), ensure_ascii=False)
     step = SLICE * len(array) // array.size
-    slices = (json_text(array[i:i + step], name)[1:-1] for i in range(0, len(array), step)) if step else (
-        json_text(row, name) for row in array)
+    slices = (json_text(array[i:i + step])[1:-1] for i in range(0, len(array), step)) if step else map(json_text, array)
     return "[" + ", ".join(slices) + "]"
 
 
-def plain(array: np.ndarray, name: str) -> Any:
-    """Nested lists of what JSON has. Floats of less than 64 bits get their own, short decimals."""
+def plain(array: np.ndarray, name: str) -> np.ndarray:
+    """An output of this name with elements that JSON has, for a whole batch at once, since numpy's calls are dear."""
     if array.dtype == object and name.endswith("_bytes"):
-        array = objects({"b64": base64.b64encode(v).decode()} for v in array.flat).reshape(array.shape)
-    elif array.dtype == object:
-        array = objects(v.decode("utf-8", "surrogateescape") for v in array.flat).reshape(array.shape)
-    elif array.dtype.kind in "fV" and array.itemsize < 8:
-        array = shortest(array)
-    elif array.dtype.kind not in "fbiu":
+        return objects({"b64": base64.b64encode(v).decode()} for v in array.flat).reshape(array.shape)
+    if array.dtype == object:
+        return objects(v.decode("utf-8", "surrogateescape") for v in array.flat).reshape(array.shape)
+    if array.dtype.kind in "fV" and array.itemsize < 8:
+        return shortest(array)
+    if array.dtype.kind not in "fbiu":
         raise InvalidRequest(f"Output {name!r} is of type {array.dtype}, which JSON does not have", 501)
-    return array.tolist()
+    return array
 
 
 def shortest(array: np.ndarray) -> np.ndarray:
@@ -1177,13 +1178,13 @@ def encode_results(signature: Signature, verb: str, examples: int, outputs: list
     """Classify: [label, score] for each class of each example; regress: one number each."""
     named, shapes = dict(zip(signature.outputs, outputs)), {output.shape for output in outputs}
     if verb == "regress" and named.keys() == {"outputs"} and shapes <= {(examples,), (examples, 1)}:
-        return f'{{"results": {json_text(named["outputs"].reshape(-1), "outputs")}}}'.encode()
+        return f'{{"results": {json_text(named["outputs"].reshape(-1))}}}'.encode()
     shape = next(iter(shapes))
     if verb == "regress" or not named.keys() <= {"classes", "scores"} or len(shapes) > 1 or (
             len(shape) != 2 or shape[0] != examples):
         expected = "'outputs' [n]" if verb == "regress" else "'classes', 'scores' or both, [n, classes]"
         raise InvalidRequest(f"To {verb} {examples} examples there must be {expected}, not {list(named)} {shapes}")
-    columns = [plain(named[name], name) if name in named else np.full(shape, default).tolist()
+    columns = [named.get(name, np.full(shape, default)).tolist()
                for name, default in (("classes", ""), ("scores", 0.0))]
     results = [list(map(list, zip(*row))) for row in zip(*columns)]
     return json.dumps({"results": results}, ensure_ascii=False).encode("utf-8", "surrogateescape")
@@ -1806,16 +1807,22 @@ def answer_requests(
             refused[index] = error.with_traceback(None)
             continue
         is_merged = signature.merged and all(array.ndim and len(array) == len(feed[0]) for array in feed)
-        key = (signature.name, *(array.shape[1:] for array in feed)) if is_merged else index
+        is_json = verb not in ("add", "arrays")
+        key = (is_json, signature.name, *(array.shape[1:] for array in feed)) if is_merged else (is_json, index)
         groups.setdefault(key, []).append((index, signature, feed, encode, arrived + seconds))
     if refused:
         reply(refused)
-    for group in groups.values():
+
+    def run(signature: Signature, feed: list[np.ndarray]) -> list[np.ndarray]:
+        outputs = graph.run(signature.name, feed)
+        return list(map(plain, outputs, signature.outputs)) if is_json else outputs
+
+    for (is_json, *_), group in groups.items():
         now = time.monotonic()
         due = [request[:-1] for request in group if now < request[-1]]
-        answers = run_merged(graph, due) if len(due) > 1 else None
+        answers = run_merged(run, due) if len(due) > 1 else None
         late = {index: DeadlineExceeded("The deadline passed in the worker") for index, *_, end in group if now >= end}
-        reply(late | (answers or {index: attempt(lambda: encode(graph.run(signature.name, feed)))
+        reply(late | (answers or {index: attempt(lambda: encode(run(signature, feed)))
                                   for index, signature, feed, encode in due}))
 
 
@@ -1827,7 +1834,7 @@ def attempt(function: Callable, *arguments) -> Any:
         return error.with_traceback(None)
 
 
-def run_merged(graph: Graph, group: list[tuple]) -> dict[int, Any] | None:
+def run_merged(run: Callable, group: list[tuple]) -> dict[int, Any] | None:
     """The answers of requests that share a run; None when each must have one of its own, so that a bad one fails alone.
 
     Nothing has been changed then: a signature that writes is only merged when a run that fails changes nothing.
@@ -1836,8 +1843,8 @@ def run_merged(graph: Graph, group: list[tuple]) -> dict[int, Any] | None:
     feeds = [feed for _, _, feed, _ in group]
     ends = list(itertools.accumulate(len(feed[0]) for feed in feeds))
     try:
-        outputs = graph.run(signature.name, list(map(np.concatenate, zip(*feeds))))
-    except ModelError:
+        outputs = run(signature, list(map(np.concatenate, zip(*feeds))))
+    except Error:
         return None
     if any(output.shape[:1] != (ends[-1],) for output in outputs):
         signature.merged = False
@@ -2707,6 +2714,7 @@ def start_program(front_end: Options | None = None) -> None:
     """One log line an event, on standard error; as many open files as the system allows: each client needs one."""
     most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     resource.setrlimit(resource.RLIMIT_NOFILE, (min(most, 2**16), most))
+    gc.freeze()  # Ray's objects: a fifth of the processor time went into looking whether they are garbage
     logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr)
     log.setLevel(logging.INFO)
     if front_end:

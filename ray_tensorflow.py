@@ -336,7 +336,9 @@ class Model(NamedTuple):
         return self.source.version
 
 
-Key = tuple[str, int | str | None]  # what is asked for: a model's name, and a version, a label, or None: the latest
+Version = int | str | None  # a version, a label, or None: the latest
+Key = tuple[str, Version]  # what is asked for: a model's name, and that
+Arrays = dict[str, np.ndarray]  # by name
 
 
 def build_adder(tf):
@@ -733,11 +735,11 @@ class TensorFlowVariables:
         # the vector has one dtype, but the variables may differ
         self.set_weights({name: part.reshape(p.shape).astype(p.dtype.as_numpy_dtype) for part, (name, p) in parts})
 
-    def get_weights(self) -> dict[str, np.ndarray]:
+    def get_weights(self) -> Arrays:
         """The variables' values by name; one at a time, since a protobuf has 2 GiB at most (tensorflow#2233)."""
         return {name: np.asarray(self._session().run(value)) for name, value in self._values.items()}
 
-    def set_weights(self, new_weights: dict[str, np.ndarray]) -> None:
+    def set_weights(self, new_weights: Arrays) -> None:
         """Set some or all variables. A wrong name or shape is an InvalidRequest, and then none of them is set."""
         feeds = {}
         for name, value in new_weights.items():
@@ -858,7 +860,7 @@ def remote_predict(
 
 
 def call_remote(
-    address: str, path: str, signature_name: str, inputs: dict[str, np.ndarray], dtypes: dict[str, np.dtype],
+    address: str, path: str, signature_name: str, inputs: Arrays, dtypes: dict[str, np.dtype],
     seconds: float
 ) -> list[np.ndarray]:
     """The outputs of one predict over REST. Raises Error with the server's answer, TimeoutError, OSError."""
@@ -903,7 +905,7 @@ PATHS = {  # case-insensitive but for the method's name; as sent, still percent-
 METHODS = ["GET", "HEAD", "POST", "PUT", "DELETE", "PATCH", "OPTIONS", "TRACE"]  # all but two of which are malformed
 
 
-def match_path(method: str, path: str) -> tuple[str, int | str | None, str]:
+def match_path(method: str, path: str) -> tuple[str, Version, str]:
     """Model; version, label or None: the latest; status, metadata, predict, classify or regress. Or InvalidRequest."""
     if path in ("/", "/health", "/metrics"):
         raise InvalidRequest(f"{path} answers GET, not {method}", 405)
@@ -921,7 +923,7 @@ def match_path(method: str, path: str) -> tuple[str, int | str | None, str]:
     return urllib.parse.unquote(name), int(version) if version else label and urllib.parse.unquote(label), verb
 
 
-def not_found(name: str, version: int | str | None) -> InvalidRequest:
+def not_found(name: str, version: Version) -> InvalidRequest:
     if isinstance(version, str):
         return InvalidRequest(f"Unrecognized servable version label: {version}")
     which = f"Latest({name})" if version is None else f"Specific({name}, {version})"
@@ -1223,7 +1225,7 @@ class Checkpoints:
         name = "adder.sum" if source == ADDER_SOURCE else f"{source.name}.{source.version}.npz"
         return os.path.join(self.folder, name)
 
-    def keep(self, source: ModelSource, weights: dict[str, np.ndarray]) -> None:
+    def keep(self, source: ModelSource, weights: Arrays) -> None:
         plain = {f"variables/{name}": value if value.dtype != object else np.array(value + b".", "S")
                  for name, value in weights.items()}  # numpy strips zeros from the end of a text
         self._write_first(self.path(source), lambda file: np.savez(file, **plain))
@@ -1243,7 +1245,7 @@ class Checkpoints:
             if self.durable:
                 os.fdatasync(self._sum_file)
 
-    def load(self, source: ModelSource) -> dict[str, np.ndarray]:
+    def load(self, source: ModelSource) -> Arrays:
         """What was kept last, if anything was. Raises ModelError when it is damaged, or has gone since."""
         path = self.path(source)
         try:
@@ -1364,11 +1366,11 @@ class ParameterServer:
         self.silent_s = 0
         return self.trouble, self._news() if edition != self.edition else None
 
-    async def get_weights(self, model: str, version: int | None = None) -> dict[str, np.ndarray]:
+    async def get_weights(self, model: str, version: int | None = None) -> Arrays:
         version = version or self.models[model, None].version
         return await self._in_turn(self.graphs[model, version].variables.get_weights)
 
-    async def set_weights(self, model: str, weights: dict[str, np.ndarray]) -> None:
+    async def set_weights(self, model: str, weights: Arrays) -> None:
         """They are kept when this returns, and every worker has them, or is dead."""
         key = model, self.models[model, None].version
         async with self.starting:  # nobody is told of weights that are just being replaced
@@ -1690,7 +1692,7 @@ class Worker:
         """Is the event loop alive?"""
         return None, None
 
-    async def answer(self, model: str, requests: list[tuple], version: int | str | None = None) -> list[Any]:
+    async def answer(self, model: str, requests: list[tuple], version: Version = None) -> list[Any]:
         """One answer for each request, in order: what its verb promises, or an Error. Raises WorkerLost."""
         answers = {}
         await self._run((model, version), requests, answers.update)
@@ -2188,9 +2190,7 @@ class Cluster:
         """As ``add``, awaitable."""
         return await self.ask_async(ADDER, "add", finite(value), worker=worker)
 
-    def predict(
-        self, inputs: dict[str, Any], model: str, signature: str = "serving_default", version: int | str | None = None
-    ) -> dict[str, np.ndarray]:
+    def predict(self, inputs: Any, model: str, signature: str = "serving_default", version: Version = None) -> Arrays:
         """Run a signature of a served model.
 
         ``inputs`` are arrays by input name (or just the array, of a sole input), of a dtype that numpy casts to the
@@ -2201,12 +2201,12 @@ class Cluster:
         return self.ask(model, "arrays", (signature, as_arrays(inputs)), version)
 
     async def predict_async(
-        self, inputs: dict[str, Any], model: str, signature: str = "serving_default", version: int | str | None = None
-    ) -> dict[str, np.ndarray]:
+        self, inputs: dict[str, Any], model: str, signature: str = "serving_default", version: Version = None
+    ) -> Arrays:
         """As ``predict``, awaitable."""
         return await self.ask_async(model, "arrays", (signature, as_arrays(inputs)), version)
 
-    def get_weights(self, model: str) -> dict[str, np.ndarray]:
+    def get_weights(self, model: str) -> Arrays:
         """The variables of a served model by name. Arrays may be read-only: copy what you want to write to."""
         self.find(model)
         return self._wait(self._cross(self._call_server("get_weights", model)))
@@ -2219,7 +2219,7 @@ class Cluster:
 
         return self._cross(reload()).result()
 
-    def set_weights(self, model: str, weights: dict[str, np.ndarray]) -> None:
+    def set_weights(self, model: str, weights: Arrays) -> None:
         """Set some or all variables of a served model; a wrong name or shape is an InvalidRequest, and none is set.
 
         Once it returns, no later request is answered with the old ones, mirrors included.
@@ -2228,9 +2228,9 @@ class Cluster:
         self._wait(self._cross(self._call_server("set_weights", model, as_arrays(weights))))
 
     def map(
-        self, batches: Iterable[Any], model: str, signature: str = "serving_default", version: int | str | None = None,
+        self, batches: Iterable[Any], model: str, signature: str = "serving_default", version: Version = None,
         ordered: bool = True
-    ) -> Iterator[dict[str, np.ndarray]]:
+    ) -> Iterator[Arrays]:
         """``predict`` for each batch of any iterable, however long and of whatever sizes, in order or as they finish.
 
         Keeps a bounded number of batches in flight and pulls no faster than they can be sent. An error says which batch
@@ -2268,7 +2268,7 @@ class Cluster:
             with contextlib.suppress(ValueError):  # a thread still waits there, and drops it when it has its result
                 await asyncio.to_thread(results.close)
 
-    def find(self, name: str, version: int | str | None = None) -> Model:
+    def find(self, name: str, version: Version = None) -> Model:
         """A served model's version, or what a label stands for, or the latest. Raises InvalidRequest in TensorFlow
         Serving's words, or Unavailable."""
         if self._failure or not self.models:
@@ -2279,7 +2279,7 @@ class Cluster:
             raise not_found(name, version)
         return model
 
-    def describe(self, name: str, version: int | str | None, verb: str) -> dict[str, Any]:
+    def describe(self, name: str, version: Version, verb: str) -> dict[str, Any]:
         """What TensorFlow Serving's REST API answers to GET: a model's "metadata", or its versions' "status"."""
         if verb == "metadata":
             model = self.find(name, version)
@@ -2349,13 +2349,13 @@ class Cluster:
 
     # -- from any thread or loop to the home loop ----------------------------------------------------------------------
 
-    def ask(self, model: str, verb: str, body: Any, version: int | str | None = None, worker: int | None = None) -> Any:
+    def ask(self, model: str, verb: str, body: Any, version: Version = None, worker: int | None = None) -> Any:
         """What ``decode`` says of the verb. Raises Error."""
         found = self.find(model, version)
         return self._wait(self._cross(self._batcher.submit((model, version), found, verb, body, worker)))
 
     async def ask_async(
-        self, model: str, verb: str, body: Any, version: int | str | None = None, worker: int | None = None
+        self, model: str, verb: str, body: Any, version: Version = None, worker: int | None = None
     ) -> Any:
         """As ``ask``, awaitable."""
         answer = self._batcher.submit((model, version), self.find(model, version), verb, body, worker)

@@ -1422,10 +1422,7 @@ class ParameterServer:
         if self.server is None:
             if self.index == 0:
                 checkpoints = Checkpoints(self.folder, self.run, durable=self.options.checkpoint_dir is not None)
-                for source in self.options.model:  # first those on which depends how many threads there are to be
-                    with contextlib.suppress(Exception):  # which is raised again when the model is loaded
-                        if source.function:
-                            self.graphs[source.name, 1] = build_graph(tf, self.options, source)
+                self.graphs = build_functions(tf, self.options)
             config = server_config(tf, self.options, any(graph.calls_out for graph in self.graphs.values()))
             self.server = tf.train.Server({"boot": ["localhost:0"]}, job_name="boot", task_index=0, config=config)
         return f"{ray.util.get_node_ip_address()}:{self.server.target.rpartition(':')[2]}"
@@ -1533,7 +1530,7 @@ class ParameterServer:
             await self._unload(key, Model(source, "END", str(error) if isinstance(error, Error) else why))
             if isinstance(error, Unavailable):
                 raise
-        return key in self.graphs
+        return bool(self.models[key].metadata)
 
     def _load_version(self, source: ModelSource) -> Model:
         """In a thread of its own, which may take long."""
@@ -1575,7 +1572,9 @@ class ParameterServer:
         if key in self.graphs:
             if self.graphs[key].writes and not failed:
                 await self._in_turn(self._keep, key)
-            await asyncio.to_thread(self.graphs.pop(key).free)
+            await asyncio.to_thread(self.graphs[key].free)
+            if self.graphs[key].source.folder:
+                del self.graphs[key]
         if not failed:
             self._tell(key, None)
 
@@ -1597,6 +1596,18 @@ def build_graph(tf, options: Options, source: ModelSource, is_mirror: bool = Fal
     index = [ADDER, *(model.name for model in options.model)].index(source.name)
     home = 0 if source.function else index % options.parameter_servers
     return Graph(tf, source, home, 0 if is_mirror else options.parameter_servers)
+
+
+def build_functions(tf, options: Options, mirrors: bool = False) -> dict[Key, Graph]:
+    """The graphs of functions, in the same order in every process: TensorFlow numbers the Python functions in them, and
+    a parameter server runs what has the same number there."""
+    graphs = {}
+    for source in [ADDER_SOURCE, *options.model]:
+        with contextlib.suppress(Exception):  # which comes again when the model is loaded
+            if source.function:
+                is_mirror = mirrors and is_mirrored(options, source)
+                graphs[source.name, source.version] = build_graph(tf, options, source, is_mirror)
+    return graphs
 
 
 def stamp_of(source: ModelSource) -> list[tuple]:
@@ -1748,12 +1759,14 @@ class Worker:
     def _connect(self, there: dict[str, Any], is_new_life: bool) -> None:
         """Have every version's graph, connected. What still waits for the parameter server's last life is left."""
         tf = import_tensorflow()
+        self.graphs = self.graphs or build_functions(tf, self.options, mirrors=True)
         if is_new_life:
             self.runners = concurrent.futures.ThreadPoolExecutor(PLACES)
             self.callers = concurrent.futures.ThreadPoolExecutor(16)  # of models that call out, perhaps to each other
         for key, model in there["models"].items():
             is_mirror, graph = is_mirrored(self.options, model.source), self.graphs.get(key)
-            if key[1] != model.version or not model.metadata or (graph and (is_mirror or not is_new_life)):
+            is_connected = graph and graph.session and (is_mirror or not is_new_life)
+            if key[1] != model.version or not model.metadata or is_connected:
                 continue
             try:
                 graph = graph or build_graph(tf, self.options, model.source, is_mirror)
@@ -1786,8 +1799,10 @@ class Worker:
         self.models, moved, self.moved = models, self.moved, asyncio.Event()
         moved.set()
         for key in [key for key in self.graphs if key not in models or not models[key].metadata]:
-            self.graphs.pop(key).disconnect()
+            self.graphs[key].disconnect()
             self.weights.pop(key, None)
+            if self.graphs[key].source.folder:
+                del self.graphs[key]
 
 
 def answer_requests(

@@ -78,9 +78,31 @@ def processes(owner: str) -> dict[int, str]:
                 state = file.read().rpartition(")")[2].split()[0]
             mine = {f"{RUN}={os.environ[RUN]}".encode(), f"{OWNER}={owner}".encode()} <= set(environment)
             if mine and state != "Z" and pid != os.getpid():
-                with open(f"{folder}/cmdline", "rb") as file:
-                    found[pid] = file.read().replace(b"\0", b" ").decode(errors="replace")
+                found[pid] = command_of(pid)
     return found
+
+
+def command_of(pid: int) -> str:
+    """Of a process that lives; those that are gone, and zombies, have none."""
+    with contextlib.suppress(OSError), open(f"/proc/{pid}/cmdline") as file:
+        return file.read().replace("\0", " ")
+    return ""
+
+
+def family(pid: int) -> dict[int, str]:
+    """A process and all below it: pid to command line. Not by environment: some of Ray's overwrite theirs."""
+    found = {pid: command_of(pid)}
+    for path in glob.glob(f"/proc/{pid}/task/*/children"):
+        with contextlib.suppress(OSError), open(path) as file:
+            for child in file.read().split():
+                found |= family(int(child))
+    return {pid: command for pid, command in found.items() if command}
+
+
+def plain_environment() -> dict[str, str]:
+    """The environment without what a Ray or a TensorFlow in this process has set in it."""
+    return {name: value for name, value in os.environ.items()
+            if name != "CUDA_VISIBLE_DEVICES" and not name.startswith("RAY_AUTH")}
 
 
 def folders() -> set[str]:
@@ -139,6 +161,22 @@ class Answer:
         return f"<{self.status} {self.body[:500]!r}>"
 
 
+def good(answer: Answer) -> dict:
+    """The document of an answer that is 200 and JSON."""
+    assert (answer.status, answer.headers["Content-Type"]) == (200, "application/json"), answer
+    return answer.json
+
+
+def error(answer: Answer, status: int, message: str = "") -> str:
+    """The message of an error, which has ``message`` in it: one sentence as JSON, and nothing of what is inside."""
+    assert (answer.status, answer.headers["Content-Type"]) == (status, "application/json"), answer
+    assert list(answer.json) == ["error"]
+    text = answer.json["error"]
+    assert message in text and text.strip() and "\n" not in text and "Traceback" not in text and len(text) < 1000
+    assert ("Retry-After" in answer.headers) == (status in (429, 503))
+    return text
+
+
 class Server:
     """A server process on a free port of 127.0.0.1, by default one of the two front ends, run as a user would."""
 
@@ -156,6 +194,10 @@ class Server:
 
     def get(self, path: str) -> Answer:
         return self.request("GET", path)
+
+    def add(self, value=1) -> float:
+        """The sum right after it."""
+        return good(self.get(f"/?value={value}"))["result"]
 
     def post(self, path: str, document) -> Answer:
         return self.request("POST", path, document if isinstance(document, (bytes, str)) else json.dumps(document))

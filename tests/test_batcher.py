@@ -99,16 +99,6 @@ async def error_of(future: asyncio.Future) -> BaseException | None:
 
 
 @in_a_loop
-async def test_a_lone_request_is_sent_at_once():
-    stage = Stage()
-    [future] = stage.ask(3)
-    await turn()
-    assert stage.sent == [(0, "m", [3])]
-    stage.workers[0].answer()
-    assert await future == 6
-
-
-@in_a_loop
 async def test_whatever_queued_up_while_batches_ran_is_the_next_batch():
     stage = Stage()
     await stage.be_busy()
@@ -125,52 +115,13 @@ async def test_whatever_queued_up_while_batches_ran_is_the_next_batch():
 
 
 @in_a_loop
-async def test_no_more_than_max_batch_travel_together():
-    stage = Stage(workers=3, max_batch=4)
+async def test_no_more_than_max_batch_travel_together_and_models_take_turns():
+    stage = Stage(workers=2, max_batch=4)
     stage.ask(*range(12))
-    await turn()
-    assert stage.bodies == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11]]
-
-
-@in_a_loop
-async def test_small_batches_that_share_runs_wait_for_company_although_workers_are_free():
-    stage = Stage(workers=4)
-    for body in range(PLACES + 3):
-        stage.ask(body)
-        await turn()
-    assert stage.bodies == [[0], [1]]
-    stage.workers[stage.sent[0][0]].answer()
-    assert stage.bodies[2:] == [[2, 3, 4]]
-
-
-@pytest.mark.parametrize("model, options", [("single", {}), ("m", {"placement": "mirrored"})], ids=str)
-@in_a_loop
-async def test_requests_that_do_not_share_one_run_are_spread_over_all_free_places(model, options):
-    stage = Stage(workers=3, **options)
-    stage.ask(*range(12), model=model)
-    await turn()
-    assert [len(bodies) for bodies in stage.bodies] == [2] * 6
-    assert sorted(worker for worker, _, _ in stage.sent) == [0, 0, 1, 1, 2, 2]
-
-
-@in_a_loop
-async def test_requests_for_different_models_and_for_a_certain_worker_do_not_mix():
-    stage = Stage(workers=2)
-    for number in range(2):
-        stage.ask(number)
-        stage.ask(10 + number, model="n")
-        stage.ask(20 + number, worker=1)
-    await turn()
-    assert sorted(stage.bodies) == [[0, 1], [10, 11], [20, 21]]
-
-
-@in_a_loop
-async def test_models_take_turns():
-    stage = Stage(max_batch=2)
-    stage.ask(*range(10))
     stage.ask(99, model="n")
     await turn()
-    assert [model for _, model, _ in stage.sent] == ["m", "n"]
+    assert [(model, bodies) for _, model, bodies in stage.sent] == [
+        ("m", [0, 1, 2, 3]), ("n", [99]), ("m", [4, 5, 6, 7]), ("m", [8, 9, 10, 11])]
 
 
 @in_a_loop
@@ -183,15 +134,11 @@ async def test_a_batch_waits_for_company_as_long_as_batch_wait_ms():
     assert stage.sent == []
     await asyncio.to_thread(wait_until, lambda: stage.sent)
     assert stage.bodies == [[1, 2]] and time.monotonic() - started >= 0.2
-
-
-@pytest.mark.parametrize("model, count", [("m", 3), ("single", 1)], ids=["full", "not to share a run"])
-@in_a_loop
-async def test_a_batch_that_no_company_can_join_does_not_wait(model, count):
-    stage = Stage(batch_wait_ms=60_000, max_batch=3)
-    stage.ask(*range(count), model=model)
-    await turn()
-    assert stage.bodies == [list(range(count))]
+    for model, count in (("m", 3), ("single", 1)):  # it is full, or not to share a run: then it does not wait
+        stage = Stage(batch_wait_ms=60_000, max_batch=3)
+        stage.ask(*range(count), model=model)
+        await turn()
+        assert stage.bodies == [list(range(count))]
 
 
 # -- to which worker ---------------------------------------------------------------------------------------------------
@@ -206,16 +153,6 @@ async def test_workers_take_turns_in_round_robin_order():
         stage.workers[stage.sent[-1][0]].answer()
     order = [worker for worker, _, _ in stage.sent]
     assert sorted(order[:3]) == [0, 1, 2] and order == order[:3] * 3
-
-
-@in_a_loop
-async def test_a_worker_never_has_more_than_two_batches():
-    stage = Stage(workers=2, max_batch=1)
-    stage.ask(*range(9))
-    await turn()
-    assert len(stage.sent) == 4
-    stage.workers[1].answer()
-    assert [worker for worker, _, _ in stage.sent[4:]] == [1]
 
 
 @in_a_loop
@@ -344,25 +281,17 @@ async def test_what_a_lost_worker_had_runs_once_more_elsewhere_before_what_queue
     assert await asyncio.gather(*futures) == [2, 4, 6]
 
 
+@pytest.mark.parametrize("verb, lost", [("add", 1), ("predict", 2)])
 @in_a_loop
-async def test_an_add_that_a_lost_worker_had_is_502_and_is_not_run_again():
-    stage = Stage(workers=2)
-    [future] = stage.ask(1, verb="add")
+async def test_an_add_that_lost_its_worker_or_a_request_that_lost_two_is_502_and_is_not_run_again(verb, lost):
+    stage = Stage(workers=3)
+    [future] = stage.ask(1, verb=verb)
     await turn()
-    stage.batcher.remove(stage.workers[stage.sent[0][0]])
+    for number in range(lost):
+        stage.batcher.remove(stage.workers[stage.sent[number][0]])
     error = await error_of(future)
     assert isinstance(error, WorkerLost) and error.status == 502 and "may or may not" in str(error)
-    assert len(stage.sent) == 1
-
-
-@in_a_loop
-async def test_a_request_that_lost_two_workers_is_not_given_a_third():
-    stage = Stage(workers=3)
-    [future] = stage.ask(1)
-    await turn()
-    for number in range(2):
-        stage.batcher.remove(stage.workers[stage.sent[number][0]])
-    assert isinstance(await error_of(future), WorkerLost) and len(stage.sent) == 2
+    assert len(stage.sent) == lost
 
 
 @in_a_loop
@@ -460,31 +389,19 @@ def answers(graph: Graph, *requests: tuple) -> list:
 
 
 def test_requests_whose_rows_fit_share_a_run_and_get_their_own_rows_back(load):
-    assert answers(load("crowd"), rows(12345), rows(1, 12345), rows(2)) == [[4], [1, 4], [2]]
-
-
-def test_rows_of_another_shape_do_not_share_their_run(load):
-    assert answers(load("crowd"), rows(12345), rows([12345, 0]), rows(12345)) == [[2], [[2, 0]], [2]]
+    graph = load("crowd")
+    assert answers(graph, rows(12345), rows(1, 12345), rows(2)) == [[4], [1, 4], [2]]
+    assert answers(graph, rows(12345), rows([12345, 0]), rows(12345)) == [[2], [[2, 0]], [2]]
 
 
 def test_one_bad_request_does_not_fail_its_batch(load):
-    first, bad, last = answers(load("picky", "serving_default"), rows(2), rows(-2), rows(4))
-    assert (first, last) == ([1], [2])
+    first, bad, unread, last = answers(
+        load("picky", "serving_default"), rows(2), rows(-2), ("predict", (b"{", False), 60, False), rows(4))
+    assert (first, last) == ([1], [2]) and isinstance(unread, InvalidRequest)
     assert isinstance(bad, ModelError) and bad.status == 400 and "must not be negative" in str(bad)
-
-
-def test_an_add_that_cannot_be_does_not_fail_those_beside_it(load):
     adds = [("add", value, 60, False) for value in (1.7e308, 1.7e308, -1.7e308)]
     first, bad, last = answers(load(ADDER_SOURCE), *adds)
     assert (first, last) == (1.7e308, 0) and isinstance(bad, ModelError)
-
-
-def test_what_cannot_be_read_is_answered_before_anything_runs(load):
-    replies = []
-    requests = [rows(2), ("predict", (b"{", False), 60, False), ("predict", (b'{"instances": [4]}', False), 60, False)]
-    answer_requests(load("picky", "serving_default"), requests, replies.append)
-    assert list(replies[0]) == [1] and isinstance(replies[0][1], InvalidRequest)
-    assert replies[1][0]["y"] == [1] and replies[1][2] == b'{"predictions": [2.0]}'
 
 
 def test_a_result_of_the_wrong_length_is_run_again_one_by_one(load):

@@ -3,10 +3,12 @@
 Three speeds: pure (no Ray, no TensorFlow), TensorFlow in this process, cluster. What breaks things has its own server.
 """
 
+import asyncio
 import atexit
 import contextlib
 import glob
 import http.client
+import inspect
 import json
 import os
 import shutil
@@ -50,6 +52,14 @@ def pytest_collection_modifyitems(config, items):
     for item in items:
         if item.get_closest_marker("long") and not config.getoption("--long"):
             item.add_marker(pytest.mark.skip(reason="takes long: runs with --long"))
+
+
+def pytest_pyfunc_call(pyfuncitem):
+    """An asynchronous test runs in an event loop of its own."""
+    if inspect.iscoroutinefunction(pyfuncitem.obj):
+        arguments = {name: pyfuncitem.funcargs[name] for name in inspect.signature(pyfuncitem.obj).parameters}
+        asyncio.run(asyncio.wait_for(pyfuncitem.obj(**arguments), 60))
+        return True
 
 
 def wait_until(condition, seconds: float = START_S, what: str = ""):

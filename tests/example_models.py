@@ -137,6 +137,19 @@ def line(tf):
     return {"serving_default": ({"x": x}, {"y": w * x + b}), "train": ({"x": x, "y": y}, {"loss": trained})}
 
 
+def gate(tf):
+    """Answers with the name of a file, when that file exists."""
+    path = tf.placeholder(tf.string, [None], name="path")
+
+    def wait(path):
+        end = time.monotonic() + 60
+        while not os.path.exists(path[0]) and time.monotonic() < end:
+            time.sleep(0.01)
+        return path
+
+    return {"serving_default": ({"path": path}, {"path": tf.numpy_function(wait, [path], tf.string)})}
+
+
 def late(tf):
     """y = 2 x; the third process to build it, the second worker, waits until there is a file "open" in a folder."""
     gate = os.environ["RAY_TENSORFLOW_TEST_GATE"]
@@ -155,7 +168,7 @@ def broken(tf):
 
 
 FUNCTIONS = ("linear", "same_names", "echo", "several", "scalar", "fixed", "centered", "picky", "counter", "failing",
-             "dictionary")
+             "dictionary", "line", "gate")
 
 
 # -- graphs for tests that start their own servers ---------------------------------------------------------------------
@@ -191,19 +204,6 @@ def remote(tf):
         signatures[name] = (inputs, dict(zip(outputs, call())))
         signatures[f"{name}_status"] = (inputs, {"code": code, "message": message, **dict(zip(outputs, tensors))})
     return signatures
-
-
-def gate(tf):
-    """Answers with the name of a file, when that file exists."""
-    path = tf.placeholder(tf.string, [None], name="path")
-
-    def wait(path):
-        end = time.monotonic() + 60
-        while not os.path.exists(path[0]) and time.monotonic() < end:
-            time.sleep(0.01)
-        return path
-
-    return {"serving_default": ({"path": path}, {"path": tf.numpy_function(wait, [path], tf.string)})}
 
 
 def crowd(tf):

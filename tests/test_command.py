@@ -13,7 +13,7 @@ import tempfile
 from dataclasses import dataclass, field
 
 import pytest
-from conftest import OWNER, REPOSITORY, START_S, processes, wait_until
+from conftest import OWNER, REPOSITORY, START_S, plain_environment, processes, wait_until
 
 names = itertools.count()
 
@@ -56,9 +56,7 @@ def running(*options: str, before: tuple[str, ...] = ()):
     """A Run that has just started; ``before`` stands before the command."""
     folders = {name: tempfile.mkdtemp(prefix="rt", dir="/tmp") for name in ("home", "temp", "work", "log")}
     owner = f"command {next(names)}"
-    environment = os.environ | {"HOME": folders["home"], "TMPDIR": folders["temp"], OWNER: owner}
-    for name in [name for name in environment if name.startswith("RAY_AUTH") or name == "CUDA_VISIBLE_DEVICES"]:
-        del environment[name]
+    environment = plain_environment() | {"HOME": folders["home"], "TMPDIR": folders["temp"], OWNER: owner}
     with contextlib.ExitStack() as stack:
         outputs = [stack.enter_context(open(os.path.join(folders["log"], name), "w")) for name in ("stdout", "stderr")]
         process = subprocess.Popen(
@@ -80,45 +78,25 @@ def running(*options: str, before: tuple[str, ...] = ()):
 # -- runs that end by themselves ---------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def run():
-    """A run with four workers, as is."""
-    with running() as run:
-        run.wait()
-        yield run
-
-
-def test_it_ends_with_the_sum_of_the_workers_numbers(run):
-    assert run.process.returncode == 0, run.read("stderr")
-    assert run.lines[-1] == "sum: 6.0"
-
-
-def test_each_worker_has_a_line_with_the_sum_right_after_its_own_add(run):
-    pattern = r"worker (\d+): added (\d+), sum (\d+\.\d+), \d+\.\d+ s"
-    found = [tuple(map(float, re.fullmatch(pattern, line).groups())) for line in run.lines[1:-1]]
-    assert sorted((worker, value) for worker, value, _ in found) == [(i, i) for i in range(4)]
-    total = 0
-    for _, value, after in sorted(found, key=lambda line: (line[2], -line[1])):
-        total += value
-        assert after == total
-
-
-def test_there_is_a_line_for_each_event_and_nothing_else(run):
-    assert re.fullmatch(r"started: 4 workers, \d+\.\d s", run.lines[0]) and len(run.lines) == 6
-    actors = ["parameter server 0", *(f"worker {i}" for i in range(4))]
-    pattern = r"\d\d:\d\d:\d\d (.*) ready  pid \d+  \d+\.\d s"
-    assert sorted(re.fullmatch(pattern, line)[1] for line in run.read("stderr").splitlines()) == actors
-
-
-def test_no_process_and_no_file_is_left(run):
-    assert (run.left, run.files()) == ({}, [])
-
-
-@pytest.mark.long
-def test_ten_workers_add_up_to_45():
-    with running("--workers", "10") as run:
+@pytest.mark.parametrize("options, workers", [
+    ([], 4), pytest.param(["--workers", "10"], 10, marks=pytest.mark.long)])
+def test_it_ends_with_the_sum_of_the_workers_numbers_has_a_line_for_each_event_and_leaves_nothing(options, workers):
+    with running(*options) as run:
         assert run.wait() == 0, run.read("stderr")
-        assert run.lines[-1] == "sum: 45.0"
+        started, *added, last = run.lines
+        assert re.fullmatch(rf"started: {workers} workers, \d+\.\d s", started)
+        pattern = r"worker (\d+): added (\d+), sum (\d+\.\d+), \d+\.\d+ s"
+        found = [tuple(map(float, re.fullmatch(pattern, line).groups())) for line in added]
+        assert sorted((worker, value) for worker, value, _ in found) == [(i, i) for i in range(workers)]
+        total = 0
+        for _, value, after in sorted(found, key=lambda line: (line[2], -line[1])):
+            total += value
+            assert after == total  # the sum right after its own add
+        assert last == f"sum: {total:.1f}"
+        actors = ["parameter server 0", *(f"worker {i}" for i in range(workers))]
+        pattern = r"\d\d:\d\d:\d\d (.*) ready  pid \d+  \d+\.\d s"
+        assert sorted(re.fullmatch(pattern, line)[1] for line in run.read("stderr").splitlines()) == sorted(actors)
+        assert (run.left, run.files()) == ({}, [])
 
 
 # -- runs that are ended -----------------------------------------------------------------------------------------------

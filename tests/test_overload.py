@@ -31,7 +31,7 @@ async def burst(port: int, clients: int) -> list[bytes]:
 def test_2000_clients_at_once_are_each_answered_and_what_was_refused_changed_nothing(front_end):
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, min(hard, 4096)), hard))
-    before, done = front_end.get("/?value=0").json["result"], 0
+    before, done = front_end.add(0), 0
     for answer in asyncio.run(burst(front_end.port, 2000)):
         head, _, body = answer.partition(b"\r\n\r\n")
         status = head.split()[1]
@@ -40,7 +40,7 @@ def test_2000_clients_at_once_are_each_answered_and_what_was_refused_changed_not
         if status == b"503":
             assert json.loads(body)["error"].startswith("Too many") and b"\r\nretry-after: 1" in head.lower()
     assert done >= 500
-    assert front_end.get("/?value=0").json["result"] == before + done
+    assert front_end.add(0) == before + done
     wait_until(lambda: front_end.get("/health").json["waiting"] == 0)
 
 
@@ -109,7 +109,7 @@ def test_a_client_that_never_finishes_its_body_holds_up_neither_others_nor_the_e
         for number in range(2):
             with socket.create_connection(("127.0.0.1", server.port), 60) as connection:
                 connection.sendall(b"POST /v1/models/adder:predict HTTP/1.1\r\nHost: a\r\nContent-Length: 100\r\n\r\n{")
-                assert server.get("/?value=1").json == {"result": number + 1}
+                assert server.add() == number + 1
                 if number:
                     server.process.send_signal(signal.SIGTERM)
                 received = b"".join(iter(lambda: connection.recv(2**16), b""))  # until it closes the connection

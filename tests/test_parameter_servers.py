@@ -74,8 +74,9 @@ def outcome(cluster: Cluster, model: str, signature: str, inputs: dict):
 def test_all_models_answer_as_with_one_parameter_server(two, cluster):
     compared = 0
     for model in cluster.models.values():
-        signatures = model.metadata["signature_def"]["signature_def"] if model.name not in ("adder", "counter") else {}
-        for name, signature in signatures.items():
+        if model.name in ("adder", "counter", "line", "gate"):  # which change or wait
+            continue
+        for name, signature in model.metadata["signature_def"]["signature_def"].items():
             inputs = {key: sample(info) for key, info in signature["inputs"].items()}
             expected, found = (outcome(which, model.name, name, inputs) for which in (cluster, two))
             if isinstance(expected, tuple):

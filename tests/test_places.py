@@ -1,15 +1,11 @@
-"""Small and awkward places to run in, and an end that nobody can prepare for."""
+"""Small and awkward places to run in."""
 
-import contextlib
-import glob
 import os
-import shutil
-import signal
 import subprocess
 import sys
 
 import pytest
-from conftest import REPOSITORY, START_S, Server, folders, processes, wait_until
+from conftest import REPOSITORY, START_S, Server
 from test_command import running
 
 PROXY = "http://127.0.0.1:9"  # where nobody listens
@@ -77,62 +73,3 @@ def test_without_room_for_temporary_files_it_says_so_and_ends(mounts, words):
         last = run.read("stderr").splitlines()[-1]
         assert last.startswith("ray_tensorflow.py: error: ") and words in last
         assert "Traceback" not in run.read("stderr") and (run.lines, run.left, run.files()) == ([], {}, [])
-
-
-# -- it is killed ------------------------------------------------------------------------------------------------------
-
-
-def living() -> dict[int, tuple[int, str, str]]:
-    """All processes of the machine: pid to parent's pid, start time and command line."""
-    found = {}
-    for folder in glob.glob("/proc/[0-9]*"):
-        with contextlib.suppress(OSError), open(f"{folder}/stat") as stat, open(f"{folder}/cmdline") as line:
-            fields = stat.read().rpartition(")")[2].split()
-            if fields[0] != "Z":
-                found[int(folder.rpartition("/")[2])] = int(fields[1]), fields[19], line.read().replace("\0", " ")
-    return found
-
-
-def descendants(pid: int) -> dict[int, tuple[int, str, str]]:
-    """A process and all below it. Not by their environment: some of Ray's overwrite theirs with their title."""
-    everything, found = living(), {pid}
-    while more := {pid for pid, (parent, _, _) in everything.items() if parent in found} - found:
-        found |= more
-    return {pid: everything[pid] for pid in found if pid in everything}
-
-
-def kill(process: subprocess.Popen, agents_too: bool) -> None:
-    """Kill it, and see all that it started end. Ray's two agents take a minute, in which they try to tell the GCS,
-    which is gone too (ray/_private/process_watcher.py): they are ended here unless they are to be waited for."""
-    before = descendants(process.pid)
-    commands = " ".join(command for _, _, command in before.values())
-    for name in ("gcs_server", "raylet", "Agent", "ray::ParameterServer", "ray::Worker"):
-        assert name in commands
-    process.kill()
-    process.wait()
-
-    def left(but: str = "none") -> list[int]:
-        after = living()
-        return [pid for pid, (_, start, command) in before.items()
-                if pid in after and after[pid][1] == start and but not in command]
-
-    wait_until(lambda: not (left() if agents_too else left(but="Agent")), 120, "all to end")
-    for pid in left():
-        os.kill(pid, signal.SIGKILL)
-
-
-def test_a_front_end_that_is_killed_leaves_nothing_running():
-    before = folders()
-    with Server("starlette", "--workers", "2") as server:
-        server.wait_ready(workers=2)
-        kill(server.process, agents_too=False)
-    for folder in folders() - before:  # its logs and sockets stay
-        shutil.rmtree(folder)
-
-
-@pytest.mark.long
-def test_a_command_that_is_killed_while_workers_start_leaves_nothing_running():
-    with running("--workers", "4") as run:
-        wait_until(lambda: "worker 0 ready" in run.read("stderr"), what="worker 0")
-        kill(run.process, agents_too=True)
-        assert not processes(run.owner)

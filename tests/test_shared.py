@@ -111,7 +111,7 @@ def test_many_front_ends_of_both_kinds_share_one_graph_and_do_not_notice_when_on
         wait_until(lambda: sum(len(client.answers) for client in others) > 20_000, what="the others to go on")
         answers = [answer for client in others for answer in client.stop()]
         assert {status for _, _, status, _, _ in answers} == {200}
-        totals = {server.get("/?value=0").json["result"] for server in servers[1:]}
+        totals = {server.add(0) for server in servers[1:]}
         assert len(totals) == 1
         assert_counted_once(answers + lost, totals.pop())
         assert {tuple(worker["pid"] for worker in workers(server)) for server in servers[1:]} == before
@@ -123,7 +123,7 @@ def test_a_front_end_that_wants_other_options_is_told_so(address):
         done = command("--address", address, "--workers", "3")
         assert done.returncode == 1
         assert done.stderr.splitlines()[-1] == "ray_tensorflow.py: error: --workers 3: the shared cluster runs with 1"
-        assert server.get("/").json == {"result": 1}
+        assert server.add() == 1
 
 
 def test_nothing_is_left_of_a_front_end_that_is_killed_while_it_starts(address):
@@ -155,5 +155,5 @@ def test_workers_on_a_node_that_is_lost_come_back_on_another_and_on_a_new_one(no
         os.kill(moved["pid"], signal.SIGKILL)
         wait_until(lambda: (now := workers(server)[0])["state"] == "ready" and now["pid"] != moved["pid"])
         assert workers(server)[0]["node"] not in used
-        assert_counted_once(clients.stop(), server.get("/?value=0").json["result"])
+        assert_counted_once(clients.stop(), server.add(0))
     nodes.tell("remove")

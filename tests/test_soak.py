@@ -1,14 +1,13 @@
 """100,000 requests: nothing that a server holds grows with them."""
 
 import asyncio
-import glob
 import json
 import os
 import re
 from typing import NamedTuple
 
 import pytest
-from conftest import Server, wait_until
+from conftest import Server, family, wait_until
 
 CLIENTS = 64
 FIRST, REST = 20_000, 80_000
@@ -62,12 +61,6 @@ class Held(NamedTuple):
                 or self.files > before.files)
 
 
-def family(pid: int) -> list[int]:
-    """A process and all that descend from it."""
-    children = [int(child) for path in glob.glob(f"/proc/{pid}/task/*/children") for child in open(path).read().split()]
-    return [pid, *(each for child in children for each in family(child))]
-
-
 @pytest.mark.long
 def test_after_20000_requests_80000_more_take_no_more_memory_threads_or_files():
     with Server("starlette", "--workers", "2", "--model", "example_models:linear").wait_ready(workers=2) as server:
@@ -75,7 +68,7 @@ def test_after_20000_requests_80000_more_take_no_more_memory_threads_or_files():
         before = {pid: Held.by(pid) for pid in family(server.process.pid)}
         assert len(before) >= 6  # the front end, gcs, raylet, the parameter server, two workers
         asyncio.run(ask(server.port, REST))
-        assert server.get("/?value=0").json["result"] == (FIRST + REST) / 2
+        assert server.add(0) == (FIRST + REST) / 2
         grown = {}
 
         def is_settled() -> bool:

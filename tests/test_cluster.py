@@ -83,22 +83,6 @@ def test_a_caller_that_gives_up_harms_nobody(cluster):
     assert [answer["y"].tolist() for answer in answers[1::2]] == [Y] * 20
 
 
-def test_a_workers_answer_can_be_awaited_as_any_call_of_rays(cluster):
-    import ray
-
-    async def ask():
-        [place] = [actor for actor in ray.util.list_named_actors(all_namespaces=True) if actor["name"] == "worker 0"]
-        worker = ray.get_actor(**place)
-        predictions = [("predict", (body, False), 10.0, False) for body in (b'{"instances": [[1, 1, 1]]}', b"")]
-        return [*await worker.answer.remote("adder", [("add", 1.0, 10.0, False), ("add", 2.0, 10.0, False)]),
-                *await worker.answer.remote("linear", predictions)]
-
-    total = cluster.add(0)
-    *sums, prediction, error = asyncio.run(ask())
-    assert sums == [total + 1, total + 3]
-    assert json.loads(prediction) == {"predictions": Y} and isinstance(error, InvalidRequest)
-
-
 # -- wrong inputs ------------------------------------------------------------------------------------------------------
 
 
@@ -134,7 +118,6 @@ def test_only_one_finite_number_can_be_added_by_either_door(cluster, value):
 def test_an_input_may_have_any_dtype_that_becomes_its_own_without_loss_of_kind(cluster):
     for value in ([[1, 1, 1]], [[True, True, True]], np.ones((1, 3), np.float64), np.ones((1, 3), np.uint8)):
         assert cluster.predict({"x": value}, "linear")["y"].tolist() == Y
-    assert cluster.predict({"word": ["two"]}, "words")["number"].tolist() == [2]
 
 
 # -- lives, in a process of their own: Ray is started and ended with each ----------------------------------------------

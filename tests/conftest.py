@@ -73,9 +73,6 @@ def wait_until(condition, seconds: float = START_S, what: str = ""):
 
 # -- nothing is left over ----------------------------------------------------------------------------------------------
 
-SESSION_FOLDERS: set[str] = set()
-
-
 def processes(owner: str) -> dict[int, str]:
     """Pid and command line of the living processes of this test run that belong to "test" or to "session"."""
     found = {}
@@ -122,21 +119,18 @@ def folders() -> set[str]:
 @contextlib.contextmanager
 def owned_by_session():
     """What starts in this block may outlive the test that needed it first."""
-    os.environ[OWNER], before = "session", folders()
+    os.environ[OWNER] = "session"
     try:
         yield
     finally:
         os.environ[OWNER] = "test"
-        SESSION_FOLDERS.update(folders() - before)
 
 
 @pytest.fixture(autouse=True)
 def leak_detector():
-    """No process and no temporary folder is left over by a test."""
-    before = folders()
+    """No process is left over by a test."""
     yield
     wait_until(lambda: not processes("test"), 30, f"these to end: {processes('test')}")
-    assert not folders() - before - SESSION_FOLDERS
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -145,7 +139,7 @@ def session_leak_detector():
     yield
     left = lambda: processes("session") | processes("test")
     wait_until(lambda: not left(), 30, f"these to end: {left()}")
-    assert not [folder for folder in SESSION_FOLDERS if os.path.exists(folder)]
+    assert not folders()
 
 
 # -- servers -----------------------------------------------------------------------------------------------------------
@@ -190,11 +184,13 @@ def error(answer: Answer, status: int, message: str = "") -> str:
 class Server:
     """A server process on a free port of 127.0.0.1, by default one of the two front ends, run as a user would."""
 
-    def __init__(self, kind: str, *options: str, command: list[str] | None = None, **popen):
-        self.kind, self.port, self.log = kind, free_port(), tempfile.TemporaryFile()
+    def __init__(self, kind: str, *options: str, before=(), command: list[str] | None = None, env=None, **popen):
+        """``before`` stands before the command."""
+        self.port, self.log = free_port(), tempfile.TemporaryFile()
         default = [sys.executable, os.path.join(REPOSITORY, f"ray_tensorflow_{kind}.py"), "--port", "{port}"]
-        command = [part.format(port=self.port) for part in command or default]
-        self.process = subprocess.Popen([*command, *options], stdout=self.log, stderr=self.log, **popen)
+        command = [*before, *(part.format(port=self.port) for part in command or default), *options]
+        environment = (env or os.environ) | {"RAY_TENSORFLOW_TEST_PORT": str(self.port)}
+        self.process = subprocess.Popen(command, stdout=self.log, stderr=self.log, env=environment, **popen)
 
     def request(self, method: str, path: str, body=None, headers: dict | None = None, timeout: float = 60) -> Answer:
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=timeout)
@@ -259,14 +255,11 @@ class Server:
 @pytest.fixture(scope="session", params=["flask", "starlette"])
 def front_end(request, models):
     """Each front end in turn, with two workers and all models, as a process of its own."""
-    before = folders()
     options = [part for name, source in models.items() for part in ("--model", f"{name}={source}")]
     with owned_by_session():
         server = Server(request.param, "--workers", "2", *options)
     with server:
-        server.wait_ready(workers=2)
-        SESSION_FOLDERS.update(folders() - before)
-        yield server
+        yield server.wait_ready(workers=2)
 
 
 @pytest.fixture(scope="session")

@@ -180,11 +180,12 @@ def half_plus_two(tf):
 
 
 def half_plus_remote(tf):
-    """y = 0.5x + b, where b is what half_plus_two on this very server (REMOTE_PORT) makes of 2."""
+    """y = 0.5x + b, where b is what half_plus_two on this very server makes of 2."""
     from ray_tensorflow import remote_predict
 
     x = tf.placeholder(tf.float32, [None], name="x")
-    b, = remote_predict(["x"], [tf.constant([2.0])], ["y"], f"127.0.0.1:{os.environ['REMOTE_PORT']}", "half_plus_two")
+    address = f"127.0.0.1:{os.environ['RAY_TENSORFLOW_TEST_PORT']}"
+    b, = remote_predict(["x"], [tf.constant([2.0])], ["y"], address, "half_plus_two")
     return {"serving_default": ({"x": x}, {"y": 0.5 * x + b})}
 
 
@@ -196,7 +197,8 @@ def remote(tf):
     for name, case in json.loads(os.environ["REMOTE_CASES"]).items():
         inputs = {alias: tf.placeholder(dtype, None) for alias, dtype in case.pop("inputs", {"x": "float32"}).items()}
         outputs = case.pop("outputs", {"y": "float32"})
-        case = {"target_address": f"127.0.0.1:{os.environ['REMOTE_PORT']}", "model_name": "half_plus_two"} | case
+        address = f"127.0.0.1:{os.environ['RAY_TENSORFLOW_TEST_PORT']}"
+        case = {"target_address": address, "model_name": "half_plus_two"} | case
         call = functools.partial(
             remote_predict, list(inputs), list(inputs.values()), list(outputs), output_types=list(outputs.values()),
             **case)

@@ -3,25 +3,20 @@
 import asyncio
 import json
 import os
-import signal
 import subprocess
 import sys
 import tempfile
 import textwrap
 import threading
-import uuid
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
-from conftest import REPOSITORY, free_port, plain_environment, wait_until
-from ray_tensorflow import InvalidRequest, gpu_share
+from conftest import REPOSITORY, plain_environment
+from ray_tensorflow import InvalidRequest
 
 X = {"x": np.array([[1, 1, 1]], np.float32)}
 Y = [[9.5, 11.5]]
-
-
-# -- callers -----------------------------------------------------------------------------------------------------------
 
 
 def uvloop_run(coroutine):
@@ -83,9 +78,6 @@ def test_a_caller_that_gives_up_harms_nobody(cluster):
     assert [answer["y"].tolist() for answer in answers[1::2]] == [Y] * 20
 
 
-# -- wrong inputs ------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(["arguments", "status", "words"], [
     (({"x": [[1, 1, 1]]}, "unheard"), 404, "unheard"),
     (({"x": [[1, 1, 1]]}, "linear", "unheard"), 400, "unheard"),
@@ -118,9 +110,6 @@ def test_only_one_finite_number_can_be_added_by_either_door(cluster, value):
 def test_an_input_may_have_any_dtype_that_becomes_its_own_without_loss_of_kind(cluster):
     for value in ([[1, 1, 1]], [[True, True, True]], np.ones((1, 3), np.float64), np.ones((1, 3), np.uint8)):
         assert cluster.predict({"x": value}, "linear")["y"].tolist() == Y
-
-
-# -- lives, in a process of their own: Ray is started and ended with each ----------------------------------------------
 
 
 def run_script(code: str, **environment) -> dict:
@@ -246,60 +235,3 @@ def test_closing_while_starting_is_quick_and_clean(tmp_path):
     assert report["raised"] == ["The server is shutting down."] * 3
     assert report["left"] == [[False, "failed", []]] * 3
     assert max(report["seconds"]) < 60
-
-
-# -- GPUs: Ray's logical ones, by what each actor sees -----------------------------------------------------------------
-
-
-@pytest.mark.parametrize(["gpus", "actors", "share"], [
-    (0, 5, 0), (1, 1, 1), (8, 5, 1), (1, 2, 0.5), (2, 5, 0.3333), (1, 3, 0.3333), (4, 5, 0.5)])
-def test_gpus_are_shared_out_evenly(gpus, actors, share):
-    assert gpu_share(gpus, actors) == share
-
-
-@pytest.fixture
-def ray_with_gpus():
-    """(address, environment): a Ray of others with two logical GPUs, and what its clients have to have set."""
-    with tempfile.TemporaryDirectory(prefix="ray_gpu_", ignore_cleanup_errors=True) as folder:
-        token = {"RAY_AUTH_TOKEN": uuid.uuid4().hex * 2, "RAY_USAGE_STATS_ENABLED": "0", "HOME": folder}
-        token["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"  # one node, which is then content with 127.0.0.1
-        token["RAY_AUTH_MODE"] = "token"  # which Ray takes for granted only where it starts itself
-        port = free_port()
-        command = [
-            os.path.join(os.path.dirname(sys.executable), "ray"), "start", "--head", "--block", f"--port={port}",
-            "--node-ip-address=127.0.0.1", "--num-cpus=1", "--num-gpus=2", "--include-dashboard=false",
-            f"--temp-dir={folder}", "--object-store-memory=80000000"]
-        with open(os.path.join(folder, "log"), "w+") as log:
-            process = subprocess.Popen(
-                command, env=plain_environment() | token, stdout=log, stderr=log, start_new_session=True)
-            try:
-                wait_until(lambda: process.poll() or "runtime started" in open(log.name).read(), what="Ray to start")
-                assert process.poll() is None, open(log.name).read()
-                yield f"127.0.0.1:{port}", token
-            finally:
-                process.send_signal(signal.SIGTERM)
-                process.wait(60)
-
-
-def test_a_cluster_on_ray_of_others_pins_each_actor_to_its_part_of_a_gpu_and_gives_everything_back(ray_with_gpus):
-    """Three workers and the parameter server are two to each GPU."""
-    address, token = ray_with_gpus
-    report = run_script(f"""
-        from ray_tensorflow import Cluster
-
-        with Cluster(workers=3, address={address!r}) as cluster:
-            while sum(worker["state"] == "ready" for worker in cluster.health()["workers"]) < 3:
-                time.sleep(0.1)
-            report["sums"] = [cluster.add(1, worker=i) for i in range(3)]
-            report |= cluster.health()
-        import ray
-        ray.init({address!r}, logging_level="ERROR")
-        deadline = time.monotonic() + 60
-        while ray.available_resources().get("GPU") != 2 and time.monotonic() < deadline:
-            time.sleep(0.1)
-        report["left"] = ray.available_resources().get("GPU")
-        """, **token)
-    actors = report["parameter_servers"] + report["workers"]
-    assert sorted(actor["gpus"] for actor in actors) == [[0], [0], [1], [1]]
-    assert all(actor["cuda_visible_devices"] == str(actor["gpus"][0]) for actor in actors)
-    assert report["sums"] == [1, 2, 3] and report["left"] == 2

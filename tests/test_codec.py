@@ -285,7 +285,8 @@ CLASSES, SCORES = strings([[b"a", b"b"], [b"c", "ü".encode()]]), np.float32([[0
     ("regress", {"outputs": np.float32([0.2, -inf])}, "[0.2, -Infinity]"),
     ("regress", {"outputs": np.float32([[0.2], [1]])}, "[0.2, 1.0]"),
     *[("classify", outputs, None) for outputs in (
-        {"other": SCORES}, {"scores": SCORES[0]}, {"scores": SCORES[:1]}, {"classes": CLASSES, "scores": SCORES.T[:1]})],
+        {"other": SCORES}, {"scores": SCORES[0]}, {"scores": SCORES[:1]},
+        {"classes": CLASSES, "scores": SCORES[:, :1]})],
     *[("regress", outputs, None) for outputs in (
         {"other": SCORES[0]}, {"outputs": SCORES}, {"outputs": SCORES[0, :1]}, {"outputs": SCORES[0, 0]})]])
 def test_results_are_labels_with_scores_or_numbers_and_other_outputs_are_refused(verb, outputs, text):

@@ -75,9 +75,6 @@ def running(*options: str, before: tuple[str, ...] = ()):
             shutil.rmtree(folder, ignore_errors=True)
 
 
-# -- runs that end by themselves ---------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("options, workers", [
     ([], 4), pytest.param(["--workers", "10"], 10, marks=pytest.mark.long)])
 def test_it_ends_with_the_sum_of_the_workers_numbers_has_a_line_for_each_event_and_leaves_nothing(options, workers):
@@ -99,21 +96,13 @@ def test_it_ends_with_the_sum_of_the_workers_numbers_has_a_line_for_each_event_a
         assert (run.left, run.files()) == ({}, [])
 
 
-# -- runs that are ended -----------------------------------------------------------------------------------------------
-
-
-def when_there_is(run: Run, name: str) -> None:
-    """Wait for one of its processes."""
-    wait_until(lambda: any(name in command for command in processes(run.owner).values()), what=name)
-
-
 @pytest.mark.parametrize("moment, end", [
     ("gcs_server", "Ctrl-C"), ("ray::ParameterServer", "SIGTERM"),
     *(pytest.param(*case, marks=pytest.mark.long)
       for case in [("gcs_server", "SIGTERM"), ("ray::ParameterServer", "Ctrl-C"), ("ray::Worker", "Ctrl-C")])])
 def test_it_can_be_ended_at_any_moment_and_leaves_nothing(moment, end):
     with running("--workers", "2") as run:
-        when_there_is(run, moment)
+        wait_until(lambda: any(moment in command for command in processes(run.owner).values()), what=moment)
         if end == "Ctrl-C":
             os.killpg(run.process.pid, signal.SIGINT)  # a terminal sends it to all processes in the foreground
         else:

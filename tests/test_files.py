@@ -29,9 +29,6 @@ def load(path) -> dict:
     return {"": np.load(path)} if path.suffix == ".npy" else dict(np.load(path))
 
 
-# -- the function behind the command -----------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("model, given, source, target, expected", [
     ("picky", column, "in.npy", "out.npy", {"": column / 2}),
     ("picky", {"x": column}, "in.npz", "out.npy", {"": column / 2}),
@@ -106,9 +103,6 @@ def test_what_cannot_be_predicted_is_one_sentence_and_an_older_output_stays(
     assert "\n" not in str(raised.value)
     assert sorted(os.listdir(tmp_path)) == sorted([*before, target])
     assert (tmp_path / target).read_text() == "an older output"
-
-
-# -- the command -------------------------------------------------------------------------------------------------------
 
 
 ROWS = 2**13

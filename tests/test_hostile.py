@@ -13,26 +13,19 @@ SEED, COUNT = 20_260, 500
 DOCUMENT = b'{"instances": [[1.5, 2.5, 3.5]]}'
 
 
-# -- the generator: each function makes one request of its kind --------------------------------------------------------
-
-
 def post(body: bytes, path: bytes = b"/v1/models/linear:predict", *headers: bytes, method: bytes = b"POST") -> bytes:
     lines = [b"%b %b HTTP/1.1" % (method, path), b"Host: a", b"Connection: close", b"Content-Length: %d" % len(body)]
     return b"\r\n".join([*lines, *headers]) + b"\r\n\r\n" + body
 
 
 def wrong_document(r: random.Random) -> bytes:
-    """The contract of predict, classify or regress with one place wrong; test_codec has each."""
-    wrong = r.choice([
-        None, True, "text", {}, [], {"b64": "!"}, {"x": {}}, [1, "2", 3], [1, [2], 3], [{}] * 3, 10**400,
-        r.randint(-10**30, 10**30), "\ud800", [[[1, 2, 3]]], {"\ud800": [1, 2, 3]}, [1] * r.randint(4, 50)])
+    """The contract of predict, classify or regress with one place wrong; test_codec has more."""
+    wrong = r.choice([None, True, "text", {}, [1, "2", 3], [{}] * 3, 10**400, "\ud800", {"\ud800": [1, 2, 3]}])
     verb, documents = r.choice([
         (b"linear:predict", [
-            wrong, {"instances": wrong}, {"instances": [[1, 2, 3], wrong]}, {"\x00": [[1, 2, 3]]}, {"inputs": wrong},
-            {"instances": [{"x": [1, 2, 3], "z": wrong}]}, {"inputs": wrong, "instances": [[1, 2, 3]]},
+            wrong, {"instances": wrong}, {"instances": [[1, 2, 3], wrong]}, {"inputs": {"x": wrong}},
             {"instances": [[1, 2, 3]], "signature_name": r.choice([1, [], "no such", "\ud800", "x" * 10_000])}]),
-        (r.choice([b"scores:classify", b"scores:regress"]), [
-            {"examples": wrong}, {"examples": [{"x": wrong}]}, {"examples": [{}], "context": wrong}])])
+        (r.choice([b"scores:classify", b"scores:regress"]), [{"examples": wrong}, {"examples": [{"x": wrong}]}])])
     return post(json.dumps(r.choice(documents)).encode(), b"/v1/models/" + verb)
 
 
@@ -43,25 +36,22 @@ def bomb() -> bytes:
 
 def wrong_json(r: random.Random) -> bytes:
     """A document that is cut, not UTF-8, twice, too deep, not JSON at all, or not what gzip makes."""
-    opening, closing = r.choice([(b"[", b"]"), (b'{"a":', b"}"), (b'[{"x":', b"}]")])
-    depth, packed = r.choice([100, 900, 100_000]), gzip.compress(DOCUMENT)
     if r.random() < 0.3:
-        body = r.choice([DOCUMENT, packed[:r.randrange(20)], packed[:12] + r.randbytes(99), r.randbytes(99), bomb()])
+        body = r.choice([DOCUMENT, gzip.compress(DOCUMENT)[:r.randrange(20)], r.randbytes(99), bomb()])
         return post(body, b"/v1/models/linear:predict", b"Content-Encoding: gzip")
+    opening, closing = r.choice([(b"[", b"]"), (b'{"a":', b"}"), (b'[{"x":', b"}]")])
+    depth = r.choice([100, 900, 100_000])
     return post(r.choice([
         DOCUMENT[:r.randrange(len(DOCUMENT))], DOCUMENT.replace(b"1", b"\xff"), DOCUMENT * 2, DOCUMENT[::-1], b"",
-        DOCUMENT.decode().encode("utf-16"), r.randbytes(100) + b"\xff", DOCUMENT.replace(b"1", b"0x3"),
+        DOCUMENT.decode().encode("utf-16"), r.randbytes(100) + b"\xff",
         b'{"instances": ' + opening * depth + b"1" + closing * r.choice([0, depth]) + b"}"]))
 
 
 def wrong_path(r: random.Random) -> bytes:
-    query = r.choice([b"nan", b"1&value=2", b"%ff", b"%00", b"1e999", b"1" + b"&value=1" * 500, b"__import__"])
+    query = r.choice([b"nan", b"1&value=2", b"%ff", b"%00", b"1" + b"&value=1" * 500, b"__import__"])
     model = r.choice([b"nobody", b"%ff", b"%00", b"..%2f..%2fetc%2fpasswd", b"%6", b"a" * 3000])
-    path = r.choice([
-        b"/v1/models/%b:predict" % model, b"/v1/models/linear/versions/%b:predict" % r.choice([b"x", b"-1", b"9" * 30]),
-        b"/v1/models/linear/labels/%b:predict" % model, b"/v1/models/:predict", b"//etc/passwd", b"/../../etc/passwd",
-        b"/v2/models/linear:predict"])
-    return r.choice([post(DOCUMENT, path), post(b"", b"/?value=" + query, method=b"GET")])
+    path = r.choice([b"/v1/models/%b:predict", b"/v1/models/linear/versions/%b:predict", b"//etc/%b", b"/v2/%b"])
+    return r.choice([post(DOCUMENT, path % model), post(b"", b"/?value=" + query, method=b"GET")])
 
 
 def wrong_method(r: random.Random) -> bytes:
@@ -108,9 +98,6 @@ def pipelined(r: random.Random) -> bytes:
 
 WELL_FORMED = (wrong_document, wrong_json, wrong_path)  # as HTTP
 MALFORMED = (wrong_method, wrong_head, not_http, truncated, damaged, pipelined)
-
-
-# -- sending them ------------------------------------------------------------------------------------------------------
 
 
 def exchange(port: int, kind, request: bytes) -> bytes:

@@ -1,14 +1,14 @@
 """More clients than there is room for, clients that never finish, and the end of a server that is at work."""
 
 import asyncio
-import http.client
 import json
 import resource
 import signal
 import socket
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from conftest import Server, wait_until
+from conftest import Server, good, wait_until
 from ray_tensorflow import Cluster, DeadlineExceeded
 
 KINDS = pytest.mark.parametrize("kind", ["flask", "starlette"])
@@ -59,20 +59,6 @@ def test_after_requests_have_expired_in_a_worker_the_next_ones_are_served(tmp_pa
         assert clients(20, ask, ["open"] * 20) == [[str(tmp_path / "open").encode()]] * 20
 
 
-def ask_gate(server, path: str) -> socket.socket:
-    """A connection with a request that is answered when there is a file of this path."""
-    connection, body = socket.create_connection(("127.0.0.1", server.port), 60), json.dumps({"instances": [path]})
-    head = f"POST /v1/models/gate:predict HTTP/1.1\r\nHost: a\r\nContent-Length: {len(body)}\r\n\r\n"
-    connection.sendall((head + body).encode())
-    return connection
-
-
-def read_answer(connection: socket.socket) -> tuple[int, dict]:
-    response = http.client.HTTPResponse(connection)
-    response.begin()
-    return response.status, json.loads(response.read())
-
-
 def admitted(server) -> int:
     """How many requests have gone to the worker or wait for it."""
     health = server.get("/health").json
@@ -90,14 +76,15 @@ def is_refused(port: int) -> bool:
 @KINDS
 def test_a_signal_lets_requests_under_way_finish_and_refuses_new_ones(kind, tmp_path):
     gate = tmp_path / "open"
-    with Server(kind, "--workers", "1", "--model", "example_models:gate", "--timeout-s", "300").wait_ready() as server:
-        under_way = [ask_gate(server, str(gate)) for _ in range(8)]
+    options = ["--workers", "1", "--model", "example_models:gate", "--timeout-s", "300"]
+    with Server(kind, *options).wait_ready() as server, ThreadPoolExecutor(8) as pool:
+        under_way = [pool.submit(server.predict, "gate", {"instances": [str(gate)]}) for _ in range(8)]
         wait_until(lambda: admitted(server) == 8)
         server.process.send_signal(signal.SIGTERM)
         wait_until(lambda: is_refused(server.port), what="new connections to be refused")
         assert server.process.poll() is None
         gate.touch()
-        assert [read_answer(connection) for connection in under_way] == [(200, {"predictions": [str(gate)]})] * 8
+        assert [good(future.result())["predictions"] for future in under_way] == [[str(gate)]] * 8
         assert server.process.wait(60) in (0, -signal.SIGTERM)
         assert "Traceback" not in server.output()
 

@@ -2,10 +2,9 @@
 
 import os
 import subprocess
-import sys
 
 import pytest
-from conftest import REPOSITORY, START_S, Server
+from conftest import START_S, Server
 from test_command import running
 
 PROXY = "http://127.0.0.1:9"  # where nobody listens
@@ -26,25 +25,18 @@ def with_mounts(*commands: str) -> list[str]:
     return before
 
 
-def small_memory() -> list[str]:
-    """64 MB of /dev/shm, as a container has by default."""
-    return with_mounts("mount -t tmpfs -o size=64m none /dev/shm")
-
-
-def environment(*changes: str) -> list[str]:
-    return ["env", "-u", "no_proxy", "-u", "NO_PROXY", *changes, *PROXIES]
-
-
-# -- it starts and serves ----------------------------------------------------------------------------------------------
+def small(*changes: str) -> list[str]:
+    """One CPU, 64 MB of /dev/shm, as a container has by default, a dead proxy, and these changes of the environment."""
+    mounts = with_mounts("mount -t tmpfs -o size=64m none /dev/shm")
+    return [*mounts, "env", "-u", "no_proxy", "-u", "NO_PROXY", *changes, *PROXIES, *ONE_CPU]
 
 
 @pytest.mark.parametrize("kind", [pytest.param("flask", marks=pytest.mark.long), "starlette"])
 def test_a_front_end_serves_on_one_cpu_with_64_mb_of_shared_memory_behind_a_dead_proxy_with_no_home_to_write_to(kind):
-    before = [*small_memory(), *environment("HOME=/proc/nothing"), *ONE_CPU]
-    command = [*before, sys.executable, os.path.join(REPOSITORY, f"ray_tensorflow_{kind}.py"), "--port", "{port}"]
-    with Server(kind, "--workers", "1", "--model", "linear=example_models:linear", command=command) as server:
+    options = "--workers", "1", "--model", "linear=example_models:linear"
+    with Server(kind, *options, before=small("HOME=/proc/nothing")) as server:
         server.wait_ready()
-        assert [server.get(f"/?value={value}").json for value in (1, 2)] == [{"result": 1.0}, {"result": 3.0}]
+        assert [server.add(value) for value in (1, 2)] == [1, 3]
         assert server.predict("linear", {"instances": [[1, 0, 0]]}).json == {"predictions": [[1.5, 1.5]]}
         rows = 100_000  # more than Ray sends in a message: through its object store
         assert server.predict("linear", {"instances": [[1, 0, 0]] * rows}).json == {"predictions": [[1.5, 1.5]] * rows}
@@ -52,10 +44,9 @@ def test_a_front_end_serves_on_one_cpu_with_64_mb_of_shared_memory_behind_a_dead
 
 
 def test_the_command_adds_with_no_home_at_all_and_a_temporary_folder_that_does_not_exist():
-    before = *small_memory(), *environment("-u", "HOME", "TMPDIR=/nowhere"), *ONE_CPU
-    with running("--workers", "2", before=before) as run:
+    with running("--workers", "1", before=tuple(small("-u", "HOME", "TMPDIR=/nowhere"))) as run:
         assert run.wait() == 0, run.read("stderr")
-        assert run.lines[-1] == "sum: 1.0"
+        assert run.lines[-1] == "sum: 0.0"
         assert (run.left, run.files()) == ({}, [])
 
 

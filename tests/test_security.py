@@ -22,8 +22,6 @@ from websockets.sync.client import connect
 SECRET = "what no answer may hold"
 LOOPBACK = "0100007F", "0000000000000000FFFF00000100007F", "0" * 24 + "01000000"  # 127.0.0.1, as IPv6 has it, and ::1
 
-# -- what listens where ------------------------------------------------------------------------------------------------
-
 
 @pytest.fixture
 def commands(front_end) -> dict[int, str]:
@@ -76,9 +74,6 @@ def test_no_other_user_of_the_machine_gets_at_its_files(commands):
     """Ray's own folder is open to everybody, sockets included; the one around it is not."""
     folder = re.search(r"--raylet_socket_name=(/\S*?/ray_tensorflow_\w+)/", raylet(commands)[1])[1]
     assert os.stat(folder).st_mode & 0o777 == 0o700
-
-
-# -- what comes in -----------------------------------------------------------------------------------------------------
 
 
 class Bomb:

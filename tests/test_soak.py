@@ -1,43 +1,21 @@
 """100,000 requests: nothing that a server holds grows with them."""
 
-import asyncio
 import json
 import os
-import re
 from typing import NamedTuple
 
 import pytest
 from conftest import Server, family, wait_until
+from test_survival import Clients
 
-CLIENTS = 64
 FIRST, REST = 20_000, 80_000
 
 
-def request(i: int) -> bytes:
+def ask(client: int, number: int) -> tuple:
     """Adds of 1 and predictions in turn."""
-    if i % 2:
-        return b"GET /?value=1 HTTP/1.1\r\nHost: a\r\n\r\n"
-    body = json.dumps({"instances": [[i, 0, 0]]}).encode()
-    head = f"POST /v1/models/linear:predict HTTP/1.1\r\nHost: a\r\nContent-Length: {len(body)}\r\n\r\n"
-    return head.encode() + body
-
-
-async def ask(port: int, count: int) -> None:
-    """So many requests from clients that keep their connections."""
-    todo = iter(range(count))
-
-    async def client() -> None:
-        reader, writer = await asyncio.open_connection("127.0.0.1", port)
-        for i in todo:
-            writer.write(request(i))
-            head = await reader.readuntil(b"\r\n\r\n")
-            body = await reader.readexactly(int(re.search(rb"content-length: (\d+)", head)[1]))
-            assert head.startswith(b"HTTP/1.1 200"), head + body
-            assert i % 2 or json.loads(body) == {"predictions": [[i + 0.5, 2 * i - 0.5]]}
-        writer.close()
-
-    async with asyncio.timeout(500):
-        await asyncio.gather(*[client() for _ in range(CLIENTS)])
+    if number % 2:
+        return "GET", "/?value=1", None
+    return "POST", "/v1/models/linear:predict", json.dumps({"instances": [[number, 0, 0]]})
 
 
 class Held(NamedTuple):
@@ -64,11 +42,16 @@ class Held(NamedTuple):
 @pytest.mark.long
 def test_after_20000_requests_80000_more_take_no_more_memory_threads_or_files():
     with Server("starlette", "--workers", "2", "--model", "example_models:linear").wait_ready(workers=2) as server:
-        asyncio.run(ask(server.port, FIRST))
-        before = {pid: Held.by(pid) for pid in family(server.process.pid)}
+        adds = 0
+        for count in (FIRST, REST):
+            before = {pid: Held.by(pid) for pid in family(server.process.pid)}
+            clients = Clients(server, 64, ask)
+            wait_until(lambda: len(clients.answers) >= count, 500)
+            answers = clients.stop()
+            assert {status for _, _, status, _, _ in answers} == {200}
+            adds += sum(number % 2 for _, number, *_ in answers)
         assert len(before) >= 6  # the front end, gcs, raylet, the parameter server, two workers
-        asyncio.run(ask(server.port, REST))
-        assert server.add(0) == (FIRST + REST) / 2
+        assert server.add(0) == adds
         grown = {}
 
         def is_settled() -> bool:

@@ -9,7 +9,6 @@ import random
 import shutil
 import signal
 import subprocess
-import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -17,7 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 from conftest import (
-    REPOSITORY, Server, command_of, error, family, folders, owned_by_session, processes, wait_until)
+    Server, command_of, error, family, folders, owned_by_session, processes, wait_until)
 from ray_tensorflow import ADDER_SOURCE, Checkpoints, Cluster, Error, ModelError, ModelSource, Unavailable
 from test_command import running
 
@@ -320,9 +319,7 @@ def test_on_a_full_disk_adds_are_refused_and_served_again_when_there_is_room(tmp
     unshare = ["unshare", "--mount", "--map-root-user", "bash", "-c", SMALL_DISK, "-", str(tmp_path)]
     if subprocess.run([*unshare, "true"], capture_output=True).returncode:
         pytest.skip("this machine does not let a process mount a disk of its own")
-    front_end = [sys.executable, os.path.join(REPOSITORY, "ray_tensorflow_starlette.py"), "--port", "{port}"]
-    options = ["--workers", "1", "--checkpoint-dir", str(tmp_path)]
-    with Server("starlette", *options, command=[*unshare, *front_end]) as server:
+    with Server("starlette", "--workers", "1", "--checkpoint-dir", str(tmp_path), before=unshare) as server:
         server.wait_ready()
         assert server.add(1) == 1
         filler = f"/proc/{server.process.pid}/root{tmp_path}/filler"

@@ -4,14 +4,13 @@ import contextlib
 import os
 import re
 import signal
-import subprocess
-import sys
 import time
 
 import numpy as np
 import pytest
-from conftest import REPOSITORY
+from conftest import wait_until
 from ray_tensorflow import Error, Options, predict_file
+from test_command import running
 
 rows = np.random.default_rng(0).standard_normal((1000, 3)).astype(np.float32)
 column = abs(rows[:, 0])
@@ -108,17 +107,9 @@ def test_what_cannot_be_predicted_is_one_sentence_and_an_older_output_stays(
 ROWS = 2**13
 
 
-@contextlib.contextmanager
 def command(source, target):
-    arguments = ["--workers", "1", "--model", "example_models:peak", "--input", str(source), "--output", str(target)]
-    process = subprocess.Popen(
-        [sys.executable, os.path.join(REPOSITORY, "ray_tensorflow.py"), *arguments],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    try:
-        yield process
-    finally:
-        process.terminate()
-        process.communicate(timeout=60)
+    options = "--workers", "1", "--model", "example_models:peak", "--input", str(source), "--output", str(target)
+    return running(*options)
 
 
 @pytest.fixture(scope="module")
@@ -142,24 +133,24 @@ def memory_mb(pid: int) -> float:
 
 
 def test_a_large_file_is_predicted_with_a_fraction_of_it_in_memory(large_file, tmp_path):
-    with command(large_file, tmp_path / "out.npy") as process:
-        assert process.stdout.readline().startswith("started")
-        before = peak = memory_mb(process.pid)
-        while process.poll() is None:
-            peak = max(peak, memory_mb(process.pid))
+    with command(large_file, tmp_path / "out.npy") as run:
+        wait_until(lambda: run.lines)
+        assert run.lines[0].startswith("started")
+        before = peak = memory_mb(run.process.pid)
+        while run.process.poll() is None:
+            peak = max(peak, memory_mb(run.process.pid))
             time.sleep(0.02)
-        errors = process.stderr.read()
-    assert process.returncode == 0, errors
+        assert run.wait() == 0, run.read("stderr")
     assert np.load(tmp_path / "out.npy").tolist() == [row * (row % 64 == 0) for row in range(ROWS)]
     assert os.listdir(tmp_path) == ["out.npy"]
     assert 0 < peak - before < 200
 
 
 def test_interrupted_half_way_no_file_and_no_process_is_left(large_file, tmp_path):
-    """The leak detector looks for the processes."""
-    with command(large_file, tmp_path / "out.npy") as process:
-        progress = next(line for line in process.stderr if "rows/s" in line)
-        process.send_signal(signal.SIGINT)
-        errors = progress + process.communicate(timeout=60)[1]
-    assert process.returncode == 130, errors
-    assert f"{ROWS}/{ROWS}" not in errors and "Traceback" not in errors and os.listdir(tmp_path) == []
+    with command(large_file, tmp_path / "out.npy") as run:
+        wait_until(lambda: "rows/s" in run.read("stderr"), what="progress")
+        run.process.send_signal(signal.SIGINT)
+        assert run.wait(60) == 130
+        errors = run.read("stderr")
+        assert f"{ROWS}/{ROWS}" not in errors and "Traceback" not in errors
+        assert os.listdir(tmp_path) == [] and (run.left, run.files()) == ({}, [])

@@ -46,19 +46,8 @@ def command_line(*arguments: str, kind: str = FRONT_END) -> Options:
     return Options.from_command_line("A test.", kind, list(arguments))
 
 
-def field_name(option: str) -> str:
-    return option.replace("-", "_")
-
-
-def environment_name(option: str) -> str:
-    return f"RAY_TENSORFLOW_{field_name(option).upper()}"
-
-
 def source(text) -> ModelSource:
     return Options(model=[text]).model[0]
-
-
-# -- where values come from --------------------------------------------------------------------------------------------
 
 
 def test_each_option_has_its_documented_default():
@@ -69,11 +58,12 @@ def test_each_option_has_its_documented_default():
 @pytest.mark.parametrize("option, text, value", RIGHT)
 def test_each_option_is_read_from_command_line_and_environment_and_the_command_line_wins(
         option, text, value, monkeypatch):
-    assert getattr(command_line(f"--{option}", text), field_name(option)) == value
-    monkeypatch.setenv(environment_name(option), text)
-    assert getattr(command_line(), field_name(option)) == value
-    monkeypatch.setenv(environment_name(option), "a wrong value, which nobody looks at")
-    assert getattr(command_line(f"--{option}={text}"), field_name(option)) == value
+    name = option.replace("-", "_")
+    assert getattr(command_line(f"--{option}", text), name) == value
+    monkeypatch.setenv(f"RAY_TENSORFLOW_{name.upper()}", text)
+    assert getattr(command_line(), name) == value
+    monkeypatch.setenv(f"RAY_TENSORFLOW_{name.upper()}", "a wrong value, which nobody looks at")
+    assert getattr(command_line(f"--{option}={text}"), name) == value
 
 
 @pytest.mark.parametrize("variable, text, arguments, option, value", [
@@ -115,7 +105,7 @@ def test_port_of_the_platform_decides_host_and_port_unless_they_are_given(platfo
 @pytest.mark.parametrize("option, value", WRONG, ids=lambda value: str(value)[:20])
 def test_a_wrong_value_is_refused_in_python_with_a_sentence_that_names_it(option, value):
     with pytest.raises(OptionError) as caught:
-        Options(**{field_name(option): value})
+        Options(**{option.replace("-", "_"): value})
     shown = re.escape(value[:200]) if isinstance(value, str) else r"\S*"
     assert re.fullmatch(rf"--{option} {shown}: must be \S.*", str(caught.value))
 
@@ -144,10 +134,9 @@ def run_script(script: str, *arguments: str, **environment: str) -> subprocess.C
 
 @pytest.mark.parametrize("script", ["ray_tensorflow.py", "ray_tensorflow_flask.py", "ray_tensorflow_starlette.py"])
 def test_each_script_helps_and_ends_at_once_with_one_sentence_about_what_is_wrong(script):
-    wrong = run_script(script, RAY_TENSORFLOW_TIMEOUT_S="soon")
+    wrong, helped = run_script(script, RAY_TENSORFLOW_TIMEOUT_S="soon"), run_script(script, "--help")
     assert (wrong.returncode, wrong.stdout, wrong.stderr.count("\n")) == (2, "", 1)
     assert wrong.stderr.startswith(f"{script}: error: --timeout-s soon: must be ")
-    helped = run_script(script, "--help")
     others = {"input", "output"} if script != "ray_tensorflow.py" else {"host", "port"}
     assert set(re.findall(r"^  --([\w-]+)", helped.stdout, re.M)) == {
         name.replace("_", "-") for name in DEFAULTS.keys() - others}
@@ -183,7 +172,6 @@ def test_a_folder_of_numbered_versions_means_the_highest_number(saved_model, tmp
     for version in ("9", "10", "2", "not-a-version", "²"):
         saved_model(f"half/{version}")
     (tmp_path / "half" / "11").mkdir()  # just being copied
-    (tmp_path / "half" / "12").touch()
     assert source(tmp_path / "half") == ModelSource("half", 10, str(tmp_path / "half" / "10"))
 
 

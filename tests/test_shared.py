@@ -165,10 +165,11 @@ def test_gpus_are_shared_out_evenly(gpus, actors, share):
     assert gpu_share(gpus, actors) == share
 
 
-def test_each_actor_is_pinned_to_its_part_of_a_gpu(monkeypatch):
+def test_each_actor_is_pinned_to_its_part_of_a_gpu(monkeypatch, tmp_path):
     """Three workers and the parameter server are two to each GPU."""
+    options = "--workers", "3", "--checkpoint-dir", str(tmp_path)
     with (contextlib.closing(Nodes(monkeypatch, gpus=2)) as nodes,
-          Server("starlette", "--address", nodes.address, "--workers", "3") as server):
+          Server("starlette", "--address", nodes.address, *options) as server):
         server.wait_ready(workers=3)
         health = server.get("/health").json
         actors = health["parameter_servers"] + health["workers"]

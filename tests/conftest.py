@@ -73,6 +73,7 @@ def wait_until(condition, seconds: float = START_S, what: str = ""):
 
 # -- nothing is left over ----------------------------------------------------------------------------------------------
 
+
 def processes(owner: str) -> dict[int, str]:
     """Pid and command line of the living processes of this test run that belong to "test" or to "session"."""
     found = {}
@@ -271,6 +272,18 @@ def cluster(models):
         cluster = Cluster(workers=2, model=[f"{name}={source}" for name, source in models.items()]).start(workers=2)
     yield cluster
     cluster.close()
+
+
+@pytest.fixture(scope="session")
+def two(cluster, models):
+    """Another one in the same Ray, with two parameter servers, all models and a table of 400 MB."""
+    from ray_tensorflow import Cluster
+
+    sources = [f"{name}={source}" for name, source in models.items()]
+    with owned_by_session():
+        two = Cluster(workers=1, parameter_servers=2, model=[*sources, "example_models:table"]).start()
+    yield two
+    two.close()
 
 
 @pytest.fixture

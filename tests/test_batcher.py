@@ -13,8 +13,7 @@ from ray_tensorflow import (
     ADDER_SOURCE, Batcher, DeadlineExceeded, Error, Graph, InvalidRequest, Line, Model, ModelError, ModelSource,
     Options, Unavailable, WorkerLost, answer_requests, import_tensorflow, read_frame, to_frame)
 
-MERGED = ["serving_default"]
-MODELS = [Model("m", 1, merged=MERGED), Model("n", 1, merged=MERGED), Model("single", 1),
+MODELS = [Model("m", 1, merged=["serving_default"]), Model("n", 1, merged=["serving_default"]), Model("single", 1),
           Model("caller", 1, calls_out=True)]
 PLACES = 2  # batches that a worker is sent at once
 LARGE_BYTES = 2**26
@@ -61,14 +60,6 @@ class Stage:
                 futures[-1].set_exception(error)
         return futures
 
-    async def be_busy(self) -> None:
-        """Fill all places with requests of 0 for one model, and forget that they were sent."""
-        for _ in range(PLACES * len(self.workers)):
-            self.ask(0, model="single")
-            await turn()
-        assert all(len(worker.trips) == PLACES for worker in self.workers)
-        self.sent.clear()
-
     @property
     def bodies(self) -> list[list]:
         return [bodies for _, _, bodies in self.sent]
@@ -82,9 +73,6 @@ async def turn() -> None:
 async def error_of(future: asyncio.Future) -> BaseException | None:
     await asyncio.wait([future])
     return future.exception()
-
-
-# -- gathering ---------------------------------------------------------------------------------------------------------
 
 
 async def test_a_lone_request_is_sent_at_once_and_whatever_queued_up_while_batches_ran_is_the_next_batch():
@@ -124,9 +112,6 @@ async def test_a_batch_waits_for_company_as_long_as_batch_wait_ms():
         assert stage.bodies == [list(range(count))]
 
 
-# -- to which worker ---------------------------------------------------------------------------------------------------
-
-
 async def test_workers_take_turns_in_round_robin_order():
     stage = Stage(workers=3)
     for _ in range(9):
@@ -157,28 +142,13 @@ async def test_a_worker_that_hangs_gets_no_new_work_while_there_is_another():
     assert [worker for worker, _, _ in stage.sent[2:]] == [0, 0]
 
 
-async def test_models_that_call_out_leave_the_last_place_to_what_they_may_wait_for():
-    stage = Stage(workers=2)
-    stage.ask(*range(9), model="caller")
-    await turn()
-    assert [model for _, model, _ in stage.sent] == ["caller"] * 3
-    stage.ask(1)
-    await turn()
-    assert stage.sent[3:] == [(stage.sent[3][0], "m", [1])]
-
-
-# -- limits ------------------------------------------------------------------------------------------------------------
-
-
 async def test_past_max_queue_requests_are_refused_until_there_is_room():
-    stage = Stage(max_queue=3)
-    await stage.be_busy()
+    stage = Stage(workers=0, max_queue=3)
     *_, refused = stage.ask(1, 2, 3, 4)
     error = await error_of(refused)
     assert isinstance(error, Unavailable) and error.status == 503
-    stage.workers[0].answer()
-    stage.ask(5, 6, 7)
-    assert stage.batcher.waiting == 3
+    stage.add_worker(0)
+    assert not any(future.done() for future in stage.ask(5, 6, 7)) and stage.bodies == [[1, 2, 3]]
 
 
 async def test_large_requests_travel_alone_and_are_refused_when_too_many_bytes_wait():
@@ -220,14 +190,8 @@ async def test_a_reply_that_comes_twice_leaves_the_line_as_it_is():
         await line.closed
 
 
-# -- workers that are lost ---------------------------------------------------------------------------------------------
-
-
 async def test_what_a_lost_worker_had_runs_once_more_elsewhere_before_what_queued_up_meanwhile():
-    stage = Stage(max_batch=4)
-    await stage.be_busy()
-    stage.workers[0].answer()
-    stage.workers[0].answer()
+    stage = Stage()
     futures = stage.ask(1, 2)
     await turn()
     lost = stage.workers[0]

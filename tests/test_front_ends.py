@@ -15,9 +15,6 @@ from conftest import REPOSITORY, Answer, Server, error, good, processes, wait_un
 KINDS = pytest.mark.parametrize("kind", ["flask", "starlette"])
 
 
-# -- the shared sum ----------------------------------------------------------------------------------------------------
-
-
 def test_adds_of_64_clients_at_once_are_each_seen_once_and_alone(front_end, clients):
     values = list(range(1, 2001))
     random.Random(1).shuffle(values)
@@ -31,9 +28,6 @@ def test_an_answer_is_the_sum_right_after_its_own_add_and_without_a_value_one_is
     before = front_end.add(0)
     assert [front_end.add(value) - before for value in (3, "-1.5", "%2B2", "1e1", ".5")] == [3, 1.5, 3.5, 13.5, 14]
     assert [good(front_end.get(path))["result"] - before for path in ("/", "/?", "/?other=5")] == [15, 16, 17]
-
-
-# -- what is told ------------------------------------------------------------------------------------------------------
 
 
 def imports_tensorflow(pid: int) -> bool:
@@ -53,9 +47,6 @@ def test_health_tells_about_the_parameter_server_and_each_worker(front_end):
     assert imports_tensorflow(pids[0]) and not imports_tensorflow(front_end.process.pid)
     head = front_end.request("HEAD", "/health")
     assert (head.status, head.body) == (200, b"")
-
-
-# -- what is refused; test_codec has all wrong values ------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("method, path, status", [
@@ -88,9 +79,6 @@ def test_a_large_body_that_is_allowed_is_read(front_end):
     assert good(front_end.predict("picky", b'{"instances": [1]' + b" " * 8 * 2**20 + b"}")) == {"predictions": [0.5]}
 
 
-# -- starting and ending -----------------------------------------------------------------------------------------------
-
-
 @KINDS
 def test_while_it_starts_all_that_needs_the_graph_is_503_and_a_signal_ends_it(kind):
     with Server(kind, "--workers", "2") as server:
@@ -115,8 +103,6 @@ def test_a_port_that_is_taken_is_told_in_one_sentence_and_leaves_nothing(kind):
         assert server.process.wait(60) not in (0, -signal.SIGKILL)
         assert "Traceback" not in server.output() and "in use" in server.output()
 
-
-# -- other servers -----------------------------------------------------------------------------------------------------
 
 PREFORKING_WSGI_SERVER = """
 import os, signal, sys, threading

@@ -6,7 +6,7 @@ import contextlib
 import example_models
 import numpy as np
 import pytest
-from conftest import real_models, wait_until
+from conftest import good, real_models, wait_until
 from ray_tensorflow import Cluster, InvalidRequest, ModelError
 
 REAL = sorted(real_models())
@@ -72,48 +72,41 @@ def assert_same(outputs: dict, expected: dict) -> None:
             assert array.tolist() == wanted.tolist()
 
 
-@pytest.mark.parametrize("name", STATELESS)
-def test_a_model_answers_as_in_a_plain_session_alone_and_in_company(cluster, reference, clients, name):
-    cases = reference(name)
-    for count, repeats in ((1, 1), (32, 1 if name in SLOW else 8)):
-        outputs = clients(count, lambda case: cluster.predict(case[1], name, case[0]), cases * repeats)
-        for output, (_, _, expected) in zip(outputs, cases * repeats):
-            assert_same(output, expected)
-
-
-@pytest.mark.parametrize("front_end", ["starlette"], indirect=True)
-@pytest.mark.parametrize("name", STATELESS)
-def test_a_model_answers_over_http_as_in_a_plain_session(front_end, reference, clients, name):
-
-    def ask(case):
-        return front_end.predict(name, {"signature_name": case[0], "inputs": to_json(case[1])})
-
-    cases = reference(name) * (1 if name in SLOW else 4)
-    for answer, (_, _, expected) in zip(clients(32, ask, cases), cases):
-        assert answer.status == 200, answer
-        outputs = answer.json["outputs"] if len(expected) > 1 else dict.fromkeys(expected, answer.json["outputs"])
-        assert_same({key: from_json(value, expected[key]) for key, value in outputs.items()}, expected)
-
-
-def to_json(inputs: dict[str, np.ndarray]) -> dict:
-    """Arrays as plain values, text as base64."""
+def over_http(front_end, expected: dict):
+    """``predict`` as Cluster has it; the outputs become as the expected ones are."""
 
     def encode(value):
         return [encode(v) for v in value] if isinstance(value, list) else {"b64": base64.b64encode(value).decode()}
-
-    return {key: encode(array.tolist()) if array.dtype == object else array.tolist() for key, array in inputs.items()}
-
-
-def from_json(value, like) -> np.ndarray:
-    """A value of the answer, read back as the output's dtype."""
 
     def decode(value):
         if isinstance(value, list):
             return [decode(v) for v in value]
         return base64.b64decode(value["b64"]) if isinstance(value, dict) else value.encode()
 
-    dtype = np.asarray(like).dtype
-    return np.array(decode(value) if dtype == object else value, dtype)
+    def predict(inputs: dict, model: str, signature: str) -> dict[str, np.ndarray]:
+        inputs = {key: encode(array.tolist()) if array.dtype == object else array.tolist()
+                  for key, array in inputs.items()}
+        outputs = good(front_end.predict(model, {"signature_name": signature, "inputs": inputs}))["outputs"]
+        outputs = outputs if len(expected[signature]) > 1 else dict.fromkeys(expected[signature], outputs)
+        dtypes = {key: np.asarray(array).dtype for key, array in expected[signature].items()}
+        return {key: np.array(decode(value) if dtypes[key] == object else value, dtypes[key])
+                for key, value in outputs.items()}
+
+    return predict
+
+
+@pytest.mark.parametrize("front_end", ["starlette"], indirect=True)
+@pytest.mark.parametrize("door", ["Python", "two parameter servers", "HTTP"])
+@pytest.mark.parametrize("name", STATELESS)
+def test_a_model_answers_as_in_a_plain_session_alone_and_in_company(
+        cluster, two, front_end, reference, clients, door, name):
+    cases = reference(name)
+    likes = {signature: outputs for signature, _, outputs in cases}
+    predict = over_http(front_end, likes) if door == "HTTP" else (cluster if door == "Python" else two).predict
+    for count, repeats in ((1, 1), (32, 1 if name in SLOW else 4)):
+        outputs = clients(count, lambda case: predict(case[1], name, case[0]), cases * repeats)
+        for output, (_, _, expected) in zip(outputs, cases * repeats):
+            assert_same(output, expected)
 
 
 def test_a_model_that_counts_counts_each_request_once(cluster, clients):

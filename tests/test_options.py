@@ -99,9 +99,6 @@ def test_port_of_the_platform_decides_host_and_port_unless_they_are_given(platfo
     assert Options.from_environment().port == 7000
 
 
-# -- what is refused ---------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("option, value", WRONG, ids=lambda value: str(value)[:20])
 def test_a_wrong_value_is_refused_in_python_with_a_sentence_that_names_it(option, value):
     with pytest.raises(OptionError) as caught:
@@ -142,9 +139,6 @@ def test_each_script_helps_and_ends_at_once_with_one_sentence_about_what_is_wron
         name.replace("_", "-") for name in DEFAULTS.keys() - others}
     for default in (4, 64, 1024, "30.0", "shared"):
         assert f"(default: {default})" in " ".join(helped.stdout.split())
-
-
-# -- where models come from --------------------------------------------------------------------------------------------
 
 
 @pytest.fixture

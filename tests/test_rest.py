@@ -9,9 +9,6 @@ HALF_PLUS_TWO = "saved_model_half_plus_two_cpu"
 starlette_only = pytest.mark.parametrize("front_end", ["starlette"], indirect=True)  # of what the workers do alone
 
 
-# -- status and metadata -----------------------------------------------------------------------------------------------
-
-
 def available(version: int) -> dict:
     status = {"error_code": "OK", "error_message": ""}
     return {"model_version_status": [{"version": str(version), "state": "AVAILABLE", "status": status}]}
@@ -46,9 +43,6 @@ def test_metadata_has_the_signatures_as_proto3_json(front_end, path):
     assert scalar["serving_default"]["outputs"]["mean"]["tensor_shape"] == {"dim": [], "unknown_rank": False}
     assert echo["string"]["inputs"]["x"] == tensor("DT_STRING", "in_string:0", unknown_rank=True)
     assert scores["regress"]["method_name"] == "tensorflow/serving/regress"
-
-
-# -- URLs, and which error wins ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("path", [
@@ -88,9 +82,6 @@ def test_of_several_errors_the_first_wins(front_end, path, body, status, message
     error(front_end.post(f"/v1/models/{path}", body), status, message)
 
 
-# -- bodies as they travel ---------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("body, headers", [
     (b'{"instances": [1, 2]}', {}),
     (b'{"instances": [1, 2]}', {"Content-Type": "multipart/form-data"}),
@@ -102,9 +93,6 @@ def test_a_body_may_be_packed_or_chunked_and_its_content_type_never_matters(fron
     answer = front_end.request("POST", "/v1/models/picky:predict", body, headers)
     assert good(answer) == {"predictions": [0.5, 1.0]}
     assert int(answer.headers["Content-Length"]) == len(answer.body)
-
-
-# -- what models answer ------------------------------------------------------------------------------------------------
 
 
 @starlette_only
@@ -158,9 +146,6 @@ def test_what_the_model_refuses_has_the_status_of_its_error_and_the_models_own_r
     error(front_end.predict("failing", {"signature_name": "NOT_FOUND", "inputs": 1}), 404)
     document = {"signature_name": "regress", "examples": [{"x": [1.0]}]}
     error(front_end.post("/v1/models/scores:regress", document), 400, "x")
-
-
-# -- real models: TensorFlow Serving's own cases -----------------------------------------------------------------------
 
 
 @starlette_only

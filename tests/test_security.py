@@ -16,7 +16,7 @@ from urllib.parse import quote
 
 import numpy as np
 import pytest
-from conftest import family
+from conftest import error, family, plain_environment
 from websockets.sync.client import connect
 
 SECRET = "what no answer may hold"
@@ -61,8 +61,7 @@ def raylet(commands: dict[int, str]) -> tuple[int, str]:
 def test_ray_refuses_who_has_no_token_which_is_on_no_command_line(commands):
     address = re.search(r"--gcs-address=(\S+)", raylet(commands)[1])[1]
     program = f"from ray._raylet import GcsClient; print(GcsClient({address!r}).internal_kv_keys(b'', None))"
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_AUTH")}
-    environment["RAY_AUTH_MODE"] = "disabled"
+    environment = plain_environment() | {"RAY_AUTH_MODE": "disabled"}
     done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=60)
     assert done.returncode != 0 and done.stdout == "" and "token" in done.stderr.lower(), done
     with open(f"/proc/{raylet(commands)[0]}/environ", "rb") as file:
@@ -122,8 +121,9 @@ def places(secret: str) -> list[str]:
 
 
 def assert_is_refused(answer):
-    assert 400 <= answer.status < 500 and list(answer.json) == ["error"], answer
-    assert SECRET not in answer.body.decode() and "root:" not in answer.body.decode()
+    assert 400 <= answer.status < 500
+    message = error(answer, answer.status)
+    assert SECRET not in message and "root:" not in message
 
 
 @pytest.mark.parametrize("key", [b"", bytes(32)], ids=["no key", "a wrong one"])
@@ -160,8 +160,9 @@ def test_a_name_is_never_a_path_nor_a_function(front_end, secret):
 
 @pytest.mark.parametrize("front_end", ["starlette"], indirect=True)
 def test_a_message_of_the_websocket_is_never_unpickled_evaluated_or_a_path(front_end, canary, secret):
-    messages = [*bombs(canary), *expressions(canary), *(json.dumps({"value": text}) for text in expressions(canary))]
-    messages += [json.dumps({"model": name, "instances": [1]}) for name in places(secret)]
+    documents = [{"value": text} for text in expressions(canary)]
+    documents += [{"model": name, "instances": [1]} for name in places(secret)]
+    messages = [*bombs(canary), *expressions(canary), *map(json.dumps, documents)]
     with connect(f"ws://127.0.0.1:{front_end.port}/ws") as ws:
         for message in messages:
             ws.send(message)

@@ -219,8 +219,10 @@ def test_closing_while_starting_is_quick_and_clean(tmp_path):
                 report["raised"].append(str(error))
 
         report |= {"raised": [], "seconds": [], "left": []}
-        for moment in (lambda: True, ray.is_initialized, lambda: os.listdir(os.environ["RAY_TENSORFLOW_TEST_GATE"])):
-            cluster = Cluster(workers=2, model=["example_models:late"])
+        gate = os.environ["RAY_TENSORFLOW_TEST_GATE"]
+        for moment in (lambda: True, ray.is_initialized, lambda: set(os.listdir(gate)) - there):
+            there = set(os.listdir(gate))
+            cluster = Cluster(workers=2, model=["example_models:announced"])
             waiter = threading.Thread(target=start)
             waiter.start()
             while not moment():

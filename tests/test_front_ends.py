@@ -1,9 +1,10 @@
-"""Both front ends over real HTTP: the shared sum, what is refused, starting and ending, and servers that run them."""
+"""Both front ends over real HTTP: the sum, what is told and refused, starting and ending, and servers that run them."""
 
 import contextlib
 import http.client
 import os
 import random
+import re
 import signal
 import socket
 import subprocess
@@ -44,9 +45,36 @@ def test_health_tells_about_the_parameter_server_and_each_worker(front_end):
     assert len(set(pids)) == 3 and set(pids) <= set(processes("session"))
     assert {name: health["models"][name]["merged"] for name in ("linear", "centered", "counter")} == {
         "linear": ["serving_default"], "centered": [], "counter": []}
+    assert good(front_end.predict("linear", {"instances": [[1, 0, 0]]})) == {"predictions": [[1.5, 1.5]]}
     assert imports_tensorflow(pids[0]) and not imports_tensorflow(front_end.process.pid)
     head = front_end.request("HEAD", "/health")
     assert (head.status, head.body) == (200, b"")
+
+
+SAMPLE = re.compile(r'(ray_tensorflow_\w+(?:\{\w+="[^"\\\n]*"(?:,\w+="[^"\\\n]*")*\})?) (\d+(?:\.\d+)?(?:e-?\d+)?)')
+
+
+def scrape(server) -> dict[str, float]:
+    """Value by sample of Prometheus' text format, as it is written."""
+    answer = server.get("/metrics")
+    assert (answer.status, answer.headers["Content-Type"]) == (200, "text/plain; version=0.0.4; charset=utf-8")
+    samples = [line for line in answer.body.decode().splitlines() if not line.startswith("# TYPE ray_tensorflow_")]
+    return {name: float(value) for name, value in (SAMPLE.fullmatch(line).groups() for line in samples)}
+
+
+def test_answers_are_counted_by_model_and_kind_and_errors_by_status(front_end):
+    before = scrape(front_end)
+    for path in ("/?value=0", "/?value=0", "/?value=x", "/nothing"):
+        front_end.get(path)
+    for model in ("linear", "linear", "linear", "nobody"):
+        front_end.predict(model, {"instances": [[1, 2, 3]]})
+    moved = {name: value - before.get(name, 0) for name, value in scrape(front_end).items()}
+    assert moved['ray_tensorflow_answers_total{model="adder",kind="add"}'] == 2
+    assert moved['ray_tensorflow_answers_total{model="linear",kind="predict"}'] == 3
+    assert moved['ray_tensorflow_errors_total{code="400"}'] == 1
+    assert moved['ray_tensorflow_errors_total{code="404"}'] == 2
+    assert moved["ray_tensorflow_answer_seconds_count"] == moved['ray_tensorflow_answer_seconds_bucket{le="+Inf"}'] == 5
+    assert not any("nobody" in name for name in moved)  # what anybody asks for makes no new series
 
 
 @pytest.mark.parametrize("method, path, status", [

@@ -185,10 +185,6 @@ def changes_state(tf):
     """In as many ways as there are."""
     v, table = variable_and_table(tf)
 
-    def count(i):
-        with tf.control_dependencies([v.assign_add([1.0, 1, 1], read_value=False)]):
-            return i + 1
-
     def after(operation):
         with tf.control_dependencies([operation]):
             return tf.constant(1)
@@ -197,9 +193,7 @@ def changes_state(tf):
     return {name: ({}, {"y": y}) for name, y in {
         "updates first": after(v.assign_add([1.0, 1, 1], read_value=False)),
         "updates in a branch": tf.cond(tf.equal(v[0], 0), lambda: v.assign_add([1.0, 1, 1]).read_value(), v.read_value),
-        "updates in a loop": tf.while_loop(lambda i: i < 3, count, [0]),
         "updates in a function": tf.function(lambda: inner())(),
-        "updates a row": v.scatter_update(tf.IndexedSlices([1.0], [0])),
         "trains": after(tf.train.AdamOptimizer().minimize(tf.reduce_sum(v * v))),
         "inserts": after(table.insert(tf.constant(["a"]), tf.constant([1], tf.int64))),
         "takes from a queue": tf.FIFOQueue(3, [tf.float32]).dequeue(),

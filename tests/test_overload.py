@@ -65,14 +65,6 @@ def admitted(server) -> int:
     return health["waiting"] + health["workers"][0]["in_flight"]
 
 
-def is_refused(port: int) -> bool:
-    try:
-        socket.create_connection(("127.0.0.1", port), 5).close()
-    except ConnectionError:  # refused, or reset where the listener closes at this very moment
-        return True
-    return False
-
-
 @KINDS
 def test_a_signal_lets_requests_under_way_finish_and_refuses_new_ones(kind, tmp_path):
     gate = tmp_path / "open"
@@ -81,7 +73,7 @@ def test_a_signal_lets_requests_under_way_finish_and_refuses_new_ones(kind, tmp_
         under_way = [pool.submit(server.predict, "gate", {"instances": [str(gate)]}) for _ in range(8)]
         wait_until(lambda: admitted(server) == 8)
         server.process.send_signal(signal.SIGTERM)
-        wait_until(lambda: is_refused(server.port), what="new connections to be refused")
+        wait_until(lambda: not server.is_listening(), what="new connections to be refused")
         assert server.process.poll() is None
         gate.touch()
         assert [good(future.result())["predictions"] for future in under_way] == [[str(gate)]] * 8

@@ -12,13 +12,14 @@ import subprocess
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
 
 import numpy as np
 import pytest
 from conftest import (
     Server, command_of, error, family, folders, owned_by_session, processes, wait_until)
 from ray_tensorflow import ADDER_SOURCE, Checkpoints, Cluster, Error, ModelError, ModelSource, Unavailable
-from test_command import running
+from test_command import running, with_mounts
 
 TIMEOUT_S = 20
 
@@ -295,20 +296,9 @@ def test_a_front_end_that_is_killed_leaves_nothing_running_and_with_a_checkpoint
         assert count(cluster) == 104 and cluster.add(1) == 4.5
 
 
-# A disk of its own for the program, which the machine may not allow
-SMALL_DISK = """
-set -e
-mount -t tmpfs -o size=256k none "$1"
-shift
-exec "$@"
-"""
-
-
 def test_on_a_full_disk_adds_are_refused_and_served_again_when_there_is_room(tmp_path):
-    unshare = ["unshare", "--mount", "--map-root-user", "bash", "-c", SMALL_DISK, "-", str(tmp_path)]
-    if subprocess.run([*unshare, "true"], capture_output=True).returncode:
-        pytest.skip("this machine does not let a process mount a disk of its own")
-    with Server("starlette", "--workers", "1", "--checkpoint-dir", str(tmp_path), before=unshare) as server:
+    before = with_mounts(f"mount -t tmpfs -o size=256k none {tmp_path}")
+    with Server("starlette", "--workers", "1", "--checkpoint-dir", str(tmp_path), before=before) as server:
         server.wait_ready()
         assert server.add(1) == 1
         filler = f"/proc/{server.process.pid}/root{tmp_path}/filler"
@@ -318,3 +308,57 @@ def test_on_a_full_disk_adds_are_refused_and_served_again_when_there_is_room(tmp
         error(server.get("/?value=1"), 503, "No space left")
         os.remove(filler)
         assert server.add(1) == 2
+
+
+# -- 100,000 requests --------------------------------------------------------------------------------------------------
+
+
+def add_or_predict(client: int, number: int) -> tuple:
+    """Adds of 1 and predictions in turn."""
+    if number % 2:
+        return "GET", "/?value=1", None
+    return "POST", "/v1/models/linear:predict", json.dumps({"instances": [[number, 0, 0]]})
+
+
+class Held(NamedTuple):
+    """What a process holds."""
+
+    name: str
+    resident_kb: int
+    threads: int
+    files: int
+
+    @classmethod
+    def by(cls, pid: int) -> "Held":
+        with open(f"/proc/{pid}/status") as file:
+            status = dict(line.split(":\t", 1) for line in file.read().splitlines())
+        files = len(os.listdir(f"/proc/{pid}/fd"))
+        return cls(status["Name"], int(status["VmRSS"].split()[0]), int(status["Threads"]), files)
+
+    def has_grown(self, before: "Held") -> bool:
+        return (self.resident_kb > 1.05 * before.resident_kb + 5000
+                or self.threads > before.threads + 4  # gRPC's pools come and go
+                or self.files > before.files)
+
+
+@pytest.mark.long
+def test_after_20000_requests_80000_more_take_no_more_memory_threads_or_files():
+    with Server("starlette", "--workers", "2", "--model", "example_models:linear").wait_ready(workers=2) as server:
+        adds = 0
+        for count in (20_000, 80_000):
+            before = {pid: Held.by(pid) for pid in family(server.process.pid)}
+            clients = Clients(server, 64, add_or_predict)
+            wait_until(lambda: len(clients.answers) >= count, 500)
+            answers = clients.stop()
+            assert {status for _, _, status, _, _ in answers} == {200}
+            adds += sum(number % 2 for _, number, *_ in answers)
+        assert len(before) >= 6  # the front end, gcs, raylet, the parameter server, two workers
+        assert server.add(0) == adds
+        grown = {}
+
+        def is_settled() -> bool:
+            grown.clear()
+            grown.update({pid: (was, now) for pid, was in before.items() if (now := Held.by(pid)).has_grown(was)})
+            return not grown
+
+        wait_until(is_settled, 30, grown)

@@ -82,17 +82,15 @@ def processes(owner: str) -> dict[int, str]:
         with contextlib.suppress(OSError):
             with open(f"{folder}/environ", "rb") as file:
                 environment = file.read().split(b"\0")
-            with open(f"{folder}/stat") as file:
-                state = file.read().rpartition(")")[2].split()[0]
             mine = {f"{RUN}={os.environ[RUN]}".encode(), f"{OWNER}={owner}".encode()} <= set(environment)
-            if mine and state != "Z" and pid != os.getpid():
-                found[pid] = command_of(pid)
+            if mine and pid != os.getpid() and (command := command_of(pid)):
+                found[pid] = command
     return found
 
 
 def command_of(pid: int) -> str:
     """Of a process that lives; those that are gone, and zombies, have none."""
-    with contextlib.suppress(OSError), open(f"/proc/{pid}/cmdline") as file:
+    with contextlib.suppress(OSError), open(f"/proc/{pid}/cmdline", errors="replace") as file:
         return file.read().replace("\0", " ")
     return ""
 

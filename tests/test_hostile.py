@@ -3,7 +3,6 @@
 import contextlib
 import functools
 import gzip
-import json
 import random
 import re
 import socket
@@ -16,17 +15,6 @@ DOCUMENT = b'{"instances": [[1.5, 2.5, 3.5]]}'
 def post(body: bytes, path: bytes = b"/v1/models/linear:predict", *headers: bytes, method: bytes = b"POST") -> bytes:
     lines = [b"%b %b HTTP/1.1" % (method, path), b"Host: a", b"Connection: close", b"Content-Length: %d" % len(body)]
     return b"\r\n".join([*lines, *headers]) + b"\r\n\r\n" + body
-
-
-def wrong_document(r: random.Random) -> bytes:
-    """The contract of predict, classify or regress with one place wrong; test_codec has more."""
-    wrong = r.choice([None, True, "text", {}, [1, "2", 3], [{}] * 3, 10**400, "\ud800", {"\ud800": [1, 2, 3]}])
-    verb, documents = r.choice([
-        (b"linear:predict", [
-            wrong, {"instances": wrong}, {"instances": [[1, 2, 3], wrong]}, {"inputs": {"x": wrong}},
-            {"instances": [[1, 2, 3]], "signature_name": r.choice([1, [], "no such", "\ud800", "x" * 10_000])}]),
-        (r.choice([b"scores:classify", b"scores:regress"]), [{"examples": wrong}, {"examples": [{"x": wrong}]}])])
-    return post(json.dumps(r.choice(documents)).encode(), b"/v1/models/" + verb)
 
 
 @functools.cache
@@ -93,10 +81,10 @@ def damaged(r: random.Random) -> bytes:
 def pipelined(r: random.Random) -> bytes:
     """Good requests before and behind a malformed one."""
     good = b"GET /?value=0 HTTP/1.1\r\nHost: a\r\n\r\n"
-    return good * r.randint(0, 3) + r.choice([wrong_document, wrong_head, not_http])(r) + good
+    return good * r.randint(0, 3) + r.choice([wrong_json, wrong_head, not_http])(r) + good
 
 
-WELL_FORMED = (wrong_document, wrong_json, wrong_path)  # as HTTP
+WELL_FORMED = (wrong_json, wrong_path)  # as HTTP; test_codec has documents that are wrong in other ways
 MALFORMED = (wrong_method, wrong_head, not_http, truncated, damaged, pipelined)
 
 

@@ -180,9 +180,6 @@ def test_a_parameter_server_that_stops_answering_is_replaced():
 # -- what is kept ------------------------------------------------------------------------------------------------------
 
 MODEL = ModelSource("m", 1, function="a:b")
-WEIGHTS = {
-    "sum": np.float64(0.1) * 3, "a/b": np.arange(6, dtype=np.float32).reshape(2, 3), "flag": np.array(True),
-    "none": np.zeros((0, 3), np.int8), "text": np.array([[b"x\0", b"", b"long"]], object)}
 
 
 @pytest.fixture
@@ -192,24 +189,14 @@ def checkpoints(tmp_path):
     return Checkpoints(str(tmp_path), run="1", durable=True)
 
 
-def test_what_was_kept_comes_back_to_the_last_bit(checkpoints):
-    assert checkpoints.load(ADDER_SOURCE, is_needed=True) == {}
-    for total in (0.0, 0.1 * 3, -0.0, 2.0**1000):
-        checkpoints.keep_sum(total)
-        assert checkpoints.load(ADDER_SOURCE, is_needed=True)["sum"].tobytes() == np.float64(total).tobytes()
-    assert checkpoints.load(MODEL, is_needed=True) == {}
-    checkpoints.keep(MODEL, WEIGHTS)
-    back = checkpoints.load(MODEL, is_needed=True)
-    assert back.keys() == WEIGHTS.keys()
-    for name, value in WEIGHTS.items():
-        assert (back[name].shape, back[name].tolist()) == (value.shape, value.tolist())
-        assert back[name].dtype == value.dtype
-
-
 @pytest.mark.parametrize("source", [ADDER_SOURCE, MODEL], ids=str)
-def test_a_checkpoint_cut_short_at_any_length_or_with_any_byte_changed_is_refused_by_name(checkpoints, source):
-    checkpoints.keep_sum(42.0)
-    checkpoints.keep(MODEL, {"sum": np.float64(42)})
+def test_a_checkpoint_comes_back_but_cut_short_at_any_length_or_with_any_byte_changed_is_refused_by_name(
+        checkpoints, source):
+    assert checkpoints.load(source, is_needed=True) == {}
+    total = np.float64(0.1) * 3
+    checkpoints.keep_sum(total)
+    checkpoints.keep(MODEL, {"sum": total})
+    assert checkpoints.load(source, is_needed=True) == {"sum": total}
     path = checkpoints.path(source)
     with open(path, "rb") as file:
         whole = file.read()
@@ -222,7 +209,7 @@ def test_a_checkpoint_cut_short_at_any_length_or_with_any_byte_changed_is_refuse
         except ModelError as error:
             assert path in str(error)
         else:  # a byte that says nothing, such as the date
-            assert len(contents) == len(whole) and list(back.values()) == [42]
+            assert len(contents) == len(whole) and back == {"sum": total}
 
 
 def test_files_that_have_gone_are_not_taken_for_a_beginning(tmp_path):

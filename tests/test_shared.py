@@ -114,15 +114,6 @@ def test_many_front_ends_of_both_kinds_share_one_graph_and_do_not_notice_when_on
         assert {tuple(worker["pid"] for worker in workers(server)) for server in servers[1:]} == before
 
 
-def test_a_front_end_that_wants_other_options_is_told_so(address):
-    with Server("starlette", "--address", address, "--workers", "1") as server:
-        server.wait_ready()
-        done = command("--address", address, "--workers", "3")
-        assert done.returncode == 1
-        assert done.stderr.splitlines()[-1] == "ray_tensorflow.py: error: --workers 3: the shared cluster runs with 1"
-        assert server.add() == 1
-
-
 def test_nothing_is_left_of_a_front_end_that_is_killed_while_it_starts(nodes, address):
     with Server("starlette", "--address", address, "--workers", "1") as server:
         wait_until(nodes.actors)
@@ -154,6 +145,17 @@ def test_workers_on_a_node_that_is_lost_come_back_on_another_and_on_a_new_one(no
         assert workers(server)[0]["node"] not in used
         assert_counted_once(clients.stop(), server.add(0))
     nodes.tell("remove")
+
+
+def test_a_front_end_that_wants_other_options_is_told_so(nodes, tmp_path):
+    """The last of these, which leaves its actors to the end of the nodes."""
+    options = "--address", nodes.address, "--checkpoint-dir", str(tmp_path)
+    with Server("starlette", *options, "--workers", "1") as server:
+        server.wait_ready()
+        done = command(*options, "--workers", "3")
+        assert done.returncode == 1
+        assert done.stderr.splitlines()[-1] == "ray_tensorflow.py: error: --workers 3: the shared cluster runs with 1"
+        assert server.add() == 1
 
 
 # -- GPUs: Ray's logical ones, by what each actor sees -----------------------------------------------------------------

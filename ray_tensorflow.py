@@ -158,16 +158,30 @@ switch = matching("(?i:1|true|0|false)", "1 or 0", lambda value: value.lower() i
 class ModelSource(NamedTuple):
     """Where a served model comes from: a SavedModel's folder, or a function that builds a graph."""
     name: str
-    version: int
-    folder: str | None = None  # of the SavedModel itself
+    version: int | None  # None: the folder has numbered versions, which come and go
+    folder: str | None = None
     function: str | None = None  # "module:function"
 
     def __str__(self) -> str:
         return f"{self.name} ({self.folder or self.function})"
 
+    def versions(self) -> dict[int, ModelSource]:
+        """What can be loaded at the moment."""
+        if self.version is not None:
+            return {self.version: self}
+        names = {path.partition("/")[0] for path in glob.glob("*/saved_model.pb*", root_dir=self.folder)}
+        return {int(name): ModelSource(self.name, int(name), os.path.join(self.folder, name))
+                for name in names if name.isdecimal()}
+
+    def labels(self) -> dict[str, int]:
+        """The symbolic links ``stable -> 123`` beside the versions."""
+        links = glob.glob("*", root_dir=self.folder) if self.version is None else ()
+        targets = {link: os.path.basename(os.path.realpath(os.path.join(self.folder, link))) for link in links}
+        return {link: int(target) for link, target in targets.items() if target.isdecimal() and not link.isdecimal()}
+
 
 def model_source(value) -> ModelSource:
-    """Parse ``[NAME=]DIR`` or ``[NAME=]module:function``; a folder of numbered versions means its highest."""
+    """Parse ``[NAME=]DIR`` or ``[NAME=]module:function``."""
     if isinstance(value, ModelSource):
         return value
     name, where = re.fullmatch(r"(?:([\w.-]+)=)?(.*)", str(value), re.S).groups()
@@ -180,11 +194,10 @@ def model_source(value) -> ModelSource:
         is_version = base.isdecimal()
         name = name or (os.path.basename(parent) if is_version else base)
         return ModelSource(name, int(base) if is_version else 1, os.path.abspath(where))
-    versions = [path.partition("/")[0] for path in glob.glob("*/saved_model.pb*", root_dir=where)]
-    version = max((version for version in versions if version.isdecimal()), key=int, default=None)
-    if version is None:
+    source = ModelSource(name or base, None, os.path.abspath(where))
+    if not source.versions():
         raise ValueError("a folder with a saved_model.pb in it, or in one of its folders that are named by a number")
-    return ModelSource(name or base, int(version), os.path.abspath(os.path.join(where, version)))
+    return source
 
 
 def model_sources(values) -> tuple[ModelSource, ...]:
@@ -307,14 +320,22 @@ class Signature:
 
 
 class Model(NamedTuple):
-    """A served model as everybody but its graph knows it. One with an ``error`` could not be loaded."""
+    """A version of a served model as everybody but its graph knows it."""
 
-    name: str
-    version: int
-    metadata: dict[str, Any] = {}  # its SignatureDefs as proto3 JSON
+    source: ModelSource
+    state: str  # LOADING, AVAILABLE, UNLOADING or END, as TensorFlow Serving has them; MOVING: wait for another version
+    error: str | None = None  # why it could not be loaded
+    metadata: dict[str, Any] = {}  # its SignatureDefs as proto3 JSON, when the parameter server has loaded it
     merged: list[str] = []  # the signatures of which several requests may share one run
     calls_out: bool = False
-    error: str | None = None
+    weights: str | None = None  # which ones, of a mirror
+
+    @property
+    def version(self) -> int:
+        return self.source.version
+
+
+Key = tuple[str, int | str | None]  # what is asked for: a model's name, and a version, a label, or None: the latest
 
 
 def build_adder(tf):
@@ -382,7 +403,7 @@ def server_config(tf, options: Options, calls_out: bool):
     """
     waiting = PLACES * options.workers if calls_out else 0
     return tf.ConfigProto(
-        intra_op_parallelism_threads=options.threads, inter_op_parallelism_threads=options.threads + waiting,
+        intra_op_parallelism_threads=options.threads, inter_op_parallelism_threads=options.threads + waiting + 1,
         gpu_options=tf.GPUOptions(allow_growth=True), allow_soft_placement=True)
 
 
@@ -397,7 +418,8 @@ class Graph:
     def __init__(self, tf, source: ModelSource, home: int = 0, tasks: int = 1):
         from tensorflow.python.saved_model import loader_impl
 
-        self.source, self.home, self.atomic, self.session = source, home, False, None
+        self.source, self.home, self.atomic, self.session, self._callables = source, home, False, None, {}
+        self.kept: int | None = None  # a fingerprint of its variables as they were kept last
         self._loader = loader_impl.SavedModelLoader(source.folder) if source.folder else None
         meta_graph = self._build(tf) if self._loader is None else copy.deepcopy(
             self._loader.get_meta_graph_def_from_tags(["serve"]))
@@ -427,6 +449,7 @@ class Graph:
                 # an output may be an input itself, or another output, and TensorFlow fetches neither
                 self._ends[name] = [t.name for t in feed.values()], [tf.identity(t).name for t in fetch.values()]
             self.variables = TensorFlowVariables(outputs)
+            self._free, self._allocate = memory_operations(tf, self.graph)
         self.graph.finalize()
         self.writes = any(signature.writes for signature in self.signatures.values())
         self.calls_out = any(signature.calls_out for signature in self.signatures.values())
@@ -453,17 +476,28 @@ class Graph:
 
     def connect(self, tf, addresses: list[str], options: Options, timeout_s: float = 0) -> None:
         """Make the session, on the parameter servers at these addresses or in this process, and a callable for each
-        signature. The session before it is left behind, since its end may wait for a server that is gone."""
+        signature."""
         from tensorflow.core.protobuf.config_pb2 import CallableOptions
 
+        self.disconnect()
         target = f"grpc://{addresses[self.home]}" if addresses else ""
         config = session_config(tf, addresses, timeout_s) if addresses else server_config(tf, options, self.calls_out)
-        left = [self.session, getattr(self, "_callables", None)]
         self.session = self.variables.sess = tf.Session(target, self.graph, config)
         # half the time of session.run, and no check against static shapes; make_callable is session.run in disguise
         self._callables = {name: self.session._make_callable_from_options(CallableOptions(feed=feed, fetch=fetch))
                            for name, (feed, fetch) in self._ends.items()}
+
+    def disconnect(self) -> None:
+        """Leave the session behind, to a thread, since its end may wait for a server that is gone."""
+        left = [self.session, self._callables]
+        self.session = self.variables.sess = self._callables = None
         threading.Thread(target=left.clear, daemon=True).start()
+
+    def free(self) -> None:
+        """Give the memory of the variables and tables back."""
+        if self.session:
+            self.session.run(self._free)
+        self.disconnect()
 
     def run(self, signature: str, feed: list[np.ndarray]) -> list[np.ndarray]:
         """The one ``session.run``: arrays in the order of the sorted input names to arrays in that of the outputs.
@@ -483,6 +517,7 @@ class Graph:
         if self._loader is None:
             return self.session.run(self.graph.get_operation_by_name(self._initializer))
         if variables:
+            self.session.run(self._allocate)
             self._loader.restore_variables(self.session, self._saver)
         self._loader.run_init_ops(self.session, ["serve"])
 
@@ -550,6 +585,22 @@ def prepare_nodes(meta_graph, container: str) -> None:
             node.attr["shared_name"].s = tables.setdefault(shared_name, b"hash_table_%d" % len(tables))
         if "use_locking" in attributes:  # else two runs at once lose updates
             node.attr["use_locking"].b = True
+
+
+def memory_operations(tf, graph) -> tuple[list, list]:
+    """What gives back the memory of a graph's variables and tables; and what has to come before they are restored:
+    reference variables cannot be removed, only be made empty."""
+    free, allocate = [], []
+    for holder in graph.get_operations():
+        with tf.colocate_with(holder):
+            if holder.type in ("VariableV2", "Variable"):
+                dtype, shape = holder.get_attr("dtype"), tf.TensorShape(holder.get_attr("shape"))
+                nothing, zeros = tf.zeros([0], dtype), tf.zeros(shape, dtype)
+                free.append(tf.raw_ops.Assign(ref=holder.outputs[0], value=nothing, validate_shape=False).op)
+                allocate.append(tf.raw_ops.Assign(ref=holder.outputs[0], value=zeros, validate_shape=False).op)
+            elif "container" in holder.node_def.attr and holder.outputs[0].dtype == tf.resource:
+                free.append(tf.raw_ops.DestroyResourceOp(resource=holder.outputs[0], ignore_lookup_error=True))
+    return free, allocate
 
 
 # Operations that change what a later run sees
@@ -850,8 +901,8 @@ PATHS = {  # case-insensitive but for the method's name; as sent, still percent-
 METHODS = ["GET", "HEAD", "POST", "PUT", "DELETE", "PATCH", "OPTIONS", "TRACE"]  # all but two of which are malformed
 
 
-def match_path(method: str, path: str) -> tuple[str, int | None, str]:
-    """Model, version (None: the latest), and status, metadata, predict, classify or regress. Raises InvalidRequest."""
+def match_path(method: str, path: str) -> tuple[str, int | str | None, str]:
+    """Model; version, label or None: the latest; status, metadata, predict, classify or regress. Or InvalidRequest."""
     if path in ("/", "/health", "/metrics"):
         raise InvalidRequest(f"{path} answers GET, not {method}", 405)
     if path[:4].lower() != "/v1/":
@@ -862,12 +913,17 @@ def match_path(method: str, path: str) -> tuple[str, int | None, str]:
     name, version, label, verb = match.groups()
     if name is None:
         raise InvalidRequest("Missing model name in request.")
-    if label is not None:
-        raise InvalidRequest(f"Unrecognized servable version label: {urllib.parse.unquote(label)}")
     if version and (len(version) > 19 or int(version) >= 2**63):
         raise InvalidRequest(f"The version {version[:100]} is not a number of 64 bits")
     verb = verb if method == "POST" else "metadata" if verb else "status"
-    return urllib.parse.unquote(name), int(version) if version else None, verb
+    return urllib.parse.unquote(name), int(version) if version else label and urllib.parse.unquote(label), verb
+
+
+def not_found(name: str, version: int | str | None) -> InvalidRequest:
+    if isinstance(version, str):
+        return InvalidRequest(f"Unrecognized servable version label: {version}")
+    which = f"Latest({name})" if version is None else f"Specific({name}, {version})"
+    return InvalidRequest(f"Servable not found for request: {which}", 404)
 
 
 def parse_value(query: str, http_version: str = "1.1") -> float:
@@ -1136,6 +1192,7 @@ def encode_results(signature: Signature, verb: str, examples: int, outputs: list
 # == The parameter server: holds the variables, keeps them, and in `shared` placement runs the models ==================
 
 KEEP_EVERY_S = 10.0  # how old the kept variables of a model may be that changes them when it runs
+LOOK_EVERY_S = 1.0  # between two looks at the models' folders
 GONE_S = 10.0  # a shared cluster ends when no front end has been heard for so long
 
 
@@ -1143,8 +1200,8 @@ class Checkpoints:
     """Variables in files of one folder: ``adder.sum``, and ``<model>.<version>.npz``, written aside and renamed.
 
     What is written has survived a killed process; if ``durable``, a power cut as well. Whoever starts a cluster makes
-    the folder, and an empty file ``.run-<run>`` in it, to which ``begun`` is written when all has been kept once: so
-    neither another machine's folder nor one whose files have gone is taken for a beginning. Methods raise Error.
+    the folder, and an empty file ``.run-<run>`` in it, to which the names of all files are written that have been kept:
+    so neither another machine's folder nor one whose files have gone is taken for a beginning. Methods raise Error.
     """
 
     def __init__(self, folder: str, run: str, durable: bool):
@@ -1152,7 +1209,7 @@ class Checkpoints:
         self._marker = os.path.join(folder, f".run-{run}")
         try:
             with open(self._marker) as marker:
-                self._has_begun = bool(marker.read())
+                self._kept = marker.read().splitlines()
             self._lock = open(os.path.join(folder, ".lock"), "w")
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # until this process ends, however it does
         except BlockingIOError:
@@ -1165,21 +1222,17 @@ class Checkpoints:
         name = "adder.sum" if source == ADDER_SOURCE else f"{source.name}.{source.version}.npz"
         return os.path.join(self.folder, name)
 
-    def begin(self) -> None:
-        """From now on all files have to be there when this run's parameter server comes back."""
-        self._write_aside(self._marker, lambda file: file.write(b"begun"))
-
     def keep(self, source: ModelSource, weights: dict[str, np.ndarray]) -> None:
         plain = {f"variables/{name}": value if value.dtype != object else np.array(value + b".", "S")
                  for name, value in weights.items()}  # numpy strips zeros from the end of a text
-        self._write_aside(self.path(source), lambda file: np.savez(file, **plain))
+        self._write_first(self.path(source), lambda file: np.savez(file, **plain))
 
     def keep_sum(self, total: float) -> None:
         """The adder's, twice over; for each batch, and so in place once there is a file: that takes a hundredth of the
         time, and so few bytes are in one sector of the disk, which is written as a whole or not at all."""
         record, path = struct.pack("<dd", total, total), self.path(ADDER_SOURCE)
         if self._sum_file is None:
-            self._write_aside(path, lambda file: file.write(record))
+            self._write_first(path, lambda file: file.write(record))
             self._sum_file = os.open(path, os.O_WRONLY)
             return
         with naming_file(path):
@@ -1189,8 +1242,8 @@ class Checkpoints:
             if self.durable:
                 os.fdatasync(self._sum_file)
 
-    def load(self, source: ModelSource, is_needed: bool) -> dict[str, np.ndarray]:
-        """What was kept last, if anything was. Raises ModelError when it is damaged, or has gone but is needed."""
+    def load(self, source: ModelSource) -> dict[str, np.ndarray]:
+        """What was kept last, if anything was. Raises ModelError when it is damaged, or has gone since."""
         path = self.path(source)
         try:
             with open(path, "rb") as file:
@@ -1202,7 +1255,7 @@ class Checkpoints:
                     raise ValueError("it is not one number twice")
                 return {"sum": np.frombuffer(record)[0]}
         except Exception as error:  # there is no end to what numpy and zipfile raise
-            if isinstance(error, FileNotFoundError) and not (is_needed and self._has_begun):
+            if isinstance(error, FileNotFoundError) and os.path.basename(path) not in self._kept:
                 return {}
             raise ModelError(f"The checkpoint {path} is damaged or gone ({first_sentence(error)}): put a good one"
                              " there, or remove it and start the program anew.") from None
@@ -1215,6 +1268,13 @@ class Checkpoints:
         found = find()
         self._write_aside(path, lambda file: file.write(json.dumps(found).encode()))
         return found
+
+    def _write_first(self, path: str, write: Callable[[Any], Any]) -> None:
+        """Write it aside; from now on it has to be there when this run's parameter server comes back."""
+        self._write_aside(path, write)
+        if os.path.basename(path) not in self._kept:
+            self._kept.append(os.path.basename(path))
+            self._write_aside(self._marker, lambda file: file.write("\n".join(self._kept).encode()))
 
     def _write_aside(self, path: str, write: Callable[[Any], Any]) -> None:
         with naming_file(path):
@@ -1259,19 +1319,19 @@ class ParameterServer:
 
     def __init__(self, index: int, options: Options, namespace: str, folder: str, run: str):
         self.index, self.options, self.namespace, self.folder, self.run = index, options, namespace, folder, run
-        self.graphs: dict[str, Graph] = {}
-        self.models: dict[str, Model] = {}
         self.server = None
-        self.about: dict[str, Any] | None = None  # what ``start`` tells, when all is loaded
-        self.kept: dict[str, int] = {}  # a fingerprint of each model's variables as they were kept last
-        self.weights: dict[str, str] = {}  # the version of each mirrored model's
+        self.about: dict[str, Any] | None = None  # what ``start`` tells of this life, when all is loaded
+        self.models: dict[Key, Model] = {}  # each loaded version, label and latest; and versions that come or failed
+        self.edition = 0  # of these
+        self.graphs: dict[Key, Graph] = {}  # by name and version
+        self.stamps: dict[Key, tuple] = {}  # of the files of a version that is not loaded, and whether they were tried
         self.trouble: str | None = None  # with keeping variables
         self.silent_s = 0  # how long no front end has been heard
         self.turn = concurrent.futures.ThreadPoolExecutor(1)  # so that the event loop can always answer ping()
-        self.starting, self.ending = asyncio.Lock(), None
+        self.starting, self.refreshing, self.ending = asyncio.Lock(), asyncio.Lock(), None
 
     async def start(self, wanted: dict[str, str] | None = None) -> dict[str, Any]:
-        """Boot, and in the first one load; about this life of the actor: addresses, models, their weights' versions.
+        """Boot, and in the first one load; about this life of the actor, and what it has now.
 
         Idempotent. The first one's returns when every variable is restored. Raises ModelError or Unavailable, and
         OptionError to a front end that ``wanted`` another cluster than this one, which it would share.
@@ -1284,38 +1344,52 @@ class ParameterServer:
                 raise OptionError(f"{name} {value}: the shared cluster runs with {ours[name]}")
         async with self.starting:
             if self.about is None:
-                addresses = [await self._in_turn(self._boot)]
+                self.addresses = [await self._in_turn(self._boot)]
                 if self.index == 0:
-                    await self._load(addresses)
+                    await self._load()
                 self.about = about_this_actor() | {
-                    "life": secrets.token_hex(8), "folder": self.folder, "addresses": addresses, "models": self.models}
-            return self.about | {"weights": dict(self.weights)}
+                    "life": secrets.token_hex(8), "folder": self.folder, "addresses": self.addresses}
+            return self.about | self._news()
 
     async def stay(self) -> None:
         """Never returns: a call whose failure tells at once that this process is gone."""
         await asyncio.Event().wait()
 
-    async def ping(self) -> str | None:
-        """What is wrong with keeping variables, if anything is."""
-        self.silent_s = 0
-        return self.trouble
+    def _news(self) -> dict[str, Any]:
+        return {"edition": self.edition, "models": self.models}
 
-    async def get_weights(self, model: str) -> dict[str, np.ndarray]:
-        return await self._in_turn(self.graphs[model].variables.get_weights)
+    async def ping(self, edition: int) -> tuple[str | None, dict[str, Any] | None]:
+        """What is wrong with keeping variables, if anything is; and what it has now, if that is another edition."""
+        self.silent_s = 0
+        return self.trouble, self._news() if edition != self.edition else None
+
+    async def get_weights(self, model: str, version: int | None = None) -> dict[str, np.ndarray]:
+        version = version or self.models[model, None].version
+        return await self._in_turn(self.graphs[model, version].variables.get_weights)
 
     async def set_weights(self, model: str, weights: dict[str, np.ndarray]) -> None:
         """They are kept when this returns, and every worker has them, or is dead."""
-        async with self.starting:  # nobody is told a version that is just being replaced
-            await self._in_turn(self._set_weights, self.graphs[model], weights)
-        for worker in await self._workers() if model in self.weights else ():
-            with contextlib.suppress(ray.exceptions.RayError):  # its next life starts with the new weights
-                await worker.start.remote()
+        key = model, self.models[model, None].version
+        async with self.starting:  # nobody is told of weights that are just being replaced
+            await self._in_turn(self.graphs[key].variables.set_weights, weights)
+            await self._in_turn(self._keep, key)
+            if self.models[key].weights:
+                self._tell(key, self.models[key]._replace(weights=secrets.token_hex(8)))
+        if self.models[key].weights:
+            await self._update_workers()
+
+    async def reload(self, model: str) -> dict[str, Any]:
+        """Look at a model's folder now; what there is then."""
+        for source in self.options.model:
+            if source.name == model:
+                await self._refresh(source)
+        return self._news()
 
     async def keep(self) -> None:
         """Keep the variables of the models that change them when they run."""
-        for graph in self.graphs.values():
-            if graph.writes:
-                await self._in_turn(self._keep, graph)
+        for key, graph in list(self.graphs.items()):
+            if graph.writes and self.models[key].metadata:
+                await self._in_turn(self._keep, key)
 
     async def _in_turn(self, method, *arguments):
         return await asyncio.get_running_loop().run_in_executor(self.turn, method, *arguments)
@@ -1325,6 +1399,15 @@ class ParameterServer:
         names = [f"worker {index}" for index in range(self.options.workers)]
         found = await asyncio.gather(*(find_actor(name, self.namespace) for name in names), return_exceptions=True)
         return [worker for worker in found if not isinstance(worker, Exception)]
+
+    async def _update_workers(self) -> list[dict[str, Any]]:
+        """What those say that have now what is here, one after another, since that takes them time from what they do.
+        Those that are dead begin their next life with it."""
+        updated = []
+        for worker in await self._workers() if self.about else ():  # else they wait for ``start``
+            with contextlib.suppress(ray.exceptions.RayError):
+                updated.append(await worker.start.remote())
+        return updated
 
     def _boot(self) -> str:
         """The address of a TensorFlow server on a port that the system picks. It ends with this process.
@@ -1336,62 +1419,25 @@ class ParameterServer:
         if self.server is None:
             if self.index == 0:
                 checkpoints = Checkpoints(self.folder, self.run, durable=self.options.checkpoint_dir is not None)
-                self.graphs, self.models = build_graphs(tf, self.options)
+                for source in self.options.model:  # first those on which depends how many threads there are to be
+                    with contextlib.suppress(Exception):  # which is raised again when the model is loaded
+                        if source.function:
+                            self.graphs[source.name, 1] = build_graph(tf, self.options, source)
             config = server_config(tf, self.options, any(graph.calls_out for graph in self.graphs.values()))
             self.server = tf.train.Server({"boot": ["localhost:0"]}, job_name="boot", task_index=0, config=config)
         return f"{ray.util.get_node_ip_address()}:{self.server.target.rpartition(':')[2]}"
 
-    async def _load(self, addresses: list[str]) -> None:
+    async def _load(self) -> None:
         """Load all models onto this server and the others, whose addresses are added."""
         names = [f"parameter server {index}" for index in range(1, self.options.parameter_servers)]
         others = [await find_actor(name, self.namespace) for name in names]
         for other in others:
-            addresses += (await call(other.start.remote()))["addresses"]
-        for name, graph in list(self.graphs.items()):
-            self.models[name] = await self._in_turn(self._load_model, graph, addresses)
-            if self.models[name].error:
-                del self.graphs[name]
-        checkpoints.begin()
-        self.life = asyncio.create_task(self._live(others))
-
-    def _load_model(self, graph: Graph, addresses: list[str]) -> Model:
-        """Raises ModelError or Unavailable when it is its kept variables that are damaged."""
-        source, is_mirror = graph.source, is_mirrored(self.options, graph.source)
-        try:
-            graph.connect(import_tensorflow(), addresses, self.options)
-            graph.restore()
-            if is_mirror and graph.writes:
-                raise ModelError("it changes its variables when it runs and cannot be mirrored: use --placement shared")
-        except Exception as error:
-            return failed_to_load(source, error)
-        try:
-            graph.variables.set_weights(checkpoints.load(source, is_needed=graph.writes))
-        except InvalidRequest as error:
-            raise ModelError(f"The checkpoint {checkpoints.path(source)} is not of this model: {error}") from None
-        if graph.writes:
-            self._keep(graph)
-        if is_mirror:
-            self.weights[source.name] = secrets.token_hex(8)
-        rule = f"merged-{self.options.max_batch}-{self.options.exact}-{graph.fingerprint}"
-        merged = checkpoints.remember(rule, lambda: graph.find_merged(self.options))
-        return Model(source.name, source.version, graph.metadata(), merged, graph.calls_out)
-
-    def _set_weights(self, graph: Graph, weights: dict[str, np.ndarray]) -> None:
-        graph.variables.set_weights(weights)
-        self._keep(graph)
-        if graph.source.name in self.weights:
-            self.weights[graph.source.name] = secrets.token_hex(8)
-
-    def _keep(self, graph: Graph) -> None:
-        """Keep a model's variables, if they are not as they were kept last."""
-        if graph.source == ADDER_SOURCE:  # each run keeps the sum, and no other add can come between
-            graph.run("serving_default", [np.zeros(1)])
-            return
-        weights = graph.variables.get_weights()
-        fingerprint = zlib.crc32(pickle.dumps(weights))
-        if self.kept.get(graph.source.name) != fingerprint:
-            checkpoints.keep(graph.source, weights)
-            self.kept[graph.source.name] = fingerprint
+            self.addresses += (await call(other.start.remote()))["addresses"]
+        for source in [ADDER_SOURCE, *self.options.model]:
+            await self._refresh(source)
+        if error := self.models[ADDER, 1].error:
+            raise ModelError(error)
+        self.lives = asyncio.create_task(self._live(others)), asyncio.create_task(self._watch_folders())
 
     async def _live(self, others: list) -> None:
         """Keep variables now and then. End with another parameter server, so that Ray brings both back and all is
@@ -1422,23 +1468,138 @@ class ParameterServer:
         for actor in [*(await self._workers() if self.index == 0 else []), ray.get_runtime_context().current_actor]:
             await asyncio.to_thread(ray.kill, actor)
 
+    # -- versions come and go ------------------------------------------------------------------------------------------
 
-def build_graphs(tf, options: Options, mirrors: bool = False) -> tuple[dict[str, Graph], dict[str, Model]]:
-    """The graphs of all models, built in the same order and under the same device rule everywhere; and what failed."""
-    graphs, failed = {}, {}
-    for index, source in enumerate([ADDER_SOURCE, *options.model]):
-        home = 0 if source.function else index % options.parameter_servers
-        tasks = 0 if mirrors and is_mirrored(options, source) else options.parameter_servers
+    def _tell(self, key: Key, model: Model | None) -> None:
+        others = {other: its for other, its in self.models.items() if other != key}
+        self.models, self.edition = others | ({key: model} if model else {}), self.edition + 1
+
+    async def _watch_folders(self) -> None:
+        while True:
+            await asyncio.sleep(LOOK_EVERY_S)
+            for source in self.options.model:
+                try:
+                    await self._refresh(source, at_once=False)
+                except Exception as error:
+                    self.trouble = first_sentence(error)
+
+    async def _refresh(self, source: ModelSource, at_once: bool = True) -> None:
+        """Serve the highest version that is there and can be loaded, and those that labels point to."""
+        name = source.name
+        async with self.refreshing:
+            there, labels = await asyncio.to_thread(lambda: (source.versions(), source.labels()))
+            wanted = {which: self.models[name, which].version
+                      for which in [None, *labels] if (name, which) in self.models}
+            for version in sorted(there, reverse=True):
+                if await self._have(there[version], at_once):
+                    wanted[None] = version
+                    break
+            for label, version in labels.items():
+                if version in there and await self._have(there[version], at_once):
+                    wanted[label] = version
+                elif version not in there and (name, version) not in self.models:
+                    why = f"The label {label!r} of model {name} points to version {version}, which is not there."
+                    self._tell((name, version), Model(source._replace(version=version), "END", why))
+            await self._move(name, wanted)
+            for key, model in self.models.items():
+                if key == (name, model.version) and model.version not in wanted.values():
+                    if model.metadata:
+                        await self._unload(key)
+                    elif model.version not in {*there, *labels.values()}:
+                        self._tell(key, None)
+
+    async def _have(self, source: ModelSource, at_once: bool) -> bool:
+        """Is this version loaded? If not it is tried, unless its files still change, or have failed as they are."""
+        key = source.name, source.version
+        if key in self.models and self.models[key].metadata:
+            return True
+        stamp, last = await asyncio.to_thread(stamp_of, source), self.stamps.get(key)
+        if not at_once and last != (stamp, False):
+            self.stamps[key] = last if last == (stamp, True) else (stamp, False)
+            return False
+        self.stamps[key] = stamp, True
+        self._tell(key, Model(source, "LOADING"))
         try:
-            graphs[source.name] = Graph(tf, source, home, tasks)
+            self._tell(key, await asyncio.to_thread(self._load_version, source))
+            if any(key not in worker["graphs"] for worker in await self._update_workers()):
+                raise ModelError(f"Model {source} cannot be loaded by a worker.")
+            self._tell(key, self.models[key]._replace(state="AVAILABLE"))
+            del self.stamps[key]
         except Exception as error:
-            failed[source.name] = failed_to_load(source, error)
-    return graphs, failed
+            why = f"Model {source} cannot be loaded: {type(error).__name__}: {first_sentence(error)}"
+            await self._unload(key, Model(source, "END", str(error) if isinstance(error, Error) else why))
+            if isinstance(error, Unavailable):
+                raise
+        return key in self.graphs
+
+    def _load_version(self, source: ModelSource) -> Model:
+        """In a thread of its own, which may take long."""
+        tf, key, is_mirror = import_tensorflow(), (source.name, source.version), is_mirrored(self.options, source)
+        graph = self.graphs[key] = self.graphs.get(key) or build_graph(tf, self.options, source)
+        graph.connect(tf, self.addresses, self.options)
+        graph.restore()
+        if is_mirror and graph.writes:
+            raise ModelError(f"Model {source} cannot be loaded: it changes its variables when it runs and cannot be"
+                             " mirrored: use --placement shared.")
+        try:
+            graph.variables.set_weights(checkpoints.load(source))
+        except InvalidRequest as error:
+            raise ModelError(f"The checkpoint {checkpoints.path(source)} is not of this model: {error}") from None
+        if graph.writes:
+            self._keep(key)
+        rule = f"merged-{self.options.max_batch}-{self.options.exact}-{graph.fingerprint}"
+        merged = checkpoints.remember(rule, lambda: graph.find_merged(self.options))
+        weights = secrets.token_hex(8) if is_mirror else None
+        return Model(source, "LOADING", None, graph.metadata(), merged, graph.calls_out, weights)
+
+    async def _move(self, name: str, wanted: dict[str | None, int]) -> None:
+        """Let the latest and the labels stand for other versions. First all workers stop to answer with the old ones,
+        or are dead, and let who asks wait; only then they answer with the new ones. So nobody sees a version go back.
+        """
+        now = {key: its for key, its in self.models.items() if key[0] == name and key[1] != its.version}
+        then = {(name, which): self.models[name, version] for which, version in wanted.items()}
+        moving = {key: its if key in now and now[key].version == its.version else its._replace(state="MOVING")
+                  for key, its in then.items()}
+        others = {key: its for key, its in self.models.items() if key not in now}
+        for stands_for in (moving, then) if moving != now else ():
+            self.models, self.edition = others | stands_for, self.edition + 1
+            await self._update_workers()
+
+    async def _unload(self, key: Key, failed: Model | None = None) -> None:
+        """Give back the memory of a version that is of no use any more, or has failed, when all on it is answered."""
+        self._tell(key, failed or self.models[key]._replace(state="UNLOADING", metadata={}))
+        await self._update_workers()
+        if key in self.graphs:
+            if self.graphs[key].writes and not failed:
+                await self._in_turn(self._keep, key)
+            await asyncio.to_thread(self.graphs.pop(key).free)
+        if not failed:
+            self._tell(key, None)
+
+    def _keep(self, key: Key) -> None:
+        """Keep a model's variables, if they are not as they were kept last."""
+        graph = self.graphs[key]
+        if graph.source == ADDER_SOURCE:  # each run keeps the sum, and no other add can come between
+            graph.run("serving_default", [np.zeros(1)])
+            return
+        weights = graph.variables.get_weights()
+        fingerprint = zlib.crc32(pickle.dumps(weights))
+        if graph.kept != fingerprint:
+            checkpoints.keep(graph.source, weights)
+            graph.kept = fingerprint
 
 
-def failed_to_load(source: ModelSource, error: Exception) -> Model:
-    message = f"Model {source} cannot be loaded: {type(error).__name__}: {first_sentence(error)}"
-    return Model(source.name, source.version, error=message)
+def build_graph(tf, options: Options, source: ModelSource, is_mirror: bool = False) -> Graph:
+    """A version's graph, under the same device rule in every process."""
+    index = [ADDER, *(model.name for model in options.model)].index(source.name)
+    home = 0 if source.function else index % options.parameter_servers
+    return Graph(tf, source, home, 0 if is_mirror else options.parameter_servers)
+
+
+def stamp_of(source: ModelSource) -> list[tuple]:
+    """The files of a version, with their sizes and times."""
+    paths = glob.glob(f"{glob.escape(source.folder)}/**", recursive=True) if source.folder else ()
+    return [(path, os.path.getsize(path), os.path.getmtime(path)) for path in sorted(paths)]
 
 
 def is_mirrored(options: Options, source: ModelSource) -> bool:
@@ -1474,8 +1635,12 @@ class Worker:
 
     def __init__(self, index: int, options: Options, namespace: str):
         self.index, self.options, self.namespace = index, options, namespace
-        self.graphs: dict[str, Graph] = {}
-        self.have: tuple | None = None  # of the parameter server: its life, and the weights' version by model
+        self.have: tuple | None = None  # of the parameter server: its life, and the edition of what it has
+        self.graphs: dict[Key, Graph] = {}  # by name and version
+        self.models: dict[Key, Model] = {}  # what is answered
+        self.weights: dict[Key, str] = {}  # which ones each mirror has
+        self.moved = asyncio.Event()  # when what is MOVING among them no longer is
+        self.runs: dict[Key, set[asyncio.Future]] = collections.defaultdict(set)
         self.starting = asyncio.Lock()
         self.door, self.key = None, secrets.token_bytes(32)
         self.lines: set[asyncio.StreamWriter] = set()
@@ -1486,7 +1651,7 @@ class Worker:
     async def start(self) -> dict[str, Any]:
         """Have what the parameter server has now; about this life of the actor, its door and the key to it.
 
-        Idempotent, for the first start, a parameter server that came back, and new weights in a mirror.
+        Idempotent, for the first start, a parameter server that came back, new versions, and new weights in a mirror.
         """
         async with self.starting:
             await asyncio.wrap_future(self.tensorflow)
@@ -1495,31 +1660,39 @@ class Worker:
                 host = ray.util.get_node_ip_address()
                 self.listener = await asyncio.start_server(self._serve_line, host, limit=2**24)
                 self.door = self.listener.sockets[0].getsockname()[:2]
-            while True:
-                server = await find_actor("parameter server 0", self.namespace)
-                there = await call(server.start.remote())
-                if self.have == (there["life"], there["weights"]):
-                    return about_this_actor() | {"door": self.door, "key": self.key}
-                if self.have is None or self.have[0] != there["life"]:
-                    await asyncio.to_thread(self._connect, there)
-                    self.have = there["life"], {}
-                for model, version in there["weights"].items():
-                    if self.have[1].get(model) != version:
-                        weights = await call(server.get_weights.remote(model))
-                        await asyncio.to_thread(self.graphs[model].variables.set_weights, weights)
-                        self.have[1][model] = version
+            try:
+                while True:
+                    server = await find_actor("parameter server 0", self.namespace)
+                    there = await call(server.start.remote())
+                    if self.have == (there["life"], there["edition"]):
+                        about = {"door": self.door, "key": self.key, "graphs": list(self.graphs)}
+                        return about_this_actor() | about
+                    is_new_life = self.have is None or self.have[0] != there["life"]
+                    await asyncio.to_thread(self._connect, there, is_new_life)
+                    for key, graph in self.graphs.items():
+                        model = there["models"].get(key)
+                        if model and model.weights not in (None, self.weights.get(key)):
+                            weights = await call(server.get_weights.remote(*key))
+                            await asyncio.to_thread(graph.variables.set_weights, weights)
+                            self.weights[key] = model.weights
+                    await self._move(server, there["models"], is_new_life)
+                    self.have = there["life"], there["edition"]
+            except Exception:  # whoever it answers is to look for another one
+                self._leave()
+                raise
 
     async def stay(self) -> None:
         """Never returns: a call whose failure tells at once that this process is gone."""
         await asyncio.Event().wait()
 
-    async def ping(self) -> None:
+    async def ping(self, edition: int) -> tuple[None, None]:
         """Is the event loop alive?"""
+        return None, None
 
-    async def answer(self, model: str, requests: list[tuple]) -> list[Any]:
+    async def answer(self, model: str, requests: list[tuple], version: int | str | None = None) -> list[Any]:
         """One answer for each request, in order: what its verb promises, or an Error. Raises WorkerLost."""
         answers = {}
-        await self._run(model, requests, answers.update)
+        await self._run((model, version), requests, answers.update)
         return [answers[index] for index in range(len(requests))]
 
     async def _serve_line(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -1529,8 +1702,8 @@ class Worker:
                 return
             self.lines.add(writer)
             while True:
-                number, model, requests = await read_frame(reader)
-                trip = asyncio.create_task(self._run(model, requests, functools.partial(self._reply, writer, number)))
+                number, key, requests = await read_frame(reader)
+                trip = asyncio.create_task(self._run(key, requests, functools.partial(self._reply, writer, number)))
                 self.trips.add(trip)
                 trip.add_done_callback(self._end_trip)
         self.lines.discard(writer)
@@ -1542,50 +1715,87 @@ class Worker:
         self.trips.discard(trip)
         trip.exception()  # if there is one, the line is closed, which tells who waits
 
-    async def _run(self, model: str, requests: list[tuple], reply: Callable[[dict[int, Any]], Any]) -> None:
-        have = self.have
+    async def _run(self, key: Key, requests: list[tuple], reply: Callable[[dict[int, Any]], Any]) -> None:
+        have, arrived = self.have, time.monotonic()
         try:
-            graph = self.graphs[model]
+            while (model := self.models.get(key)) and model.state == "MOVING":
+                await self.moved.wait()
+            if model is None or not model.metadata:
+                raise not_found(*key)
+            graph = self.graphs[key[0], model.version]
             executor = self.callers if graph.calls_out else self.runners
-            await asyncio.get_running_loop().run_in_executor(executor, answer_requests, graph, requests, reply)
+            run = self.loop.run_in_executor(executor, answer_requests, graph, requests, reply, arrived)
+            self.runs[key].add(run)
+            run.add_done_callback(self.runs[key].discard)
+            await run
         except ConnectionError as error:
             if self.have is have:
-                self.have = None
-                for writer in self.lines:
-                    writer.close()
+                self._leave()
             raise WorkerLost(f"The parameter server of worker {self.index} was lost: {error}") from None
         except Exception as error:  # whatever it is: nobody is to wait for ever
             message = f"Worker {self.index} failed: {type(error).__name__}: {first_sentence(error)}"
-            reply(dict.fromkeys(range(len(requests)), Error(message)))
+            reply(dict.fromkeys(range(len(requests)), error if isinstance(error, Error) else Error(message)))
 
-    def _connect(self, there: dict[str, Any]) -> None:
-        """Connect to another life of the parameter server. Threads that still wait for the last one are left behind."""
+    def _leave(self) -> None:
+        """Answer nobody until the next ``start``."""
+        self.have = None
+        for writer in self.lines:
+            writer.close()
+
+    def _connect(self, there: dict[str, Any], is_new_life: bool) -> None:
+        """Have every version's graph, connected. What still waits for the parameter server's last life is left."""
         tf = import_tensorflow()
-        self.runners = concurrent.futures.ThreadPoolExecutor(PLACES)
-        self.callers = concurrent.futures.ThreadPoolExecutor(16)  # of models that call out, perhaps to each other
-        if not self.graphs:
-            self.graphs, _ = build_graphs(tf, self.options, mirrors=True)
-        for name, graph in self.graphs.items():
-            if there["models"][name].error:
+        if is_new_life:
+            self.runners = concurrent.futures.ThreadPoolExecutor(PLACES)
+            self.callers = concurrent.futures.ThreadPoolExecutor(16)  # of models that call out, perhaps to each other
+        for key, model in there["models"].items():
+            is_mirror, graph = is_mirrored(self.options, model.source), self.graphs.get(key)
+            if key[1] != model.version or not model.metadata or (graph and (is_mirror or not is_new_life)):
                 continue
-            for signature in there["models"][name].merged:
+            try:
+                graph = graph or build_graph(tf, self.options, model.source, is_mirror)
+            except Exception:
+                log.exception("%s", model.source)  # the parameter server sees what is not in ``graphs``
+                continue
+            for signature in model.merged:
                 graph.signatures[signature].merged = True
-            if not is_mirrored(self.options, graph.source):
-                # a plain client session straight on the parameter server: a server of our own would be one more hop
-                graph.connect(tf, there["addresses"], self.options, self.options.timeout_s + 1)
-            elif graph.session is None:
+            if is_mirror:
                 graph.connect(tf, [], self.options)
                 graph.restore(variables=False)
+            else:  # a plain client session straight on the parameter server: one of our own would be one more hop
+                graph.connect(tf, there["addresses"], self.options, self.options.timeout_s + 1)
             graph.warm_up()
+            self.graphs[key] = graph
+
+    async def _move(self, server, models: dict[Key, Model], is_new_life: bool) -> None:
+        """Answer with these, when all that still runs on what is others now is answered; who asks for that waits."""
+        if is_new_life:  # what still runs fails, since it waits for one that is gone
+            self.runs.clear()
+        other = {key: model._replace(state="MOVING") for key, model in self.models.items()
+                 if key not in models or models[key].version != model.version
+                 or models[key].state == "MOVING" or not models[key].metadata}
+        self.models = self.models | other
+        gone = asyncio.ensure_future(call(server.stay.remote()))
+        while (runs := {run for key in other for run in self.runs[key]}) and not gone.done():
+            await asyncio.wait({gone, *runs}, return_when=asyncio.FIRST_COMPLETED)
+        if not gone.cancel():
+            raise WorkerLost(f"The parameter server of worker {self.index} was lost: {gone.exception()}")
+        self.models, moved, self.moved = models, self.moved, asyncio.Event()
+        moved.set()
+        for key in [key for key in self.graphs if key not in models or not models[key].metadata]:
+            self.graphs.pop(key).disconnect()
+            self.weights.pop(key, None)
 
 
-def answer_requests(graph: Graph, requests: list[tuple], reply: Callable[[dict[int, Any]], Any]) -> None:
+def answer_requests(
+    graph: Graph, requests: list[tuple], reply: Callable[[dict[int, Any]], Any], arrived: float
+) -> None:
     """Decode, group, merge, run, split, encode; ``reply({index: answer or Error})`` as each group is done, for each
     request once: those that came too late are not run.
 
     Requests for one signature with rows of one shape are one group if they may share a run. Raises ConnectionError.
     """
-    arrived, refused = time.monotonic(), {}
+    refused: dict[int, Error] = {}
     groups: dict[Any, list[tuple]] = {}
     for index, (verb, body, seconds, is_repeated) in enumerate(requests):
         try:
@@ -1667,11 +1877,11 @@ class Line:
         self.closed = asyncio.create_task(self._listen(reader, batcher))
         batcher.add(self)
 
-    def send(self, model: str, requests: list[Request]) -> None:
+    def send(self, key: Key, requests: list[Request]) -> None:
         number, now = next(self._numbers), time.monotonic()
         self.trips[number] = dict(enumerate(requests))
         contents = [(request.verb, request.body, request.deadline - now, request.is_repeated) for request in requests]
-        self.writer.writelines(to_frame((number, model, contents)))
+        self.writer.writelines(to_frame((number, key, contents)))
 
     async def _listen(self, reader: asyncio.StreamReader, batcher: Batcher) -> None:
         with contextlib.suppress(OSError, EOFError):
@@ -1698,7 +1908,8 @@ BUCKETS_S = (0.003, 0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, math.inf)  # of the hist
 class Request:
     """One caller's request on its way to a worker, and ``future``, for which the caller waits."""
 
-    model: str
+    key: Key
+    model: Model
     worker: int | None  # the one that is to do it, if it matters
     verb: str
     body: Any
@@ -1718,13 +1929,12 @@ class Batcher:
 
     def __init__(self, options: Options):
         self.options = options
-        self.models: dict[str, Model] = {}
         self.lines: list[Line] = []  # to the workers that can be called; whose turn it is comes first
         self.held_bytes = 0  # of the requests that are not answered
         self.answered: collections.Counter[tuple[str, str]] = collections.Counter()  # by model and verb
         self.took: collections.Counter[float] = collections.Counter()  # by bucket
         self.took_s = 0.0
-        self._queues = collections.defaultdict(collections.deque)  # by model and worker
+        self._queues = collections.defaultdict(collections.deque)  # by key and worker
         self._is_due, self._closed = False, None
 
     @property
@@ -1732,17 +1942,17 @@ class Batcher:
         """Requests that are not sent yet."""
         return sum(map(len, self._queues.values()))
 
-    async def submit(self, model: str, verb: str, body: Any, worker: int | None = None) -> Any:
+    async def submit(self, key: Key, model: Model, verb: str, body: Any, worker: int | None = None) -> Any:
         """The answer to a request, which waits in its queue first. Raises Error."""
         if self._closed:
             raise self._closed.with_traceback(None)
         if self.waiting >= self.options.max_queue or self.held_bytes > HELD_BYTES:
             raise Unavailable(f"Too many requests are waiting already ({self.waiting}); try again later.")
         loop, deadline = asyncio.get_running_loop(), time.monotonic() + self.options.timeout_s
-        request = Request(model, worker, verb, body, loop.create_future(), size_of(body), deadline)
+        request = Request(key, model, worker, verb, body, loop.create_future(), size_of(body), deadline)
         request.timer = loop.call_later(self.options.timeout_s, self._end_wait, request)
         self.held_bytes += request.size_bytes
-        self._queues[model, worker].append(request)
+        self._queues[key, worker].append(request)
         if not self._is_due:
             self._is_due = True
             loop.call_soon(self.dispatch)  # after all that is ready in this turn of the loop
@@ -1758,7 +1968,7 @@ class Batcher:
             return request.future.set_exception(answer)
         request.future.set_result(answer)
         seconds = time.monotonic() - request.deadline + self.options.timeout_s
-        self.answered[request.model, request.verb] += 1
+        self.answered[request.key[0], request.verb] += 1
         self.took[next(end for end in BUCKETS_S if seconds <= end)] += 1
         self.took_s += seconds
 
@@ -1776,7 +1986,7 @@ class Batcher:
                 self.resolve(request, WorkerLost(f"Worker {line.index} was lost; {why}."))
             else:
                 request.is_repeated = True
-                self._queues[request.model, request.worker].appendleft(request)
+                self._queues[request.key, request.worker].appendleft(request)
         line.trips.clear()
         self.dispatch()
 
@@ -1805,14 +2015,15 @@ class Batcher:
                 line.send(key[0], requests)
                 keys.append(key)
 
-    def _next_batch(self, name: str, worker: int | None) -> tuple[Line, list[Request]] | None:
+    def _next_batch(self, key: Key, worker: int | None) -> tuple[Line, list[Request]] | None:
         """What of this queue is to be sent now, and to whom; if it is due, and there is a place for it."""
-        queue, model = self._queues[name, worker], self.models[name]
+        queue = self._queues[key, worker]
         while queue and queue[0].future.done():  # nobody waits for it any more
             self.resolve(queue.popleft(), None)
         if not queue:
-            del self._queues[name, worker]
+            del self._queues[key, worker]
             return None
+        model = queue[0].model
         lines = [line for line in self.lines if worker in (None, line.index)]
         lines = [line for line in lines if not line.is_hung] or lines
         lines = [line for line in lines if len(line.trips) < PLACES]
@@ -1821,16 +2032,16 @@ class Batcher:
         is_one_run, count = model.merged and self.options.placement == "shared", len(queue)
         if not is_one_run:  # all workers get their part
             count = -(-count // sum(PLACES - len(line.trips) for line in lines))
-        under_way = [next(iter(trip.values())).model
+        under_way = [next(iter(trip.values()))
                      for line in self.lines if not line.is_hung for trip in line.trips.values()]
         if model.merged and count < self.options.max_batch:
             early_s = queue[0].deadline - self.options.timeout_s + self.options.batch_wait_ms / 1000 - time.monotonic()
             if early_s > 0:
                 asyncio.get_running_loop().call_later(early_s, self.dispatch)
                 return None
-            if is_one_run and under_way.count(name) >= PLACES:  # more at once would only be smaller
+            if is_one_run and [other.key for other in under_way].count(key) >= PLACES:  # more would only be smaller
                 return None
-        if model.calls_out and sum(self.models[other].calls_out for other in under_way) >= PLACES * len(self.lines) - 1:
+        if model.calls_out and sum(other.model.calls_out for other in under_way) >= PLACES * len(self.lines) - 1:
             return None  # what it waits for may need a place, too
         requests, size_bytes = [], 0
         while queue and len(requests) < min(count, self.options.max_batch) and size_bytes < TRIP_BYTES:
@@ -1867,6 +2078,7 @@ class Member:
     restarts: int = 0
     pid: int | None = None  # of its last life
     about: dict[str, Any] = dataclasses.field(default_factory=dict)  # this life
+    edition: int = 0  # of what the first parameter server has
     actor: Any = None
     line: Line | None = None  # to a worker
 
@@ -1925,7 +2137,8 @@ class Cluster:
         with self._changed:
             self._changed.wait_for(lambda: self._failure or (
                 sum(worker.state == "ready" for worker in self._workers) >= workers))
-        errors = [ModelError(model.error) for model in self.models.values() if model.error]
+        errors = [ModelError(model.error) for (name, _), model in self.models.items()
+                  if model.error and (name, None) not in self.models]
         if failure := self._failure or next(iter(errors), None):
             self.close()
             raise failure
@@ -1969,7 +2182,7 @@ class Cluster:
         return await self.ask_async(ADDER, "add", finite(value), worker=worker)
 
     def predict(
-        self, inputs: dict[str, Any], model: str, signature: str = "serving_default", version: int | None = None
+        self, inputs: dict[str, Any], model: str, signature: str = "serving_default", version: int | str | None = None
     ) -> dict[str, np.ndarray]:
         """Run a signature of a served model.
 
@@ -1981,7 +2194,7 @@ class Cluster:
         return self.ask(model, "arrays", (signature, as_arrays(inputs)), version)
 
     async def predict_async(
-        self, inputs: dict[str, Any], model: str, signature: str = "serving_default", version: int | None = None
+        self, inputs: dict[str, Any], model: str, signature: str = "serving_default", version: int | str | None = None
     ) -> dict[str, np.ndarray]:
         """As ``predict``, awaitable."""
         return await self.ask_async(model, "arrays", (signature, as_arrays(inputs)), version)
@@ -1990,6 +2203,14 @@ class Cluster:
         """The variables of a served model by name. Arrays may be read-only: copy what you want to write to."""
         self.find(model)
         return self._wait(self._cross(self._call_server("get_weights", model)))
+
+    def reload(self, model: str) -> int:
+        """Look now for new versions and labels of a model, which happens once a second; the version in use then."""
+        async def reload() -> int:
+            self._learn(self._servers[0], await self._call_server("reload", model))
+            return self.find(model).version
+
+        return self._cross(reload()).result()
 
     def set_weights(self, model: str, weights: dict[str, np.ndarray]) -> None:
         """Set some or all variables of a served model; a wrong name or shape is an InvalidRequest, and none is set.
@@ -2000,7 +2221,7 @@ class Cluster:
         self._wait(self._cross(self._call_server("set_weights", model, as_arrays(weights))))
 
     def map(
-        self, batches: Iterable[Any], model: str, signature: str = "serving_default", version: int | None = None,
+        self, batches: Iterable[Any], model: str, signature: str = "serving_default", version: int | str | None = None,
         ordered: bool = True
     ) -> Iterator[dict[str, np.ndarray]]:
         """``predict`` for each batch of any iterable, however long and of whatever sizes, in order or as they finish.
@@ -2013,9 +2234,8 @@ class Cluster:
         try:
             while True:
                 for about, batch in itertools.islice(source, ahead - len(pending)):
-                    self.find(model, version)
-                    answer = self._batcher.submit(model, "arrays", (signature, as_arrays(batch)))
-                    pending[self._cross(answer)] = about
+                    found, body = self.find(model, version), (signature, as_arrays(batch))
+                    pending[self._cross(self._batcher.submit((model, version), found, "arrays", body))] = about
                 if not pending:
                     return
                 done = pending if ordered else concurrent.futures.wait(pending, return_when="FIRST_COMPLETED").done
@@ -2041,31 +2261,34 @@ class Cluster:
             with contextlib.suppress(ValueError):  # a thread still waits there, and drops it when it has its result
                 await asyncio.to_thread(results.close)
 
-    def find(self, name: str, version: int | None = None) -> Model:
-        """A served model. Raises InvalidRequest in TensorFlow Serving's words, or Unavailable."""
+    def find(self, name: str, version: int | str | None = None) -> Model:
+        """A served model's version, or what a label stands for, or the latest. Raises InvalidRequest in TensorFlow
+        Serving's words, or Unavailable."""
         if self._failure or not self.models:
             failure = self._failure or Unavailable("The server is starting; try again later.")
             raise failure.with_traceback(None)  # else that of one that is raised again and again grows
-        model = self.models.get(name)
-        if model is None or model.error or version not in (None, model.version):
-            which = f"Latest({name})" if version is None else f"Specific({name}, {version})"
-            raise InvalidRequest(f"Servable not found for request: {which}", 404)
+        model = self.models.get((name, version))
+        if model is None or model.state not in ("AVAILABLE", "MOVING"):
+            raise not_found(name, version)
         return model
 
-    def describe(self, name: str, version: int | None, verb: str) -> dict[str, Any]:
-        """What TensorFlow Serving's REST API answers to GET: a model's "metadata", or its "status"."""
+    def describe(self, name: str, version: int | str | None, verb: str) -> dict[str, Any]:
+        """What TensorFlow Serving's REST API answers to GET: a model's "metadata", or its versions' "status"."""
         if verb == "metadata":
             model = self.find(name, version)
             spec = {"name": name, "signature_name": "", "version": str(model.version)}
             return {"model_spec": spec, "metadata": model.metadata}
+        version = self.find(name, version).version if isinstance(version, str) else version
         self.find(ADDER)
-        model = self.models.get(name)
-        if model is None or version not in (None, model.version):
+        found = [model for key, model in self.models.items()
+                 if key == (name, model.version) and version in (None, model.version)]
+        if not found:
             which = "any versions" if version is None else f"version {version}"
             raise InvalidRequest(f"There is no such model (Could not find {which} of model {name})", 404)
-        status = {"error_code": "UNKNOWN" if model.error else "OK", "error_message": model.error or ""}
-        state = "END" if model.error else "AVAILABLE"
-        return {"model_version_status": [{"version": str(model.version), "state": state, "status": status}]}
+        return {"model_version_status": [
+            {"version": str(model.version), "state": model.state, "status": {
+                "error_code": "UNKNOWN" if model.error else "OK", "error_message": model.error or ""}}
+            for model in sorted(found, key=lambda model: -model.version)]}
 
     def health(self) -> dict[str, Any]:
         """What ``GET /health`` answers: status, parameter servers, workers, models; asks nobody, waits for nothing."""
@@ -2077,8 +2300,14 @@ class Cluster:
             known = {"index": member.index, "state": member.state, "restarts": member.restarts} | member.about
             return known | ({"in_flight": sum(map(len, member.line.trips.values()))} if member.line else {})
 
-        models = {name: {"version": model.version, "merged": model.merged, "error": model.error}
-                  for name, model in self.models.items()}
+        models = {name: {"version": None, "merged": [], "labels": {}, "error": None} for name, _ in self.models}
+        for (name, which), model in self.models.items():
+            if which is None:
+                models[name] |= {"version": model.version, "merged": model.merged}
+            elif isinstance(which, str):
+                models[name]["labels"][which] = model.version
+            elif model.error:
+                models[name]["error"] = model.error
         return {"status": status, "error": self._failure and str(self._failure),
                 "parameter_servers": list(map(shown, self._servers)), "workers": list(map(shown, self._workers)),
                 "models": models, "waiting": self._batcher.waiting}
@@ -2101,6 +2330,8 @@ class Cluster:
             *((f'_bucket{{le="{str(end).replace("inf", "+Inf")}"}}', count) for end, count in zip(BUCKETS_S, took)),
             ("_sum", batcher.took_s), ("_count", batcher.took.total())]
         samples["waiting_requests", "gauge"] = [("", batcher.waiting)]
+        samples["model_version", "gauge"] = [
+            (f'{{model="{name}"}}', model.version) for (name, which), model in self.models.items() if which is None]
         samples["restarts_total", "counter"] = [
             (f'{{actor="{member}"}}', member.restarts) for member in self._servers + self._workers]
         lines = []
@@ -2111,17 +2342,16 @@ class Cluster:
 
     # -- from any thread or loop to the home loop ----------------------------------------------------------------------
 
-    def ask(self, model: str, verb: str, body: Any, version: int | None = None, worker: int | None = None) -> Any:
+    def ask(self, model: str, verb: str, body: Any, version: int | str | None = None, worker: int | None = None) -> Any:
         """What ``decode`` says of the verb. Raises Error."""
-        self.find(model, version)
-        return self._wait(self._cross(self._batcher.submit(model, verb, body, worker)))
+        found = self.find(model, version)
+        return self._wait(self._cross(self._batcher.submit((model, version), found, verb, body, worker)))
 
     async def ask_async(
-        self, model: str, verb: str, body: Any, version: int | None = None, worker: int | None = None
+        self, model: str, verb: str, body: Any, version: int | str | None = None, worker: int | None = None
     ) -> Any:
         """As ``ask``, awaitable."""
-        self.find(model, version)
-        answer = self._batcher.submit(model, verb, body, worker)
+        answer = self._batcher.submit((model, version), self.find(model, version), verb, body, worker)
         return await (answer if threading.get_ident() == self._home else asyncio.wrap_future(self._cross(answer)))
 
     async def _call_server(self, method: str, model: str, *arguments) -> Any:
@@ -2247,10 +2477,7 @@ class Cluster:
         if is_first:
             if about["folder"] != self._folder:  # others made this cluster
                 self._remove_folder()
-            for model in about["models"].values() if not self._described.is_set() else ():
-                if model.error:
-                    log.error("%s", model.error)
-            self.models = self._batcher.models = about["models"]
+            self._learn(member, about)
             self._failure = None
             self._batcher.close(None)
             self._described.set()
@@ -2266,17 +2493,31 @@ class Cluster:
         with self._changed:
             self._changed.notify_all()
 
+    def _learn(self, server: Member, about: dict[str, Any]) -> None:
+        """What the first parameter server has now."""
+        for (name, which), model in about["models"].items():
+            before = self.models.get((name, which))
+            if model.error and model != before:
+                log.error("%s", model.error)
+            if which != model.version and before and before.version != model.version:
+                log.info("model %s: %s is version %d", name, which or "the latest", model.version)
+        self.models, server.edition = about["models"], about["edition"]
+
     async def _watch(self, member: Member) -> str:
         """Why an actor was lost, as soon as it is. One that is silent is ended, whereupon Ray starts it anew."""
         stay, ping, silent_s = asyncio.ensure_future(call(member.actor.stay.remote())), None, 0.0
         signs = [stay, *([member.line.closed] if member.line else [])]
         try:
             while not any(sign.done() for sign in signs):
-                ping, asked = ping or asyncio.ensure_future(call(member.actor.ping.remote())), time.monotonic()
+                ping = ping or asyncio.ensure_future(call(member.actor.ping.remote(member.edition)))
+                asked = time.monotonic()
                 await asyncio.wait([*signs, ping], timeout=PING_S, return_when=asyncio.FIRST_COMPLETED)
                 if ping.done() and not ping.exception():
-                    member.about["trouble"], ping, silent_s = ping.result(), None, 0.0
+                    member.about["trouble"], news = ping.result()
+                    ping, silent_s = None, 0.0
                     self._set_hung(member, False)
+                    if news:
+                        self._learn(member, news)
                     await asyncio.wait(signs, timeout=PING_S, return_when=asyncio.FIRST_COMPLETED)
                 elif time.monotonic() - asked < 1.5 * PING_S:  # else it is this very loop that comes too late
                     silent_s += PING_S

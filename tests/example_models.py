@@ -298,7 +298,35 @@ def save_scores(tf, folder: str) -> None:
         builder.save()
 
 
-SAVED = {"words": save_words, "picture": save_picture, "affine": save_affine, "scores": save_scores}
+def save_numbered(tf, folder: str, versions: int = 12) -> None:
+    """TF1: versions, each of which answers its number: of a reference variable, a table's file, its graph."""
+    v1, line = tf.compat.v1, tf.lookup.TextFileIndex.LINE_NUMBER
+    for version in range(1, versions + 1):
+        with open(folder + ".txt", "w") as file:
+            file.write(f"{version}\n")
+        with v1.Graph().as_default(), v1.Session() as session:
+            x, by = v1.placeholder(tf.float32, [None]), v1.placeholder(tf.int32, [])
+            number = v1.get_variable("number", initializer=float(version), use_resource=False)
+            count = v1.get_variable("count", initializer=100 * version, use_resource=True)
+            table = tf.lookup.StaticHashTable(tf.lookup.TextFileInitializer(
+                folder + ".txt", tf.int64, line, tf.string, tf.lookup.TextFileIndex.WHOLE_LINE), "?")
+            v1.add_to_collection(v1.GraphKeys.ASSET_FILEPATHS, v1.constant(folder + ".txt"))
+            word = table.lookup(tf.zeros(tf.shape(x), tf.int64))
+            outputs = {"number": 0 * x + number, "word": word, "constant": tf.cast(0 * x, tf.int32) + version}
+            signatures = {"serving_default": ({"x": x}, outputs)}
+            if os.path.basename(folder) == "counting":
+                signatures["count"] = {"by": by}, {"count": tf.identity(count.assign_add(by))}
+            session.run([v1.global_variables_initializer(), v1.tables_initializer()])
+            builder = v1.saved_model.Builder(os.path.join(folder, str(version)))
+            builder.add_meta_graph_and_variables(
+                session, ["serve"], main_op=v1.tables_initializer(),
+                assets_collection=v1.get_collection(v1.GraphKeys.ASSET_FILEPATHS),
+                signature_def_map={k: v1.saved_model.predict_signature_def(*sides) for k, sides in signatures.items()})
+            builder.save()
+
+
+SAVED = {"words": save_words, "picture": save_picture, "affine": save_affine, "scores": save_scores,
+         "numbered": save_numbered, "counting": functools.partial(save_numbered, versions=2)}
 
 
 def save(folder: str) -> dict[str, str]:
@@ -324,6 +352,7 @@ class PlainSession:
         from ray_tensorflow import Options, import_tensorflow
 
         tf, [source] = import_tensorflow(), Options(model=source).model
+        _, source = max(source.versions().items())
         self.graph = tf.Graph()
         with self.graph.as_default():
             self.session = tf.Session()

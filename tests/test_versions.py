@@ -1,0 +1,279 @@
+"""Versions of a model come and go while it is served, and labels move: no request fails for that, and none is answered
+with a version that has been replaced."""
+
+import json
+import os
+import shutil
+import time
+
+import numpy as np
+import pytest
+from conftest import Server, wait_until
+from ray_tensorflow import Cluster, InvalidRequest, ModelError
+from test_survival import Clients, kill
+
+LATEST, STABLE = "/v1/models/m", "/v1/models/m/labels/stable"
+
+
+class Folder:
+    """A model's folder, into which versions of ``numbered`` are put, each of which answers its own number."""
+
+    def __init__(self, path, versions: str):
+        self.path, self.versions = str(path), versions
+        os.makedirs(self.path)
+
+    def copy(self, version: int, name: str | None = None, pause_s: float = 0) -> None:
+        """File by file, as over a slow network; the file by which a version is known comes first."""
+        source, target = os.path.join(self.versions, str(version)), os.path.join(self.path, name or str(version))
+        for part in ("saved_model.pb", "variables", "assets"):
+            time.sleep(pause_s)
+            os.makedirs(target, exist_ok=True)
+            if part == "saved_model.pb":
+                shutil.copy(os.path.join(source, part), target)
+                continue
+            for file in sorted(os.listdir(os.path.join(source, part))):
+                os.makedirs(os.path.join(target, part), exist_ok=True)
+                shutil.copy(os.path.join(source, part, file), os.path.join(target, part))
+
+    def remove(self, version: int) -> None:
+        shutil.rmtree(os.path.join(self.path, str(version)))
+
+    def label(self, name: str, version: int) -> None:
+        """As ``ln -sfn`` does."""
+        os.symlink(str(version), os.path.join(self.path, f".{name}"))
+        os.replace(os.path.join(self.path, f".{name}"), os.path.join(self.path, name))
+
+
+@pytest.fixture
+def folder(tmp_path, models) -> Folder:
+    return Folder(tmp_path / "m", models["numbered"])
+
+
+def states(server) -> dict[int, str]:
+    return {int(one["version"]): one["state"] for one in server.get(LATEST).json["model_version_status"]}
+
+
+def version_of(answer) -> int:
+    """That of its variable, of the table that is made from a file of it, and of its graph must be the same."""
+    assert answer["number"].tolist()[0] == int(answer["word"].tolist()[0]) == answer["constant"].tolist()[0]
+    return int(answer["number"][0])
+
+
+@pytest.mark.parametrize("placement", ["shared", "mirrored"])
+def test_from_python(folder, placement):
+    folder.copy(1)
+    with Cluster(workers=2, model=f"m={folder.path}", placement=placement).start(workers=2) as cluster:
+
+        def predict(version=None) -> int:
+            return version_of(cluster.predict({"x": [0.0]}, "m", version=version))
+
+        def found(version=None) -> list[tuple]:
+            statuses = cluster.describe("m", version, "status")["model_version_status"]
+            return [(one["version"], one["state"], one["status"]["error_code"]) for one in statuses]
+
+        assert predict() == predict(1) == 1
+        cluster.add(5)
+        cluster.set_weights("m", {"number": np.float32(1.5)})
+        assert cluster.get_weights("m")["number"] == 1.5
+        folder.copy(2)
+        assert cluster.reload("m") == 2
+        assert predict() == predict(2) == 2  # with its own weights
+        assert found() == [("2", "AVAILABLE", "OK")]
+        for version in (1, 3):
+            with pytest.raises(InvalidRequest, match=rf"Servable not found for request: Specific\(m, {version}\)"):
+                predict(version)
+        with pytest.raises(InvalidRequest, match="Unrecognized servable version label: stable"):
+            predict("stable")
+
+        folder.label("stable", 2)
+        folder.copy(3)
+        assert cluster.reload("m") == 3
+        assert (predict(), predict("stable"), predict(2)) == (3, 2, 2)
+        assert found() == [("3", "AVAILABLE", "OK"), ("2", "AVAILABLE", "OK")]
+        assert found("stable") == found(2) == [("2", "AVAILABLE", "OK")]
+        assert cluster.describe("m", "stable", "metadata")["model_spec"]["version"] == "2"
+        assert cluster.health()["models"]["m"]["labels"] == {"stable": 2}
+        assert cluster.health()["models"]["m"]["version"] == 3
+        assert 'model_version{model="m"} 3\n' in cluster.metrics()
+
+        folder.label("stable", 9)  # to nothing: it stays where it was, and says so
+        cluster.reload("m")
+        assert predict("stable") == 2
+        assert found(9) == [("9", "END", "UNKNOWN")]
+        folder.label("stable", 3)
+        cluster.reload("m")
+        assert predict("stable") == 3
+        assert found() == [("3", "AVAILABLE", "OK")]
+
+        folder.copy(4)
+        with open(os.path.join(folder.path, "4", "saved_model.pb"), "wb") as file:
+            file.write(b"no model")
+        assert cluster.reload("m") == predict() == 3
+        assert found(4) == [("4", "END", "UNKNOWN")]
+        folder.copy(4)  # mended: tried again, as once a second
+        wait_until(lambda: predict() == 4, 20)
+        folder.remove(4)
+        wait_until(lambda: predict() == 3, 20)
+        folder.remove(3)
+        folder.remove(2)
+        os.remove(os.path.join(folder.path, "stable"))
+        assert cluster.reload("m") == 1
+        answer = cluster.predict({"x": [0.0]}, "m")
+        assert (answer["number"].tolist(), answer["constant"].tolist()) == ([1.5], [1])  # as they were set last
+        folder.remove(1)  # the last one goes on
+        assert cluster.reload("m") == 1
+        assert cluster.add(0) == 5
+
+
+def test_a_model_that_changes_starts_a_new_version_with_that_ones_own_variables(tmp_path, models):
+    folder = Folder(tmp_path / "m", models["counting"])
+    folder.copy(1)
+    with Cluster(workers=2, model=f"m={folder.path}") as cluster:
+        count = lambda: cluster.predict({"by": 1}, "m", "count")["count"].tolist()
+        assert [count() for _ in range(3)] == [101, 102, 103]
+        folder.copy(2)
+        assert cluster.reload("m") == 2
+        assert [count(), count()] == [201, 202]
+        folder.remove(2)
+        assert cluster.reload("m") == 1
+        assert count() == 104
+
+
+def test_start_says_why_a_model_has_no_version_that_loads_and_takes_the_next_lower_one(folder):
+    folder.copy(1)
+    folder.copy(2)
+    for version in (2, 1):
+        os.truncate(os.path.join(folder.path, str(version), "variables", "variables.data-00000-of-00001"), 1)
+        if version == 2:
+            with Cluster(workers=1, model=f"m={folder.path}") as cluster:
+                assert version_of(cluster.predict({"x": [0.0]}, "m")) == 1
+        else:
+            with pytest.raises(ModelError, match=r"Model m \(.*/[12]\) cannot be loaded"):
+                Cluster(workers=1, model=f"m={folder.path}").start()
+
+
+# -- under load --------------------------------------------------------------------------------------------------------
+
+
+class Traffic(Clients):
+    """Clients that ask without a pause, half of them for the latest and the others for the label; and when the test
+    saw which version come and be in use."""
+
+    def __init__(self, server, count: int, version: int):
+        self.moves = {path: [(0.0, 0.0, version)] for path in (LATEST, STABLE)}
+        self.started: dict[tuple[int, int], float] = {}
+        super().__init__(server, count, self.ask_for_rows)
+
+    def ask_for_rows(self, client: int, number: int) -> tuple[str, str, str]:
+        """Several rows, so that some share a run."""
+        self.started[client, number] = time.monotonic()
+        return "POST", f"{(LATEST, STABLE)[client % 2]}:predict", json.dumps({"instances": [0.0] * (1 + client % 3)})
+
+    def move(self, path: str, version: int, change) -> None:
+        """Make the change that gives this version to the latest or to the label, and wait until it is in use."""
+        began = time.monotonic()
+        change()
+        wait_until(lambda: self.in_use(path) == version, 60, f"{path} to be version {version}")
+        self.moves[path].append((began, time.monotonic(), version))
+
+    def in_use(self, path: str) -> int | None:
+        model = self.server.get("/health").json["models"].get("m", {"version": None, "labels": {}})
+        return model["version"] if path == LATEST else model["labels"].get("stable")
+
+    def check(self, allowed: set[int] = frozenset({200})) -> int:
+        """Each answer is wholly that of one version which was in use while the request was under way, and in no client
+        do versions go back, but where the test moved them back; how many there were."""
+        answers, last = self.stop(), {}
+        for client, number, status, document, seconds in answers:
+            assert status in allowed, document
+            if status != 200:
+                continue
+            path, started = (LATEST, STABLE)[client % 2], self.started[client, number]
+            ended = started + seconds
+            found = {(row["number"], int(row["word"]), row["constant"]) for row in document["predictions"]}
+            [(version, *others)] = found
+            assert others == [version, version]
+            moves = self.moves[path]
+            certain = [i for i, (_, seen, _) in enumerate(moves) if seen <= started]  # in use before it was sent
+            possible = [i for i, (began, *_) in enumerate(moves) if began <= ended]
+            index = next((i for i in range(max(certain, default=0), max(possible) + 1) if moves[i][2] == version), None)
+            assert index is not None, (path, version, moves, started, ended)
+            assert index >= last.get(client, 0), (path, version, moves)
+            last[client] = index
+        return sum(status == 200 for _, _, status, *_ in answers)
+
+
+def options(folder: Folder, *more: str) -> list[str]:
+    folder.copy(1)
+    folder.label("stable", 1)
+    return ["--workers", "2", "--threads", "2", "--model", f"m={folder.path}", *more]
+
+
+@pytest.mark.parametrize("seconds", [10, pytest.param(60, marks=pytest.mark.long)])
+@pytest.mark.parametrize("kind", ["flask", "starlette"])
+def test_no_request_fails_while_versions_come_and_go_and_one_is_broken(kind, seconds, folder):
+    with Server(kind, *options(folder)) as server:
+        server.wait_ready(workers=2)
+        before = server.get("/?value=7").json["result"]
+        running, end, version = Traffic(server, 32, version=1), time.monotonic() + seconds, 1
+        while time.monotonic() < end or version < 3:
+            version = version % 12 + 1
+            if version == 1:  # all over again, by way of the label
+                running.move(LATEST, 1, lambda: [folder.remove(number) for number in range(12, 1, -1)])
+                running.move(STABLE, 1, lambda: folder.label("stable", 1))
+                continue
+            running.move(LATEST, version, lambda: folder.copy(version, pause_s=0.2))
+            folder.copy(version, "99")
+            os.truncate(os.path.join(folder.path, "99", "variables", "variables.index"), 5)
+            wait_until(lambda: states(server).get(99) == "END", 20)
+            running.move(STABLE, version, lambda: folder.label("stable", version))
+            folder.remove(99)
+        assert running.check() > 20 * seconds
+        assert server.get("/?value=0").json["result"] == before
+        server.stop()
+        assert server.output().count("99) cannot be loaded") >= 1
+
+
+def test_a_worker_or_the_parameter_server_is_killed_while_a_version_is_loaded(folder):
+    with Server("starlette", *options(folder, "--timeout-s", "30")) as server:
+        server.wait_ready(workers=2)
+        running = Traffic(server, 16, version=1)
+
+        def come_and_kill(version: int, kind: str) -> None:
+            folder.copy(version)
+            wait_until(lambda: states(server).get(version) in ("LOADING", "AVAILABLE"), 20)
+            kill(server.get("/health").json[kind][0])
+
+        running.move(LATEST, 2, lambda: come_and_kill(2, "workers"))
+        server.wait_ready(workers=2)
+        running.move(STABLE, 2, lambda: folder.label("stable", 2))
+        assert running.check() > 100  # it only takes a worker
+        again = Traffic(server, 16, version=2)
+        again.move(LATEST, 3, lambda: come_and_kill(3, "parameter_servers"))
+        server.wait_ready(workers=2)
+        again.move(STABLE, 3, lambda: folder.label("stable", 3))
+        assert again.check({200, 502, 503, 504}) > 100
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("placement", ["shared", "mirrored"])
+def test_memory_after_20_versions_is_that_after_2(folder, placement):
+    folder.copy(1)
+
+    def memory() -> int:
+        """Proportional set size of all actors, in KiB."""
+        health, total = cluster.health(), 0
+        for actor in health["parameter_servers"] + health["workers"]:
+            with open(f"/proc/{actor['pid']}/smaps_rollup") as file:
+                total += next(int(line.split()[1]) for line in file if line.startswith("Pss:"))
+        return total
+
+    with Cluster(workers=2, model=f"m={folder.path}", placement=placement).start(workers=2) as cluster:
+        for version in range(2, 21):
+            os.rename(os.path.join(folder.path, str(version - 1)), os.path.join(folder.path, str(version)))
+            assert cluster.reload("m") == version
+            for _ in range(20):
+                cluster.predict({"x": [0.0]}, "m")
+            if version == 2:
+                before = memory()
+        assert memory() < 1.1 * before

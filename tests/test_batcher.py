@@ -13,8 +13,9 @@ from ray_tensorflow import (
     ADDER_SOURCE, Batcher, DeadlineExceeded, Error, Graph, InvalidRequest, Line, Model, ModelError, ModelSource,
     Options, Unavailable, WorkerLost, answer_requests, import_tensorflow, read_frame, to_frame)
 
-MODELS = [Model("m", 1, merged=["serving_default"]), Model("n", 1, merged=["serving_default"]), Model("single", 1),
-          Model("caller", 1, calls_out=True)]
+KINDS = {"m": {"merged": ["serving_default"]}, "n": {"merged": ["serving_default"]}, "single": {},
+         "caller": {"calls_out": True}}
+MODELS = {name: Model(ModelSource(name, 1), "AVAILABLE", **kind) for name, kind in KINDS.items()}
 PLACES = 2  # batches that a worker is sent at once
 LARGE_BYTES = 2**26
 
@@ -27,9 +28,9 @@ class PlayedWorker:
         self.batcher, self.sent, self.numbers = batcher, sent, itertools.count()
         batcher.add(self)
 
-    def send(self, model: str, requests: list) -> None:
+    def send(self, key: tuple, requests: list) -> None:
         self.trips[next(self.numbers)] = dict(enumerate(requests))
-        self.sent.append((self.index, model, [request.body for request in requests]))
+        self.sent.append((self.index, key[0], [request.body for request in requests]))
 
     def answer(self) -> None:
         """The batch that was sent first, with twice each request's body."""
@@ -43,7 +44,6 @@ class Stage:
 
     def __init__(self, workers: int = 1, **options):
         self.batcher, self.sent = Batcher(Options(**options)), []
-        self.batcher.models = {model.name: model for model in MODELS}
         self.workers = [self.add_worker(index) for index in range(workers)]
 
     def add_worker(self, index: int) -> PlayedWorker:
@@ -54,7 +54,8 @@ class Stage:
         futures = []
         for body in bodies:
             try:
-                futures.append(self.batcher.submit(model, verb, body, worker).send(None))  # the future that it awaits
+                waiting = self.batcher.submit((model, None), MODELS[model], verb, body, worker)
+                futures.append(waiting.send(None))  # the future that it awaits
             except Error as error:
                 futures.append(asyncio.get_running_loop().create_future())
                 futures[-1].set_exception(error)
@@ -184,7 +185,7 @@ async def test_a_reply_that_comes_twice_leaves_the_line_as_it_is():
     async with await asyncio.start_server(work, "127.0.0.1") as worker:
         line = Line(0, *await asyncio.open_connection(*worker.sockets[0].getsockname()), stage.batcher)
         for body in range(4):
-            assert await stage.batcher.submit("m", "predict", body) == 2 * body
+            assert await stage.batcher.submit(("m", None), MODELS["m"], "predict", body) == 2 * body
         assert not line.closed.done()
         line.writer.close()
         await line.closed
@@ -292,7 +293,7 @@ def rows(*values, signature="serving_default", seconds=60, is_repeated=False) ->
 def answers(graph: Graph, *requests: tuple) -> list:
     """Lists for the arrays of each answer, just one for an only output; and errors."""
     found = {}
-    answer_requests(graph, list(requests), found.update)
+    answer_requests(graph, list(requests), found.update, time.monotonic())
     for index, answer in found.items():
         if isinstance(answer, dict):
             arrays = tuple(array.tolist() for array in answer.values())

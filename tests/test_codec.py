@@ -312,6 +312,8 @@ ODD, ODD_PLAIN = "%21%23%24%25%26%27%28%29%2A%2B%2C%2F%3A%3B%3D%3F%40%5B%5D", "!
     ("GET", "/v1/models/m/versions/099", ("m", 99, "status")),
     ("GET", "/v1/models/m/versions/9223372036854775807/metadata", ("m", 2**63 - 1, "metadata")),
     ("GET", f"/v1/models/m{ODD}/metadata", (f"m{ODD_PLAIN}", None, "metadata")),
+    ("GET", f"/v1/models/m/labels/{ODD}/metadata", ("m", ODD_PLAIN, "metadata")),
+    ("POST", "/v1/models/m/Labels/latest:predict", ("m", "latest", "predict")),
     ("GET", "/v1/models/metadata", ("metadata", None, "status")),
     ("POST", "/v1/Models/m/Versions/5:classify", ("m", 5, "classify")),
     ("POST", f"/v1/models/{ODD}:regress", (ODD_PLAIN, None, "regress")),
@@ -329,8 +331,6 @@ def test_a_path_is_taken_apart_before_it_is_decoded(method, path, expected):
         "models/m%3Apredict", "models/m/version/50:predict", "models/m/versions/5/labels/x:predict")],
     *[(method, "/v1/models/m:predict", "Malformed request", 400) for method in ("PUT", "HEAD", "get")],
     ("GET", "/v1/models", "Missing model name in request.", 400),
-    ("GET", f"/v1/models/m/labels/{ODD}/metadata", f"Unrecognized servable version label: {ODD_PLAIN}", 400),
-    ("POST", "/v1/models/m/Labels/latest:predict", "Unrecognized servable version label: latest", 400),
     ("POST", "/v1/models/m/versions/9223372036854775808:predict", "9223372036854775808", 400),
     ("GET", f"/v1/models/m/versions/{'9' * 5000}", "version", 400),
     ("GET", "/v2/models/m", "/v2/models/m", 404), ("POST", "/v1", "/v1", 404), ("POST", "/health", "GET", 405)])

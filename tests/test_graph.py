@@ -34,6 +34,7 @@ def load(tf, address):
 
     def load(source, restore: bool = True) -> Graph:
         source = source if isinstance(source, ModelSource) else Options(model=source).model[0]
+        _, source = max(source.versions().items())
         graphs.append(graph := Graph(tf, source))
         graph.connect(tf, [address], Options())
         if restore:

@@ -10,7 +10,7 @@ from conftest import good, real_models, wait_until
 from ray_tensorflow import Cluster, InvalidRequest, ModelError
 
 REAL = sorted(real_models())
-OTHER = {"counter", "line", "failing", "gate", "scores"}  # these change, fail, wait, or want serialized examples
+OTHER = {"counter", "counting", "line", "failing", "gate", "scores"}  # these change, fail, wait, or want examples
 STATELESS = [name for name in (*example_models.SAVED, *example_models.FUNCTIONS) if name not in OTHER] + REAL
 SLOW = {"basic_pitch"}  # 50 ms a run
 MISDECLARED = ("saved_model_half_plus_three", "tensorflow/serving/regress")  # says that its input is a float

@@ -162,18 +162,16 @@ def test_a_saved_model_has_the_name_of_its_folder_or_the_one_before_it(saved_mod
     assert source(prefix + folder) == source(f"{prefix}{folder}/") == ModelSource(name, version, folder)
 
 
-def test_a_folder_of_numbered_versions_means_the_highest_number(saved_model, tmp_path):
+def test_a_folder_of_numbered_versions_is_found_from_the_working_directory_and_has_those_that_are_whole(
+        saved_model, tmp_path, monkeypatch):
     for version in ("9", "10", "2", "not-a-version", "²"):
-        saved_model(f"half/{version}")
+        saved_model(f"half/{version}", "saved_model.pbtxt" if version == "2" else "saved_model.pb")
     (tmp_path / "half" / "11").mkdir()  # just being copied
-    assert source(tmp_path / "half") == ModelSource("half", 10, str(tmp_path / "half" / "10"))
-
-
-def test_a_relative_folder_is_found_from_the_working_directory(saved_model, tmp_path, monkeypatch):
-    folder = saved_model("half/1", "saved_model.pbtxt")
-    for directory, path in ((tmp_path, "half"), (tmp_path, "./half"), (tmp_path / "half", ".")):
+    folder = tmp_path / "half"
+    for directory, path in ((tmp_path, folder), (tmp_path, "half"), (tmp_path, "./half"), (folder, ".")):
         monkeypatch.chdir(directory)
-        assert source(path) == ModelSource("half", 1, folder)
+        assert source(path) == ModelSource("half", None, str(folder))
+        assert sorted(source(path).versions()) == [2, 9, 10]
 
 
 def test_neither_an_empty_source_nor_a_folder_without_a_model_is_one(tmp_path, saved_model, monkeypatch):

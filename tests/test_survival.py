@@ -192,11 +192,11 @@ def checkpoints(tmp_path):
 @pytest.mark.parametrize("source", [ADDER_SOURCE, MODEL], ids=str)
 def test_a_checkpoint_comes_back_but_cut_short_at_any_length_or_with_any_byte_changed_is_refused_by_name(
         checkpoints, source):
-    assert checkpoints.load(source, is_needed=True) == {}
+    assert checkpoints.load(source) == {}
     total = np.float64(0.1) * 3
     checkpoints.keep_sum(total)
     checkpoints.keep(MODEL, {"sum": total})
-    assert checkpoints.load(source, is_needed=True) == {"sum": total}
+    assert checkpoints.load(source) == {"sum": total}
     path = checkpoints.path(source)
     with open(path, "rb") as file:
         whole = file.read()
@@ -205,7 +205,7 @@ def test_a_checkpoint_comes_back_but_cut_short_at_any_length_or_with_any_byte_ch
         with open(path, "wb") as file:
             file.write(contents)
         try:
-            back = checkpoints.load(source, is_needed=True)
+            back = checkpoints.load(source)
         except ModelError as error:
             assert path in str(error)
         else:  # a byte that says nothing, such as the date
@@ -214,11 +214,12 @@ def test_a_checkpoint_comes_back_but_cut_short_at_any_length_or_with_any_byte_ch
 
 def test_files_that_have_gone_are_not_taken_for_a_beginning(tmp_path):
     (tmp_path / ".run-1").touch()
-    Checkpoints(str(tmp_path), run="1", durable=True).begin()
+    Checkpoints(str(tmp_path), run="1", durable=True).keep(MODEL, {})
     again = Checkpoints(str(tmp_path), run="1", durable=True)
-    assert again.load(MODEL, is_needed=False) == {}
+    os.remove(again.path(MODEL))
+    assert again.load(ADDER_SOURCE) == {}
     with pytest.raises(ModelError, match=again.path(MODEL)):
-        again.load(MODEL, is_needed=True)
+        again.load(MODEL)
     with pytest.raises(Unavailable, match="variables are gone"):
         Checkpoints(str(tmp_path / "elsewhere"), run="1", durable=True)
 

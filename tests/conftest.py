@@ -3,10 +3,12 @@
 Three speeds: pure (no Ray, no TensorFlow), TensorFlow in this process, cluster. What breaks things has its own server.
 """
 
+import asyncio
 import atexit
 import contextlib
 import glob
 import http.client
+import inspect
 import json
 import os
 import shutil
@@ -52,6 +54,14 @@ def pytest_collection_modifyitems(config, items):
             item.add_marker(pytest.mark.skip(reason="takes long: runs with --long"))
 
 
+def pytest_pyfunc_call(pyfuncitem):
+    """An asynchronous test runs in an event loop of its own."""
+    if inspect.iscoroutinefunction(pyfuncitem.obj):
+        arguments = {name: pyfuncitem.funcargs[name] for name in inspect.signature(pyfuncitem.obj).parameters}
+        asyncio.run(asyncio.wait_for(pyfuncitem.obj(**arguments), 60))
+        return True
+
+
 def wait_until(condition, seconds: float = START_S, what: str = ""):
     """Poll until the condition is true; its value."""
     end = time.monotonic() + seconds
@@ -63,8 +73,6 @@ def wait_until(condition, seconds: float = START_S, what: str = ""):
 
 # -- nothing is left over ----------------------------------------------------------------------------------------------
 
-SESSION_FOLDERS: set[str] = set()
-
 
 def processes(owner: str) -> dict[int, str]:
     """Pid and command line of the living processes of this test run that belong to "test" or to "session"."""
@@ -74,13 +82,33 @@ def processes(owner: str) -> dict[int, str]:
         with contextlib.suppress(OSError):
             with open(f"{folder}/environ", "rb") as file:
                 environment = file.read().split(b"\0")
-            with open(f"{folder}/stat") as file:
-                state = file.read().rpartition(")")[2].split()[0]
             mine = {f"{RUN}={os.environ[RUN]}".encode(), f"{OWNER}={owner}".encode()} <= set(environment)
-            if mine and state != "Z" and pid != os.getpid():
-                with open(f"{folder}/cmdline", "rb") as file:
-                    found[pid] = file.read().replace(b"\0", b" ").decode(errors="replace")
+            if mine and pid != os.getpid() and (command := command_of(pid)):
+                found[pid] = command
     return found
+
+
+def command_of(pid: int) -> str:
+    """Of a process that lives; those that are gone, and zombies, have none."""
+    with contextlib.suppress(OSError), open(f"/proc/{pid}/cmdline", errors="replace") as file:
+        return file.read().replace("\0", " ")
+    return ""
+
+
+def family(pid: int) -> dict[int, str]:
+    """A process and all below it: pid to command line. Not by environment: some of Ray's overwrite theirs."""
+    found = {pid: command_of(pid)}
+    for path in glob.glob(f"/proc/{pid}/task/*/children"):
+        with contextlib.suppress(OSError), open(path) as file:
+            for child in file.read().split():
+                found |= family(int(child))
+    return {pid: command for pid, command in found.items() if command}
+
+
+def plain_environment() -> dict[str, str]:
+    """The environment without what a Ray or a TensorFlow in this process has set in it."""
+    return {name: value for name, value in os.environ.items()
+            if name != "CUDA_VISIBLE_DEVICES" and not name.startswith("RAY_AUTH")}
 
 
 def folders() -> set[str]:
@@ -90,21 +118,18 @@ def folders() -> set[str]:
 @contextlib.contextmanager
 def owned_by_session():
     """What starts in this block may outlive the test that needed it first."""
-    os.environ[OWNER], before = "session", folders()
+    os.environ[OWNER] = "session"
     try:
         yield
     finally:
         os.environ[OWNER] = "test"
-        SESSION_FOLDERS.update(folders() - before)
 
 
 @pytest.fixture(autouse=True)
 def leak_detector():
-    """No process and no temporary folder is left over by a test."""
-    before = folders()
+    """No process is left over by a test."""
     yield
     wait_until(lambda: not processes("test"), 30, f"these to end: {processes('test')}")
-    assert not folders() - before - SESSION_FOLDERS
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -113,7 +138,7 @@ def session_leak_detector():
     yield
     left = lambda: processes("session") | processes("test")
     wait_until(lambda: not left(), 30, f"these to end: {left()}")
-    assert not [folder for folder in SESSION_FOLDERS if os.path.exists(folder)]
+    assert not folders()
 
 
 # -- servers -----------------------------------------------------------------------------------------------------------
@@ -139,14 +164,32 @@ class Answer:
         return f"<{self.status} {self.body[:500]!r}>"
 
 
+def good(answer: Answer) -> dict:
+    """The document of an answer that is 200 and JSON."""
+    assert (answer.status, answer.headers["Content-Type"]) == (200, "application/json"), answer
+    return answer.json
+
+
+def error(answer: Answer, status: int, message: str = "") -> str:
+    """The message of an error, which has ``message`` in it: one sentence as JSON, and nothing of what is inside."""
+    assert (answer.status, answer.headers["Content-Type"]) == (status, "application/json"), answer
+    assert list(answer.json) == ["error"]
+    text = answer.json["error"]
+    assert message in text and text.strip() and "\n" not in text and "Traceback" not in text and len(text) < 1000
+    assert ("Retry-After" in answer.headers) == (status in (429, 503))
+    return text
+
+
 class Server:
     """A server process on a free port of 127.0.0.1, by default one of the two front ends, run as a user would."""
 
-    def __init__(self, kind: str, *options: str, command: list[str] | None = None, **popen):
-        self.kind, self.port, self.log = kind, free_port(), tempfile.TemporaryFile()
+    def __init__(self, kind: str, *options: str, before=(), command: list[str] | None = None, env=None, **popen):
+        """``before`` stands before the command."""
+        self.port, self.log = free_port(), tempfile.TemporaryFile()
         default = [sys.executable, os.path.join(REPOSITORY, f"ray_tensorflow_{kind}.py"), "--port", "{port}"]
-        command = [part.format(port=self.port) for part in command or default]
-        self.process = subprocess.Popen([*command, *options], stdout=self.log, stderr=self.log, **popen)
+        command = [*before, *(part.format(port=self.port) for part in command or default), *options]
+        environment = (env or os.environ) | {"RAY_TENSORFLOW_TEST_PORT": str(self.port)}
+        self.process = subprocess.Popen(command, stdout=self.log, stderr=self.log, env=environment, **popen)
 
     def request(self, method: str, path: str, body=None, headers: dict | None = None, timeout: float = 60) -> Answer:
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=timeout)
@@ -156,6 +199,10 @@ class Server:
 
     def get(self, path: str) -> Answer:
         return self.request("GET", path)
+
+    def add(self, value=1) -> float:
+        """The sum right after it."""
+        return good(self.get(f"/?value={value}"))["result"]
 
     def post(self, path: str, document) -> Answer:
         return self.request("POST", path, document if isinstance(document, (bytes, str)) else json.dumps(document))
@@ -207,14 +254,11 @@ class Server:
 @pytest.fixture(scope="session", params=["flask", "starlette"])
 def front_end(request, models):
     """Each front end in turn, with two workers and all models, as a process of its own."""
-    before = folders()
     options = [part for name, source in models.items() for part in ("--model", f"{name}={source}")]
     with owned_by_session():
         server = Server(request.param, "--workers", "2", *options)
     with server:
-        server.wait_ready(workers=2)
-        SESSION_FOLDERS.update(folders() - before)
-        yield server
+        yield server.wait_ready(workers=2)
 
 
 @pytest.fixture(scope="session")
@@ -226,6 +270,18 @@ def cluster(models):
         cluster = Cluster(workers=2, model=[f"{name}={source}" for name, source in models.items()]).start(workers=2)
     yield cluster
     cluster.close()
+
+
+@pytest.fixture(scope="session")
+def two(cluster, models):
+    """Another one in the same Ray, with two parameter servers, all models and a table of 400 MB."""
+    from ray_tensorflow import Cluster
+
+    sources = [f"{name}={source}" for name, source in models.items()]
+    with owned_by_session():
+        two = Cluster(workers=1, parameter_servers=2, model=[*sources, "example_models:table"]).start()
+    yield two
+    two.close()
 
 
 @pytest.fixture

@@ -2,7 +2,6 @@
 what a worker does with a batch, with TensorFlow in this process."""
 
 import asyncio
-import functools
 import itertools
 import random
 import time
@@ -14,9 +13,9 @@ from ray_tensorflow import (
     ADDER_SOURCE, Batcher, DeadlineExceeded, Error, Graph, InvalidRequest, Line, Model, ModelError, ModelSource,
     Options, Unavailable, WorkerLost, answer_requests, import_tensorflow, read_frame, to_frame)
 
-MERGED = ["serving_default"]
-MODELS = [Model("m", 1, merged=MERGED), Model("n", 1, merged=MERGED), Model("single", 1),
-          Model("caller", 1, calls_out=True)]
+KINDS = {"m": {"merged": ["serving_default"]}, "n": {"merged": ["serving_default"]}, "single": {},
+         "caller": {"calls_out": True}}
+MODELS = {name: Model(ModelSource(name, 1), "AVAILABLE", **kind) for name, kind in KINDS.items()}
 PLACES = 2  # batches that a worker is sent at once
 LARGE_BYTES = 2**26
 
@@ -29,9 +28,9 @@ class PlayedWorker:
         self.batcher, self.sent, self.numbers = batcher, sent, itertools.count()
         batcher.add(self)
 
-    def send(self, model: str, requests: list) -> None:
+    def send(self, key: tuple, requests: list) -> None:
         self.trips[next(self.numbers)] = dict(enumerate(requests))
-        self.sent.append((self.index, model, [request.body for request in requests]))
+        self.sent.append((self.index, key[0], [request.body for request in requests]))
 
     def answer(self) -> None:
         """The batch that was sent first, with twice each request's body."""
@@ -45,7 +44,6 @@ class Stage:
 
     def __init__(self, workers: int = 1, **options):
         self.batcher, self.sent = Batcher(Options(**options)), []
-        self.batcher.models = {model.name: model for model in MODELS}
         self.workers = [self.add_worker(index) for index in range(workers)]
 
     def add_worker(self, index: int) -> PlayedWorker:
@@ -56,33 +54,16 @@ class Stage:
         futures = []
         for body in bodies:
             try:
-                futures.append(self.batcher.submit(model, verb, body, worker).send(None))  # the future that it awaits
+                waiting = self.batcher.submit((model, None), MODELS[model], verb, body, worker)
+                futures.append(waiting.send(None))  # the future that it awaits
             except Error as error:
                 futures.append(asyncio.get_running_loop().create_future())
                 futures[-1].set_exception(error)
         return futures
 
-    async def be_busy(self) -> None:
-        """Fill all places with requests of 0 for one model, and forget that they were sent."""
-        for _ in range(PLACES * len(self.workers)):
-            self.ask(0, model="single")
-            await turn()
-        assert all(len(worker.trips) == PLACES for worker in self.workers)
-        self.sent.clear()
-
     @property
     def bodies(self) -> list[list]:
         return [bodies for _, _, bodies in self.sent]
-
-
-def in_a_loop(test):
-    """An asynchronous test in an event loop of its own."""
-
-    @functools.wraps(test)
-    def run(*arguments, **named):
-        asyncio.run(asyncio.wait_for(test(*arguments, **named), 60))
-
-    return run
 
 
 async def turn() -> None:
@@ -95,85 +76,27 @@ async def error_of(future: asyncio.Future) -> BaseException | None:
     return future.exception()
 
 
-# -- gathering ---------------------------------------------------------------------------------------------------------
-
-
-@in_a_loop
-async def test_a_lone_request_is_sent_at_once():
-    stage = Stage()
-    [future] = stage.ask(3)
-    await turn()
-    assert stage.sent == [(0, "m", [3])]
-    stage.workers[0].answer()
-    assert await future == 6
-
-
-@in_a_loop
-async def test_whatever_queued_up_while_batches_ran_is_the_next_batch():
-    stage = Stage()
-    await stage.be_busy()
-    futures = []
+async def test_a_lone_request_is_sent_at_once_and_whatever_queued_up_while_batches_ran_is_the_next_batch():
+    stage, futures = Stage(), []
     for body in range(10):
         futures += stage.ask(body)
         await turn()
-    assert stage.sent == [] and stage.batcher.waiting == 10
-    stage.workers[0].answer()
-    assert stage.bodies == [list(range(10))] and stage.batcher.waiting == 0
-    stage.workers[0].answer()
-    stage.workers[0].answer()
+    assert stage.bodies == [[0], [1]]
+    for _ in range(3):
+        stage.workers[0].answer()
+    assert stage.bodies == [[0], [1], [2, 3, 4, 5, 6, 7, 8, 9]] and stage.batcher.waiting == 0
     assert await asyncio.gather(*futures) == [2 * body for body in range(10)]
 
 
-@in_a_loop
-async def test_no_more_than_max_batch_travel_together():
-    stage = Stage(workers=3, max_batch=4)
+async def test_no_more_than_max_batch_travel_together_and_models_take_turns():
+    stage = Stage(workers=2, max_batch=4)
     stage.ask(*range(12))
-    await turn()
-    assert stage.bodies == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11]]
-
-
-@in_a_loop
-async def test_small_batches_that_share_runs_wait_for_company_although_workers_are_free():
-    stage = Stage(workers=4)
-    for body in range(PLACES + 3):
-        stage.ask(body)
-        await turn()
-    assert stage.bodies == [[0], [1]]
-    stage.workers[stage.sent[0][0]].answer()
-    assert stage.bodies[2:] == [[2, 3, 4]]
-
-
-@pytest.mark.parametrize("model, options", [("single", {}), ("m", {"placement": "mirrored"})], ids=str)
-@in_a_loop
-async def test_requests_that_do_not_share_one_run_are_spread_over_all_free_places(model, options):
-    stage = Stage(workers=3, **options)
-    stage.ask(*range(12), model=model)
-    await turn()
-    assert [len(bodies) for bodies in stage.bodies] == [2] * 6
-    assert sorted(worker for worker, _, _ in stage.sent) == [0, 0, 1, 1, 2, 2]
-
-
-@in_a_loop
-async def test_requests_for_different_models_and_for_a_certain_worker_do_not_mix():
-    stage = Stage(workers=2)
-    for number in range(2):
-        stage.ask(number)
-        stage.ask(10 + number, model="n")
-        stage.ask(20 + number, worker=1)
-    await turn()
-    assert sorted(stage.bodies) == [[0, 1], [10, 11], [20, 21]]
-
-
-@in_a_loop
-async def test_models_take_turns():
-    stage = Stage(max_batch=2)
-    stage.ask(*range(10))
     stage.ask(99, model="n")
     await turn()
-    assert [model for _, model, _ in stage.sent] == ["m", "n"]
+    assert [(model, bodies) for _, model, bodies in stage.sent] == [
+        ("m", [0, 1, 2, 3]), ("n", [99]), ("m", [4, 5, 6, 7]), ("m", [8, 9, 10, 11])]
 
 
-@in_a_loop
 async def test_a_batch_waits_for_company_as_long_as_batch_wait_ms():
     stage, started = Stage(batch_wait_ms=200), time.monotonic()
     stage.ask(1)
@@ -183,21 +106,13 @@ async def test_a_batch_waits_for_company_as_long_as_batch_wait_ms():
     assert stage.sent == []
     await asyncio.to_thread(wait_until, lambda: stage.sent)
     assert stage.bodies == [[1, 2]] and time.monotonic() - started >= 0.2
+    for model, count in (("m", 3), ("single", 1)):  # it is full, or not to share a run: then it does not wait
+        stage = Stage(batch_wait_ms=60_000, max_batch=3)
+        stage.ask(*range(count), model=model)
+        await turn()
+        assert stage.bodies == [list(range(count))]
 
 
-@pytest.mark.parametrize("model, count", [("m", 3), ("single", 1)], ids=["full", "not to share a run"])
-@in_a_loop
-async def test_a_batch_that_no_company_can_join_does_not_wait(model, count):
-    stage = Stage(batch_wait_ms=60_000, max_batch=3)
-    stage.ask(*range(count), model=model)
-    await turn()
-    assert stage.bodies == [list(range(count))]
-
-
-# -- to which worker ---------------------------------------------------------------------------------------------------
-
-
-@in_a_loop
 async def test_workers_take_turns_in_round_robin_order():
     stage = Stage(workers=3)
     for _ in range(9):
@@ -208,17 +123,6 @@ async def test_workers_take_turns_in_round_robin_order():
     assert sorted(order[:3]) == [0, 1, 2] and order == order[:3] * 3
 
 
-@in_a_loop
-async def test_a_worker_never_has_more_than_two_batches():
-    stage = Stage(workers=2, max_batch=1)
-    stage.ask(*range(9))
-    await turn()
-    assert len(stage.sent) == 4
-    stage.workers[1].answer()
-    assert [worker for worker, _, _ in stage.sent[4:]] == [1]
-
-
-@in_a_loop
 async def test_a_request_for_a_certain_worker_waits_for_it_and_others_do_not_wait_behind():
     stage = Stage(workers=1)
     stage.ask(1, worker=1)
@@ -229,7 +133,6 @@ async def test_a_request_for_a_certain_worker_waits_for_it_and_others_do_not_wai
     assert stage.sent[1:] == [(1, "m", [1])]
 
 
-@in_a_loop
 async def test_a_worker_that_hangs_gets_no_new_work_while_there_is_another():
     stage = Stage(workers=2, max_batch=1)
     stage.workers[0].is_hung = True
@@ -240,33 +143,15 @@ async def test_a_worker_that_hangs_gets_no_new_work_while_there_is_another():
     assert [worker for worker, _, _ in stage.sent[2:]] == [0, 0]
 
 
-@in_a_loop
-async def test_models_that_call_out_leave_the_last_place_to_what_they_may_wait_for():
-    stage = Stage(workers=2)
-    stage.ask(*range(9), model="caller")
-    await turn()
-    assert [model for _, model, _ in stage.sent] == ["caller"] * 3
-    stage.ask(1)
-    await turn()
-    assert stage.sent[3:] == [(stage.sent[3][0], "m", [1])]
-
-
-# -- limits ------------------------------------------------------------------------------------------------------------
-
-
-@in_a_loop
 async def test_past_max_queue_requests_are_refused_until_there_is_room():
-    stage = Stage(max_queue=3)
-    await stage.be_busy()
+    stage = Stage(workers=0, max_queue=3)
     *_, refused = stage.ask(1, 2, 3, 4)
     error = await error_of(refused)
     assert isinstance(error, Unavailable) and error.status == 503
-    stage.workers[0].answer()
-    stage.ask(5, 6, 7)
-    assert stage.batcher.waiting == 3
+    stage.add_worker(0)
+    assert not any(future.done() for future in stage.ask(5, 6, 7)) and stage.bodies == [[1, 2, 3]]
 
 
-@in_a_loop
 async def test_large_requests_travel_alone_and_are_refused_when_too_many_bytes_wait():
     stage = Stage(workers=1)
     futures = stage.ask(*[(b"", np.broadcast_to(0.0, LARGE_BYTES // 8))] * 100)
@@ -277,7 +162,6 @@ async def test_large_requests_travel_alone_and_are_refused_when_too_many_bytes_w
 
 
 @pytest.mark.parametrize("workers", [0, 1], ids=["queued", "sent"])
-@in_a_loop
 async def test_a_request_without_an_answer_gets_504_at_its_deadline_and_makes_room(workers):
     stage, started = Stage(workers, timeout_s=0.2), time.monotonic()
     [future] = stage.ask(1)
@@ -290,22 +174,6 @@ async def test_a_request_without_an_answer_gets_504_at_its_deadline_and_makes_ro
     assert len(stage.sent) == workers
 
 
-@in_a_loop
-async def test_requests_of_callers_that_have_gone_are_not_run_and_do_not_disturb_the_others():
-    stage = Stage()
-    await stage.be_busy()
-    futures = stage.ask(*range(4))
-    futures[0].cancel()
-    futures[2].cancel()
-    stage.workers[0].answer()
-    assert stage.bodies == [[1, 3]]
-    futures[3].cancel()
-    stage.workers[0].answer()
-    stage.workers[0].answer()
-    assert await futures[1] == 2
-
-
-@in_a_loop
 async def test_a_reply_that_comes_twice_leaves_the_line_as_it_is():
     async def work(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         while True:
@@ -317,21 +185,14 @@ async def test_a_reply_that_comes_twice_leaves_the_line_as_it_is():
     async with await asyncio.start_server(work, "127.0.0.1") as worker:
         line = Line(0, *await asyncio.open_connection(*worker.sockets[0].getsockname()), stage.batcher)
         for body in range(4):
-            assert await stage.batcher.submit("m", "predict", body) == 2 * body
+            assert await stage.batcher.submit(("m", None), MODELS["m"], "predict", body) == 2 * body
         assert not line.closed.done()
         line.writer.close()
         await line.closed
 
 
-# -- workers that are lost ---------------------------------------------------------------------------------------------
-
-
-@in_a_loop
 async def test_what_a_lost_worker_had_runs_once_more_elsewhere_before_what_queued_up_meanwhile():
-    stage = Stage(max_batch=4)
-    await stage.be_busy()
-    stage.workers[0].answer()
-    stage.workers[0].answer()
+    stage = Stage()
     futures = stage.ask(1, 2)
     await turn()
     lost = stage.workers[0]
@@ -344,48 +205,29 @@ async def test_what_a_lost_worker_had_runs_once_more_elsewhere_before_what_queue
     assert await asyncio.gather(*futures) == [2, 4, 6]
 
 
-@in_a_loop
-async def test_an_add_that_a_lost_worker_had_is_502_and_is_not_run_again():
-    stage = Stage(workers=2)
-    [future] = stage.ask(1, verb="add")
+@pytest.mark.parametrize("verb, lost", [("add", 1), ("predict", 2)])
+async def test_an_add_that_lost_its_worker_or_a_request_that_lost_two_is_502_and_is_not_run_again(verb, lost):
+    stage = Stage(workers=3)
+    [future] = stage.ask(1, verb=verb)
     await turn()
-    stage.batcher.remove(stage.workers[stage.sent[0][0]])
+    for number in range(lost):
+        stage.batcher.remove(stage.workers[stage.sent[number][0]])
     error = await error_of(future)
     assert isinstance(error, WorkerLost) and error.status == 502 and "may or may not" in str(error)
-    assert len(stage.sent) == 1
+    assert len(stage.sent) == lost
 
 
-@in_a_loop
-async def test_a_request_that_lost_two_workers_is_not_given_a_third():
-    stage = Stage(workers=3)
-    [future] = stage.ask(1)
+async def test_closed_it_answers_what_waits_and_what_was_sent_and_whatever_comes():
+    stage = Stage(max_batch=1)
+    futures = stage.ask(*range(5))
     await turn()
-    for number in range(2):
-        stage.batcher.remove(stage.workers[stage.sent[number][0]])
-    assert isinstance(await error_of(future), WorkerLost) and len(stage.sent) == 2
-
-
-@in_a_loop
-async def test_closed_it_answers_what_waits_and_what_was_sent_and_whatever_comes_until_it_is_opened():
-    stage = Stage()
-    await stage.be_busy()
-    stage.workers[0].answer()
-    futures = stage.ask(1, model="single")
-    await turn()
-    futures += stage.ask(2, 3)
     stage.batcher.close(Unavailable("It is over."))
-    futures += stage.ask(4)
-    assert [str(await error_of(future)) for future in futures] == ["It is over."] * 4
-    stage.batcher.close(None)
-    stage.batcher.remove(stage.workers[0])
-    stage.add_worker(1)
-    stage.ask(5)
-    await turn()
-    assert stage.sent[-1] == (1, "m", [5]) and stage.batcher.waiting == 0
+    futures += stage.ask(5)
+    assert [str(await error_of(future)) for future in futures] == ["It is over."] * 6
+    assert len(stage.sent) == 2 and stage.batcher.waiting == 0
 
 
 @pytest.mark.parametrize("seed", range(5))
-@in_a_loop
 async def test_whatever_happens_each_request_is_answered_and_none_runs_more_often_than_it_may(seed):
     chance, stage, asked = random.Random(seed), Stage(workers=3, max_batch=4, max_queue=10_000), {}
 
@@ -449,59 +291,41 @@ def rows(*values, signature="serving_default", seconds=60, is_repeated=False) ->
 
 
 def answers(graph: Graph, *requests: tuple) -> list:
-    """Lists for the arrays of each answer's only output, and errors."""
+    """Lists for the arrays of each answer, just one for an only output; and errors."""
     found = {}
-    answer_requests(graph, list(requests), found.update)
+    answer_requests(graph, list(requests), found.update, time.monotonic())
     for index, answer in found.items():
         if isinstance(answer, dict):
-            [array] = answer.values()
-            found[index] = array.tolist()
+            arrays = tuple(array.tolist() for array in answer.values())
+            found[index] = arrays if len(arrays) > 1 else arrays[0]
     return [found[index] for index in range(len(requests))]
 
 
 def test_requests_whose_rows_fit_share_a_run_and_get_their_own_rows_back(load):
-    assert answers(load("crowd"), rows(12345), rows(1, 12345), rows(2)) == [[4], [1, 4], [2]]
-
-
-def test_rows_of_another_shape_do_not_share_their_run(load):
-    assert answers(load("crowd"), rows(12345), rows([12345, 0]), rows(12345)) == [[2], [[2, 0]], [2]]
+    graph = load("crowd")
+    assert answers(graph, rows(12345), rows(1, 12345), rows(2)) == [[4], [1, 4], [2]]
+    assert answers(graph, rows(12345), rows([12345, 0]), rows(12345)) == [[2], [[2, 0]], [2]]
 
 
 def test_one_bad_request_does_not_fail_its_batch(load):
-    first, bad, last = answers(load("picky", "serving_default"), rows(2), rows(-2), rows(4))
-    assert (first, last) == ([1], [2])
+    first, bad, unread, last = answers(
+        load("picky", "serving_default"), rows(2), rows(-2), ("predict", (b"{", False), 60, False), rows(4))
+    assert (first, last) == ([1], [2]) and isinstance(unread, InvalidRequest)
     assert isinstance(bad, ModelError) and bad.status == 400 and "must not be negative" in str(bad)
-
-
-def test_an_add_that_cannot_be_does_not_fail_those_beside_it(load):
     adds = [("add", value, 60, False) for value in (1.7e308, 1.7e308, -1.7e308)]
     first, bad, last = answers(load(ADDER_SOURCE), *adds)
     assert (first, last) == (1.7e308, 0) and isinstance(bad, ModelError)
 
 
-def test_what_cannot_be_read_is_answered_before_anything_runs(load):
-    replies = []
-    requests = [rows(2), ("predict", (b"{", False), 60, False), ("predict", (b'{"instances": [4]}', False), 60, False)]
-    answer_requests(load("picky", "serving_default"), requests, replies.append)
-    assert list(replies[0]) == [1] and isinstance(replies[0][1], InvalidRequest)
-    assert replies[1][0]["y"] == [1] and replies[1][2] == b'{"predictions": [2.0]}'
-
-
 def test_a_result_of_the_wrong_length_is_run_again_one_by_one(load):
-    graph = load("failing", "first_row")
-    found = {}
-    answer_requests(graph, [rows(value, 0, signature="first_row") for value in (1, 2)], found.update)
-    assert [(found[i]["all"].tolist(), found[i]["first"].tolist()) for i in range(2)] == [([1, 0], [1]), ([2, 0], [2])]
+    assert answers(load("failing", "first_row"), *[rows(value, 0, signature="first_row") for value in (1, 2)]) == [
+        ([1, 0], [1]), ([2, 0], [2])]
 
 
-def test_requests_past_their_deadline_are_not_run(load):
-    graph = load("counter")
-    late, count = answers(graph, rows(0, signature="count", seconds=0), rows(0, signature="count"))
-    assert isinstance(late, DeadlineExceeded) and count == 1  # both are answered: only so their place becomes free
-
-
-def test_a_request_that_a_lost_worker_had_is_run_again_only_if_it_changes_nothing(load):
-    graph = load("counter")
-    refused, count = answers(
-        graph, rows(0, signature="count", is_repeated=True), rows(0, signature="read", is_repeated=True))
-    assert isinstance(refused, WorkerLost) and refused.status == 502 and count == 0
+def test_what_came_past_its_deadline_or_from_a_lost_worker_is_not_run_unless_in_time_and_it_changes_nothing(load):
+    """All are answered: only so their places become free."""
+    late, repeated, read, count = answers(
+        load("counter"), rows(0, signature="count", seconds=0), rows(0, signature="count", is_repeated=True),
+        rows(0, signature="read", is_repeated=True), rows(0, signature="count"))
+    assert isinstance(late, DeadlineExceeded) and isinstance(repeated, WorkerLost) and repeated.status == 502
+    assert (read, count) == (0, 1)

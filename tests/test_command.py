@@ -13,7 +13,7 @@ import tempfile
 from dataclasses import dataclass, field
 
 import pytest
-from conftest import OWNER, REPOSITORY, START_S, processes, wait_until
+from conftest import OWNER, REPOSITORY, START_S, Server, plain_environment, processes, wait_until
 
 names = itertools.count()
 
@@ -52,13 +52,11 @@ class Run:
 
 
 @contextlib.contextmanager
-def running(*options: str, before: tuple[str, ...] = ()):
+def running(*options: str, before=()):
     """A Run that has just started; ``before`` stands before the command."""
     folders = {name: tempfile.mkdtemp(prefix="rt", dir="/tmp") for name in ("home", "temp", "work", "log")}
     owner = f"command {next(names)}"
-    environment = os.environ | {"HOME": folders["home"], "TMPDIR": folders["temp"], OWNER: owner}
-    for name in [name for name in environment if name.startswith("RAY_AUTH") or name == "CUDA_VISIBLE_DEVICES"]:
-        del environment[name]
+    environment = plain_environment() | {"HOME": folders["home"], "TMPDIR": folders["temp"], OWNER: owner}
     with contextlib.ExitStack() as stack:
         outputs = [stack.enter_context(open(os.path.join(folders["log"], name), "w")) for name in ("stdout", "stderr")]
         process = subprocess.Popen(
@@ -77,56 +75,25 @@ def running(*options: str, before: tuple[str, ...] = ()):
             shutil.rmtree(folder, ignore_errors=True)
 
 
-# -- runs that end by themselves ---------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def run():
-    """A run with four workers, as is."""
-    with running() as run:
-        run.wait()
-        yield run
-
-
-def test_it_ends_with_the_sum_of_the_workers_numbers(run):
-    assert run.process.returncode == 0, run.read("stderr")
-    assert run.lines[-1] == "sum: 6.0"
-
-
-def test_each_worker_has_a_line_with_the_sum_right_after_its_own_add(run):
-    pattern = r"worker (\d+): added (\d+), sum (\d+\.\d+), \d+\.\d+ s"
-    found = [tuple(map(float, re.fullmatch(pattern, line).groups())) for line in run.lines[1:-1]]
-    assert sorted((worker, value) for worker, value, _ in found) == [(i, i) for i in range(4)]
-    total = 0
-    for _, value, after in sorted(found, key=lambda line: (line[2], -line[1])):
-        total += value
-        assert after == total
-
-
-def test_there_is_a_line_for_each_event_and_nothing_else(run):
-    assert re.fullmatch(r"started: 4 workers, \d+\.\d s", run.lines[0]) and len(run.lines) == 6
-    actors = ["parameter server 0", *(f"worker {i}" for i in range(4))]
-    pattern = r"\d\d:\d\d:\d\d (.*) ready  pid \d+  \d+\.\d s"
-    assert sorted(re.fullmatch(pattern, line)[1] for line in run.read("stderr").splitlines()) == actors
-
-
-def test_no_process_and_no_file_is_left(run):
-    assert (run.left, run.files()) == ({}, [])
-
-
-@pytest.mark.long
-def test_ten_workers_add_up_to_45():
-    with running("--workers", "10") as run:
+@pytest.mark.parametrize("options, workers", [
+    ([], 4), pytest.param(["--workers", "10"], 10, marks=pytest.mark.long)])
+def test_it_ends_with_the_sum_of_the_workers_numbers_has_a_line_for_each_event_and_leaves_nothing(options, workers):
+    with running(*options) as run:
         assert run.wait() == 0, run.read("stderr")
-        assert run.lines[-1] == "sum: 45.0"
-
-
-# -- runs that are ended -----------------------------------------------------------------------------------------------
-
-
-def when_there_is(run: Run, name: str) -> None:
-    """Wait for one of its processes."""
-    wait_until(lambda: any(name in command for command in processes(run.owner).values()), what=name)
+        started, *added, last = run.lines
+        assert re.fullmatch(rf"started: {workers} workers, \d+\.\d s", started)
+        pattern = r"worker (\d+): added (\d+), sum (\d+\.\d+), \d+\.\d+ s"
+        found = [tuple(map(float, re.fullmatch(pattern, line).groups())) for line in added]
+        assert sorted((worker, value) for worker, value, _ in found) == [(i, i) for i in range(workers)]
+        total = 0
+        for _, value, after in sorted(found, key=lambda line: (line[2], -line[1])):
+            total += value
+            assert after == total  # the sum right after its own add
+        assert last == f"sum: {total:.1f}"
+        actors = ["parameter server 0", *(f"worker {i}" for i in range(workers))]
+        pattern = r"\d\d:\d\d:\d\d (.*) ready  pid \d+  \d+\.\d s"
+        assert sorted(re.fullmatch(pattern, line)[1] for line in run.read("stderr").splitlines()) == sorted(actors)
+        assert (run.left, run.files()) == ({}, [])
 
 
 @pytest.mark.parametrize("moment, end", [
@@ -135,7 +102,7 @@ def when_there_is(run: Run, name: str) -> None:
       for case in [("gcs_server", "SIGTERM"), ("ray::ParameterServer", "Ctrl-C"), ("ray::Worker", "Ctrl-C")])])
 def test_it_can_be_ended_at_any_moment_and_leaves_nothing(moment, end):
     with running("--workers", "2") as run:
-        when_there_is(run, moment)
+        wait_until(lambda: any(moment in command for command in processes(run.owner).values()), what=moment)
         if end == "Ctrl-C":
             os.killpg(run.process.pid, signal.SIGINT)  # a terminal sends it to all processes in the foreground
         else:
@@ -157,3 +124,64 @@ def test_a_wrong_option_ends_it_before_anything_starts():
         assert run.wait(60) == 2
         assert "--workers 0: must be a whole number of at least 1" in run.read("stderr")
         assert (run.lines, run.files()) == ([], [])
+
+
+# -- small and awkward places to run in --------------------------------------------------------------------------------
+
+PROXY = "http://127.0.0.1:9"  # where nobody listens
+PROXIES = [f"{name}={PROXY}" for word in ("http", "https", "all", "grpc")
+           for name in (f"{word}_proxy", f"{word.upper()}_PROXY")]
+ONE_CPU = ["taskset", "-c", str(min(os.sched_getaffinity(0)))]
+
+
+def with_mounts(*commands: str) -> list[str]:
+    """What to put before a command so that these run first, where they change the mounts of this one process alone."""
+    before = ["unshare", "--mount", "--map-root-user", "sh", "-ec", "; ".join([*commands, 'exec "$@"']), "sh"]
+    try:
+        done = subprocess.run([*before, "true"], capture_output=True, text=True, timeout=10)
+    except OSError as error:
+        pytest.skip(f"this machine cannot change mounts: {error}")
+    if done.returncode:
+        pytest.skip(f"this machine cannot change mounts: {done.stderr.strip()}")
+    return before
+
+
+def small(*changes: str) -> list[str]:
+    """One CPU, 64 MB of /dev/shm, as a container has by default, a dead proxy, and these changes of the environment."""
+    mounts = with_mounts("mount -t tmpfs -o size=64m none /dev/shm")
+    return [*mounts, "env", "-u", "no_proxy", "-u", "NO_PROXY", *changes, *PROXIES, *ONE_CPU]
+
+
+@pytest.mark.parametrize("kind", [pytest.param("flask", marks=pytest.mark.long), "starlette"])
+def test_a_front_end_serves_on_one_cpu_with_64_mb_of_shared_memory_behind_a_dead_proxy_with_no_home_to_write_to(kind):
+    options = "--workers", "1", "--model", "linear=example_models:linear"
+    with Server(kind, *options, before=small("HOME=/proc/nothing")) as server:
+        server.wait_ready()
+        assert [server.add(value) for value in (1, 2)] == [1, 3]
+        assert server.predict("linear", {"instances": [[1, 0, 0]]}).json == {"predictions": [[1.5, 1.5]]}
+        rows = 100_000  # more than Ray sends in a message: through its object store
+        assert server.predict("linear", {"instances": [[1, 0, 0]] * rows}).json == {"predictions": [[1.5, 1.5]] * rows}
+        assert "Traceback" not in server.output()
+
+
+def test_the_command_adds_with_no_home_at_all_and_a_temporary_folder_that_does_not_exist():
+    with running("--workers", "1", before=small("-u", "HOME", "TMPDIR=/nowhere")) as run:
+        assert run.wait() == 0, run.read("stderr")
+        assert run.lines[-1] == "sum: 0.0"
+        assert (run.left, run.files()) == ({}, [])
+
+
+READ_ONLY = [f"if [ -d {folder} ]; then mount --bind {folder} {folder}; mount -o remount,ro,bind {folder}; fi"
+             for folder in ("/tmp", "/var/tmp", "/usr/tmp")]
+
+
+@pytest.mark.parametrize("mounts, words", [
+    ([*READ_ONLY, "cd /proc"], "No usable temporary directory"),
+    (['mount -t tmpfs -o size=64k none "$TMPDIR"'], "Less than 1 MiB is free in /tmp/rt"),
+], ids=["nowhere to write", "a full disk"])
+def test_without_room_for_temporary_files_it_says_so_and_ends(mounts, words):
+    with running("--workers", "1", before=with_mounts(*mounts)) as run:
+        assert run.wait(START_S) == 1
+        last = run.read("stderr").splitlines()[-1]
+        assert last.startswith("ray_tensorflow.py: error: ") and words in last
+        assert "Traceback" not in run.read("stderr") and (run.lines, run.left, run.files()) == ([], {}, [])

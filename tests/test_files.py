@@ -4,14 +4,13 @@ import contextlib
 import os
 import re
 import signal
-import subprocess
-import sys
 import time
 
 import numpy as np
 import pytest
-from conftest import REPOSITORY
-from ray_tensorflow import Error, ModelError, Options, predict_file
+from conftest import wait_until
+from ray_tensorflow import Error, Options, predict_file
+from test_command import running
 
 rows = np.random.default_rng(0).standard_normal((1000, 3)).astype(np.float32)
 column = abs(rows[:, 0])
@@ -27,9 +26,6 @@ def save(path, value) -> None:
 def load(path) -> dict:
     """Arrays by name; that of a file which holds one has none."""
     return {"": np.load(path)} if path.suffix == ".npy" else dict(np.load(path))
-
-
-# -- the function behind the command -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("model, given, source, target, expected", [
@@ -68,8 +64,8 @@ def test_texts_are_written_as_wide_as_the_longest(tmp_path):
     assert load(tmp_path / "out.npy")[""].tolist() == [b"", b"xx", b"xxxx"]
 
 
-def cut(size: int):
-    return lambda path: os.truncate(path, os.path.getsize(path) - size)
+def cut(path) -> None:
+    os.truncate(path, os.path.getsize(path) - 100)
 
 
 def corrupt(path) -> None:
@@ -84,58 +80,36 @@ def corrupt(path) -> None:
     ("several", rows, "in.npy", "out.npz", None, r"\['n', 'x'\]"),
     ("several", pairs | {"n": np.arange(3)}, "in.npz", "out.npz", None, "in.npz.* as many rows"),
     ("several", pairs, "in.npz", "out.npy", None, r"\['next', 'scaled', 'total'\]: name it .npz"),
-    ("picky", column, "in.npy", "out.npy", cut(100), "in.npy"),
+    ("picky", column, "in.npy", "out.npy", cut, "in.npy"),
     ("picky", column, "in.npy", "out.npy", lambda path: os.truncate(path, 5), "in.npy"),
-    ("several", pairs, "in.npz", "out.npz", cut(100), "in.npz"),
     ("several", pairs, "in.npz", "out.npz", corrupt, "in.npz"),
     ("picky", np.array([1.0, "one"], object), "in.npy", "out.npy", None, "in.npy"),
     ("picky", np.float32(1), "in.npy", "out.npy", None, "in.npy"),
     ("picky", np.r_[column, -1].astype("f4"), "in.npy", "out.npy", None, r"batch \d+: .*must not be negative"),
     ("scalar", column, "in.npy", "out.npy", None, "not one row for each"),
 ], ids=["missing", "name", "npy for inputs", "rows differ", "npy for outputs", "truncated", "header truncated",
-        "npz truncated", "npz corrupted", "objects", "scalar", "half way", "not by row"])
-def test_what_cannot_be_predicted_is_one_sentence_and_no_file(
+        "npz corrupted", "objects", "scalar", "half way", "not by row"])
+def test_what_cannot_be_predicted_is_one_sentence_and_an_older_output_stays(
         cluster, tmp_path, model, given, source, target, spoil, message):
     if given is not None:
         save(tmp_path / source, given)
     if spoil:
         spoil(tmp_path / source)
     before = os.listdir(tmp_path)
+    (tmp_path / target).write_text("an older output")
     with pytest.raises(Error, match=message) as raised:
         predict_file(cluster, model, str(tmp_path / source), str(tmp_path / target))
     assert "\n" not in str(raised.value)
-    assert os.listdir(tmp_path) == before
-
-
-def test_an_older_output_stays_until_the_new_one_is_whole(cluster, tmp_path):
-    source, target = str(tmp_path / "in.npy"), str(tmp_path / "out.npy")
-    np.save(target, rows)
-    np.save(source, np.r_[np.ones(500), -1].astype(np.float32))
-    with pytest.raises(ModelError):
-        predict_file(cluster, "picky", source, target)
-    assert np.array_equal(np.load(target), rows)
-    np.save(source, np.ones(500, np.float32))
-    predict_file(cluster, "picky", source, target)
-    assert np.load(target).tolist() == [0.5] * 500
-
-
-# -- the command -------------------------------------------------------------------------------------------------------
+    assert sorted(os.listdir(tmp_path)) == sorted([*before, target])
+    assert (tmp_path / target).read_text() == "an older output"
 
 
 ROWS = 2**13
 
 
-@contextlib.contextmanager
 def command(source, target):
-    arguments = ["--workers", "1", "--model", "example_models:peak", "--input", str(source), "--output", str(target)]
-    process = subprocess.Popen(
-        [sys.executable, os.path.join(REPOSITORY, "ray_tensorflow.py"), *arguments],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    try:
-        yield process
-    finally:
-        process.terminate()
-        process.communicate(timeout=60)
+    options = "--workers", "1", "--model", "example_models:peak", "--input", str(source), "--output", str(target)
+    return running(*options)
 
 
 @pytest.fixture(scope="module")
@@ -159,24 +133,24 @@ def memory_mb(pid: int) -> float:
 
 
 def test_a_large_file_is_predicted_with_a_fraction_of_it_in_memory(large_file, tmp_path):
-    with command(large_file, tmp_path / "out.npy") as process:
-        assert process.stdout.readline().startswith("started")
-        before = peak = memory_mb(process.pid)
-        while process.poll() is None:
-            peak = max(peak, memory_mb(process.pid))
+    with command(large_file, tmp_path / "out.npy") as run:
+        wait_until(lambda: run.lines)
+        assert run.lines[0].startswith("started")
+        before = peak = memory_mb(run.process.pid)
+        while run.process.poll() is None:
+            peak = max(peak, memory_mb(run.process.pid))
             time.sleep(0.02)
-        errors = process.stderr.read()
-    assert process.returncode == 0, errors
+        assert run.wait() == 0, run.read("stderr")
     assert np.load(tmp_path / "out.npy").tolist() == [row * (row % 64 == 0) for row in range(ROWS)]
     assert os.listdir(tmp_path) == ["out.npy"]
     assert 0 < peak - before < 200
 
 
 def test_interrupted_half_way_no_file_and_no_process_is_left(large_file, tmp_path):
-    """The leak detector looks for the processes."""
-    with command(large_file, tmp_path / "out.npy") as process:
-        progress = next(line for line in process.stderr if "rows/s" in line)
-        process.send_signal(signal.SIGINT)
-        errors = progress + process.communicate(timeout=60)[1]
-    assert process.returncode == 130, errors
-    assert f"{ROWS}/{ROWS}" not in errors and "Traceback" not in errors and os.listdir(tmp_path) == []
+    with command(large_file, tmp_path / "out.npy") as run:
+        wait_until(lambda: "rows/s" in run.read("stderr"), what="progress")
+        run.process.send_signal(signal.SIGINT)
+        assert run.wait(60) == 130
+        errors = run.read("stderr")
+        assert f"{ROWS}/{ROWS}" not in errors and "Traceback" not in errors
+        assert os.listdir(tmp_path) == [] and (run.left, run.files()) == ({}, [])

@@ -3,7 +3,6 @@
 import contextlib
 import functools
 import gzip
-import json
 import random
 import re
 import socket
@@ -13,48 +12,9 @@ SEED, COUNT = 20_260, 500
 DOCUMENT = b'{"instances": [[1.5, 2.5, 3.5]]}'
 
 
-# -- the generator: each function makes one request of its kind --------------------------------------------------------
-
-
 def post(body: bytes, path: bytes = b"/v1/models/linear:predict", *headers: bytes, method: bytes = b"POST") -> bytes:
     lines = [b"%b %b HTTP/1.1" % (method, path), b"Host: a", b"Connection: close", b"Content-Length: %d" % len(body)]
     return b"\r\n".join([*lines, *headers]) + b"\r\n\r\n" + body
-
-
-def wrong_value(r: random.Random):
-    """A JSON value that is wrong wherever a row of three numbers is wanted."""
-    return r.choice([
-        None, True, "text", {}, [], [[]], {"b64": "!"}, {"b64": "eA==", "more": 1}, {"x": {}}, [1, "2", 3], [1, [2], 3],
-        [None] * 3, [{}] * 3, 10**400, r.randint(-10**30, 10**30), "\ud800", [[[1, 2, 3]]], {"\ud800": [1, 2, 3]},
-        [1] * r.randint(4, 50), [1, 2]])
-
-
-def wrong_document(r: random.Random) -> bytes:
-    """The contract of predict, with one place wrong."""
-    good, wrong = json.loads(DOCUMENT), wrong_value(r)
-    return post(json.dumps(r.choice([
-        wrong, {"instances": wrong}, {"instances": [wrong]}, {"instances": [[1, 2, 3], wrong]}, {"inputs": wrong},
-        {"instances": [{"x": [1, 2, 3]}, {"x": wrong}]}, {"instances": [{"x": [1, 2, 3], "z": wrong}]},
-        {"inputs": {"x": wrong}}, good | {"inputs": wrong}, {r.choice(["instance", "Instances", "\x00"]): [[1, 2, 3]]},
-        good | {"signature_name": r.choice([1, None, [], True, "no such", "\x00", "\ud800", "x" * 10_000])}])).encode())
-
-
-def wrong_example(r: random.Random) -> bytes:
-    """The contract of classify and regress, with one place wrong."""
-    wrong = wrong_value(r)
-    document = r.choice([
-        {"examples": wrong}, {"examples": [wrong]}, {"examples": [{"x": wrong}]}, {"examples": [{}], "context": wrong}])
-    return post(json.dumps(document).encode(), b"/v1/models/scores:" + r.choice([b"classify", b"regress"]))
-
-
-def wrong_json(r: random.Random) -> bytes:
-    """A document that is cut, not UTF-8, twice, too deep, or not JSON at all."""
-    opening, closing = r.choice([(b"[", b"]"), (b'{"a":', b"}"), (b'[{"x":', b"}]")])
-    depth = r.choice([100, 900, 100_000])
-    return post(r.choice([
-        DOCUMENT[:r.randrange(len(DOCUMENT))], DOCUMENT.replace(b"1", b"\xff"), DOCUMENT * 2, DOCUMENT[::-1], b"",
-        b"\0", DOCUMENT.decode().encode("utf-16"), r.randbytes(100) + b"\xff", DOCUMENT.replace(b"1", b"0x3"),
-        b'{"instances": ' + opening * depth + b"1" + closing * r.choice([0, depth]) + b"}"]))
 
 
 @functools.cache
@@ -62,20 +22,24 @@ def bomb() -> bytes:
     return gzip.compress(bytes(70 * 2**20), 1)
 
 
-def wrong_gzip(r: random.Random) -> bytes:
-    good = gzip.compress(DOCUMENT)
-    body = r.choice([DOCUMENT, good[:r.randrange(20)], good[:12] + r.randbytes(99), r.randbytes(99), bomb()])
-    return post(body, b"/v1/models/linear:predict", b"Content-Encoding: gzip")
+def wrong_json(r: random.Random) -> bytes:
+    """A document that is cut, not UTF-8, twice, too deep, not JSON at all, or not what gzip makes."""
+    if r.random() < 0.3:
+        body = r.choice([DOCUMENT, gzip.compress(DOCUMENT)[:r.randrange(20)], r.randbytes(99), bomb()])
+        return post(body, b"/v1/models/linear:predict", b"Content-Encoding: gzip")
+    opening, closing = r.choice([(b"[", b"]"), (b'{"a":', b"}"), (b'[{"x":', b"}]")])
+    depth = r.choice([100, 900, 100_000])
+    return post(r.choice([
+        DOCUMENT[:r.randrange(len(DOCUMENT))], DOCUMENT.replace(b"1", b"\xff"), DOCUMENT * 2, DOCUMENT[::-1], b"",
+        DOCUMENT.decode().encode("utf-16"), r.randbytes(100) + b"\xff",
+        b'{"instances": ' + opening * depth + b"1" + closing * r.choice([0, depth]) + b"}"]))
 
 
 def wrong_path(r: random.Random) -> bytes:
-    query = r.choice([b"nan", b"1&value=2", b"%ff", b"%00", b"1e999", b"1" + b"&value=1" * 500, b"__import__"])
+    query = r.choice([b"nan", b"1&value=2", b"%ff", b"%00", b"1" + b"&value=1" * 500, b"__import__"])
     model = r.choice([b"nobody", b"%ff", b"%00", b"..%2f..%2fetc%2fpasswd", b"%6", b"a" * 3000])
-    path = r.choice([
-        b"/v1/models/%b:predict" % model, b"/v1/models/linear/versions/%b:predict" % r.choice([b"x", b"-1", b"9" * 30]),
-        b"/v1/models/linear/labels/%b:predict" % model, b"/v1/models/:predict", b"//etc/passwd", b"/../../etc/passwd",
-        b"/v2/models/linear:predict"])
-    return r.choice([post(DOCUMENT, path), post(b"", b"/?value=" + query, method=b"GET")])
+    path = r.choice([b"/v1/models/%b:predict", b"/v1/models/linear/versions/%b:predict", b"//etc/%b", b"/v2/%b"])
+    return r.choice([post(DOCUMENT, path % model), post(b"", b"/?value=" + query, method=b"GET")])
 
 
 def wrong_method(r: random.Random) -> bytes:
@@ -117,14 +81,11 @@ def damaged(r: random.Random) -> bytes:
 def pipelined(r: random.Random) -> bytes:
     """Good requests before and behind a malformed one."""
     good = b"GET /?value=0 HTTP/1.1\r\nHost: a\r\n\r\n"
-    return good * r.randint(0, 3) + r.choice([wrong_document, wrong_head, not_http])(r) + good
+    return good * r.randint(0, 3) + r.choice([wrong_json, wrong_head, not_http])(r) + good
 
 
-WELL_FORMED = (wrong_document, wrong_example, wrong_json, wrong_gzip, wrong_path)  # as HTTP
+WELL_FORMED = (wrong_json, wrong_path)  # as HTTP; test_codec has documents that are wrong in other ways
 MALFORMED = (wrong_method, wrong_head, not_http, truncated, damaged, pipelined)
-
-
-# -- sending them ------------------------------------------------------------------------------------------------------
 
 
 def exchange(port: int, kind, request: bytes) -> bytes:

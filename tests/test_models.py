@@ -1,17 +1,16 @@
 """Every model answers as in a plain session, from Python and over HTTP, alone and in company."""
 
 import base64
-import json
-import os
+import contextlib
 
 import example_models
 import numpy as np
 import pytest
-from conftest import real_models, wait_until
+from conftest import good, real_models, wait_until
 from ray_tensorflow import Cluster, InvalidRequest, ModelError
 
 REAL = sorted(real_models())
-OTHER = {"counter", "failing", "scores"}  # those that change, fail, or want serialized examples have tests of their own
+OTHER = {"counter", "counting", "line", "failing", "gate", "scores"}  # these change, fail, wait, or want examples
 STATELESS = [name for name in (*example_models.SAVED, *example_models.FUNCTIONS) if name not in OTHER] + REAL
 SLOW = {"basic_pitch"}  # 50 ms a run
 MISDECLARED = ("saved_model_half_plus_three", "tensorflow/serving/regress")  # says that its input is a float
@@ -73,58 +72,41 @@ def assert_same(outputs: dict, expected: dict) -> None:
             assert array.tolist() == wanted.tolist()
 
 
-@pytest.mark.parametrize("name", STATELESS)
-def test_a_model_answers_as_in_a_plain_session_alone_and_in_company(cluster, reference, clients, name):
-    cases = reference(name)
-    for count, repeats in ((1, 1), (32, 1 if name in SLOW else 8)):
-        outputs = clients(count, lambda case: cluster.predict(case[1], name, case[0]), cases * repeats)
-        for output, (_, _, expected) in zip(outputs, cases * repeats):
-            assert_same(output, expected)
-
-
-@pytest.mark.parametrize("front_end", ["starlette"], indirect=True)
-@pytest.mark.parametrize("name", STATELESS)
-def test_a_model_answers_over_http_as_in_a_plain_session(front_end, reference, clients, name):
-
-    def ask(case):
-        return front_end.predict(name, {"signature_name": case[0], "inputs": to_json(case[1])})
-
-    cases = reference(name) * (1 if name in SLOW else 4)
-    for answer, (_, _, expected) in zip(clients(32, ask, cases), cases):
-        assert answer.status == 200, answer
-        outputs = answer.json["outputs"] if len(expected) > 1 else dict.fromkeys(expected, answer.json["outputs"])
-        assert_same({key: from_json(value, expected[key]) for key, value in outputs.items()}, expected)
-
-
-def to_json(inputs: dict[str, np.ndarray]) -> dict:
-    """Arrays as plain values, text as base64."""
+def over_http(front_end, expected: dict):
+    """``predict`` as Cluster has it; the outputs become as the expected ones are."""
 
     def encode(value):
         return [encode(v) for v in value] if isinstance(value, list) else {"b64": base64.b64encode(value).decode()}
-
-    return {key: encode(array.tolist()) if array.dtype == object else array.tolist() for key, array in inputs.items()}
-
-
-def from_json(value, like) -> np.ndarray:
-    """A value of the answer, read back as the output's dtype."""
 
     def decode(value):
         if isinstance(value, list):
             return [decode(v) for v in value]
         return base64.b64decode(value["b64"]) if isinstance(value, dict) else value.encode()
 
-    dtype = np.asarray(like).dtype
-    return np.array(decode(value) if dtype == object else value, dtype)
+    def predict(inputs: dict, model: str, signature: str) -> dict[str, np.ndarray]:
+        inputs = {key: encode(array.tolist()) if array.dtype == object else array.tolist()
+                  for key, array in inputs.items()}
+        outputs = good(front_end.predict(model, {"signature_name": signature, "inputs": inputs}))["outputs"]
+        outputs = outputs if len(expected[signature]) > 1 else dict.fromkeys(expected[signature], outputs)
+        dtypes = {key: np.asarray(array).dtype for key, array in expected[signature].items()}
+        return {key: np.array(decode(value) if dtypes[key] == object else value, dtypes[key])
+                for key, value in outputs.items()}
+
+    return predict
 
 
-def test_answers_belong_to_their_requests(cluster, clients):
-
-    def predict(i):
-        rows = 1 + i % 3
-        return cluster.predict({"x": np.full((rows, 2), i, np.float32), "n": np.full(rows, i)}, "several")
-
-    for i, answer in enumerate(clients(32, predict, range(200))):
-        assert answer["next"].tolist() == [i + 1] * (1 + i % 3)
+@pytest.mark.parametrize("front_end", ["starlette"], indirect=True)
+@pytest.mark.parametrize("door", ["Python", "two parameter servers", "HTTP"])
+@pytest.mark.parametrize("name", STATELESS)
+def test_a_model_answers_as_in_a_plain_session_alone_and_in_company(
+        cluster, two, front_end, reference, clients, door, name):
+    cases = reference(name)
+    likes = {signature: outputs for signature, _, outputs in cases}
+    predict = over_http(front_end, likes) if door == "HTTP" else (cluster if door == "Python" else two).predict
+    for count, repeats in ((1, 1), (32, 1 if name in SLOW else 4)):
+        outputs = clients(count, lambda case: predict(case[1], name, case[0]), cases * repeats)
+        for output, (_, _, expected) in zip(outputs, cases * repeats):
+            assert_same(output, expected)
 
 
 def test_a_model_that_counts_counts_each_request_once(cluster, clients):
@@ -134,21 +116,14 @@ def test_a_model_that_counts_counts_each_request_once(cluster, clients):
     assert sorted(counts) == list(range(before + 1, before + 101))
 
 
-def test_health_is_json_and_knows_every_process_and_which_signatures_share_runs(cluster):
-    health = json.loads(json.dumps(cluster.health()))
-    actors = health["parameter_servers"] + health["workers"]
-    assert health["status"] == "ready" and [actor["state"] for actor in actors] == ["ready"] * 3
-    assert len({actor["pid"] for actor in actors} | {os.getpid()}) == 4
-    assert {name: health["models"][name]["merged"] for name in ("linear", "centered", "counter")} == {
-        "linear": ["serving_default"], "centered": [], "counter": []}
-
-
 def test_a_model_that_cannot_be_loaded_is_404_and_its_status_tells_why_while_others_are_served(tmp_path):
+    """Mirrored, so that one which changes its variables is among them."""
     (tmp_path / "saved_model.pb").write_bytes(b"not a SavedModel")
-    bad = {"torn": str(tmp_path), "broken": "example_models:broken", "gone": "no_such_module:build"}
+    bad = {"torn": str(tmp_path), "broken": "example_models:broken", "gone": "no_such_module:build",
+           "counter": "example_models:counter"}
     models = [f"{name}={source}" for name, source in bad.items()]
-    cluster = Cluster(workers=1, model=[*models, "example_models:linear"]).begin()
-    try:
+    cluster = Cluster(workers=1, placement="mirrored", model=[*models, "example_models:linear"]).begin()
+    with contextlib.closing(cluster):
         wait_until(lambda: cluster.health()["workers"][0]["state"] == "ready")
         assert cluster.health()["status"] == "ready"
         assert cluster.predict([[1, 1, 1]], "linear")["y"].tolist() == [[9.5, 11.5]]
@@ -160,7 +135,6 @@ def test_a_model_that_cannot_be_loaded_is_404_and_its_status_tells_why_while_oth
             assert message.startswith(f"Model {name} ({source}) cannot be loaded: ") and "\n" not in message
             assert cluster.describe(name, None, "status")["model_version_status"] == [
                 {"version": "1", "state": "END", "status": {"error_code": "UNKNOWN", "error_message": message}}]
+        assert "--placement shared" in message
         with pytest.raises(ModelError, match=r"^Model torn \("):
             cluster.start()
-    finally:
-        cluster.close()

@@ -1,14 +1,14 @@
 """More clients than there is room for, clients that never finish, and the end of a server that is at work."""
 
 import asyncio
-import http.client
 import json
 import resource
 import signal
 import socket
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from conftest import Server, wait_until
+from conftest import Server, good, wait_until
 from ray_tensorflow import Cluster, DeadlineExceeded
 
 KINDS = pytest.mark.parametrize("kind", ["flask", "starlette"])
@@ -31,7 +31,7 @@ async def burst(port: int, clients: int) -> list[bytes]:
 def test_2000_clients_at_once_are_each_answered_and_what_was_refused_changed_nothing(front_end):
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, min(hard, 4096)), hard))
-    before, done = front_end.get("/?value=0").json["result"], 0
+    before, done = front_end.add(0), 0
     for answer in asyncio.run(burst(front_end.port, 2000)):
         head, _, body = answer.partition(b"\r\n\r\n")
         status = head.split()[1]
@@ -40,7 +40,7 @@ def test_2000_clients_at_once_are_each_answered_and_what_was_refused_changed_not
         if status == b"503":
             assert json.loads(body)["error"].startswith("Too many") and b"\r\nretry-after: 1" in head.lower()
     assert done >= 500
-    assert front_end.get("/?value=0").json["result"] == before + done
+    assert front_end.add(0) == before + done
     wait_until(lambda: front_end.get("/health").json["waiting"] == 0)
 
 
@@ -59,45 +59,24 @@ def test_after_requests_have_expired_in_a_worker_the_next_ones_are_served(tmp_pa
         assert clients(20, ask, ["open"] * 20) == [[str(tmp_path / "open").encode()]] * 20
 
 
-def ask_gate(server, path: str) -> socket.socket:
-    """A connection with a request that is answered when there is a file of this path."""
-    connection, body = socket.create_connection(("127.0.0.1", server.port), 60), json.dumps({"instances": [path]})
-    head = f"POST /v1/models/gate:predict HTTP/1.1\r\nHost: a\r\nContent-Length: {len(body)}\r\n\r\n"
-    connection.sendall((head + body).encode())
-    return connection
-
-
-def read_answer(connection: socket.socket) -> tuple[int, dict]:
-    response = http.client.HTTPResponse(connection)
-    response.begin()
-    return response.status, json.loads(response.read())
-
-
 def admitted(server) -> int:
     """How many requests have gone to the worker or wait for it."""
     health = server.get("/health").json
     return health["waiting"] + health["workers"][0]["in_flight"]
 
 
-def is_refused(port: int) -> bool:
-    try:
-        socket.create_connection(("127.0.0.1", port), 5).close()
-    except ConnectionError:  # refused, or reset where the listener closes at this very moment
-        return True
-    return False
-
-
 @KINDS
 def test_a_signal_lets_requests_under_way_finish_and_refuses_new_ones(kind, tmp_path):
     gate = tmp_path / "open"
-    with Server(kind, "--workers", "1", "--model", "example_models:gate", "--timeout-s", "300").wait_ready() as server:
-        under_way = [ask_gate(server, str(gate)) for _ in range(8)]
+    options = ["--workers", "1", "--model", "example_models:gate", "--timeout-s", "300"]
+    with Server(kind, *options).wait_ready() as server, ThreadPoolExecutor(8) as pool:
+        under_way = [pool.submit(server.predict, "gate", {"instances": [str(gate)]}) for _ in range(8)]
         wait_until(lambda: admitted(server) == 8)
         server.process.send_signal(signal.SIGTERM)
-        wait_until(lambda: is_refused(server.port), what="new connections to be refused")
+        wait_until(lambda: not server.is_listening(), what="new connections to be refused")
         assert server.process.poll() is None
         gate.touch()
-        assert [read_answer(connection) for connection in under_way] == [(200, {"predictions": [str(gate)]})] * 8
+        assert [good(future.result())["predictions"] for future in under_way] == [[str(gate)]] * 8
         assert server.process.wait(60) in (0, -signal.SIGTERM)
         assert "Traceback" not in server.output()
 
@@ -109,7 +88,7 @@ def test_a_client_that_never_finishes_its_body_holds_up_neither_others_nor_the_e
         for number in range(2):
             with socket.create_connection(("127.0.0.1", server.port), 60) as connection:
                 connection.sendall(b"POST /v1/models/adder:predict HTTP/1.1\r\nHost: a\r\nContent-Length: 100\r\n\r\n{")
-                assert server.get("/?value=1").json == {"result": number + 1}
+                assert server.add() == number + 1
                 if number:
                     server.process.send_signal(signal.SIGTERM)
                 received = b"".join(iter(lambda: connection.recv(2**16), b""))  # until it closes the connection

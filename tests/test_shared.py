@@ -9,6 +9,7 @@ import sys
 
 import pytest
 from conftest import OWNER, REPOSITORY, Server, processes, wait_until
+from ray_tensorflow import gpu_share
 from test_survival import Clients, assert_counted_once, workers
 
 NODES = """
@@ -16,13 +17,13 @@ import sys
 from ray.cluster_utils import Cluster as Nodes
 
 def main():
-    nodes, others = Nodes(), []
+    nodes, others, options = Nodes(), [], {"num_cpus": 1, "num_gpus": int(sys.argv[1])}
     try:
-        nodes.add_node(num_cpus=1, include_dashboard=False, object_store_memory=80 * 2**20)
+        nodes.add_node(include_dashboard=False, object_store_memory=80 * 2**20, **options)
         print(nodes.address, flush=True)
         for command in sys.stdin:
             if command == "add\\n":
-                others.append(nodes.add_node(num_cpus=1, object_store_memory=80 * 2**20))
+                others.append(nodes.add_node(object_store_memory=80 * 2**20, **options))
             else:
                 nodes.remove_node(others.pop(), allow_graceful=False)
             print("done", flush=True)
@@ -34,12 +35,17 @@ main()
 
 
 class Nodes:
-    """A Ray cluster whose nodes come and go, beside the first one."""
+    """A Ray cluster whose nodes come and go, beside the first one; who joins it needs a token."""
 
-    def __init__(self):
+    def __init__(self, patch: pytest.MonkeyPatch, gpus: int = 0):
+        token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32), "RAY_worker_niceness": "0"}
+        paths = {"PYTHONPATH": os.pathsep.join([REPOSITORY, os.environ["PYTHONPATH"]])}  # where actors find the modules
+        for name, value in (token | paths).items():
+            patch.setenv(name, value)
+        self.owner = f"nodes with {gpus} GPUs"
         self.process = subprocess.Popen(
-            [sys.executable, "-c", NODES], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-            start_new_session=True)
+            [sys.executable, "-c", NODES, str(gpus)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+            start_new_session=True, env=os.environ | {OWNER: self.owner})
         self.address = self.read(lambda line: ":" in line)
 
     def read(self, wanted) -> str:
@@ -52,6 +58,10 @@ class Nodes:
         self.process.stdin.flush()
         self.read(lambda line: line == "done")
 
+    def actors(self) -> list[str]:
+        kinds = ("ray::ParameterServer", "ray::Worker")
+        return [command for command in processes(self.owner).values() if command.startswith(kinds)]
+
     def close(self) -> None:
         self.process.stdin.close()
         try:
@@ -59,34 +69,21 @@ class Nodes:
         finally:
             if self.process.poll() is None:
                 os.killpg(self.process.pid, signal.SIGKILL)
+        wait_until(lambda: not processes(self.owner), 90, "Ray to end")
 
 
 @pytest.fixture(scope="module")
 def nodes():
-    """With one node for all tests of this file; who joins it needs a token."""
-    token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32), "RAY_worker_niceness": "0"}
-    paths = {"PYTHONPATH": os.pathsep.join([REPOSITORY, os.environ["PYTHONPATH"]])}  # where actors find the modules
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in (token | paths).items():
-            patch.setenv(name, value)
-        with pytest.MonkeyPatch.context() as owned:
-            owned.setenv(OWNER, "nodes")
-            nodes = Nodes()
+    """With one node for all tests of this file but the last."""
+    with pytest.MonkeyPatch.context() as patch, contextlib.closing(Nodes(patch)) as nodes:
         yield nodes
-        nodes.close()
-        wait_until(lambda: not processes("nodes"), 90, "Ray to end")
-
-
-def actors() -> list[str]:
-    kinds = ("ray::ParameterServer", "ray::Worker")
-    return [command for command in processes("nodes").values() if command.startswith(kinds)]
 
 
 @pytest.fixture
 def address(nodes):
     """Of the Ray cluster, on which nothing is left by the time that a test has ended."""
     yield nodes.address
-    wait_until(lambda: not actors(), 60, "the actors to end after the last front end")
+    wait_until(lambda: not nodes.actors(), 60, "the actors to end after the last front end")
 
 
 def command(*options: str) -> subprocess.CompletedProcess:
@@ -111,24 +108,15 @@ def test_many_front_ends_of_both_kinds_share_one_graph_and_do_not_notice_when_on
         wait_until(lambda: sum(len(client.answers) for client in others) > 20_000, what="the others to go on")
         answers = [answer for client in others for answer in client.stop()]
         assert {status for _, _, status, _, _ in answers} == {200}
-        totals = {server.get("/?value=0").json["result"] for server in servers[1:]}
+        totals = {server.add(0) for server in servers[1:]}
         assert len(totals) == 1
         assert_counted_once(answers + lost, totals.pop())
         assert {tuple(worker["pid"] for worker in workers(server)) for server in servers[1:]} == before
 
 
-def test_a_front_end_that_wants_other_options_is_told_so(address):
+def test_nothing_is_left_of_a_front_end_that_is_killed_while_it_starts(nodes, address):
     with Server("starlette", "--address", address, "--workers", "1") as server:
-        server.wait_ready()
-        done = command("--address", address, "--workers", "3")
-        assert done.returncode == 1
-        assert done.stderr.splitlines()[-1] == "ray_tensorflow.py: error: --workers 3: the shared cluster runs with 1"
-        assert server.get("/").json == {"result": 1}
-
-
-def test_nothing_is_left_of_a_front_end_that_is_killed_while_it_starts(address):
-    with Server("starlette", "--address", address, "--workers", "1") as server:
-        wait_until(actors)
+        wait_until(nodes.actors)
         server.process.kill()
 
 
@@ -155,5 +143,38 @@ def test_workers_on_a_node_that_is_lost_come_back_on_another_and_on_a_new_one(no
         os.kill(moved["pid"], signal.SIGKILL)
         wait_until(lambda: (now := workers(server)[0])["state"] == "ready" and now["pid"] != moved["pid"])
         assert workers(server)[0]["node"] not in used
-        assert_counted_once(clients.stop(), server.get("/?value=0").json["result"])
+        assert_counted_once(clients.stop(), server.add(0))
     nodes.tell("remove")
+
+
+def test_a_front_end_that_wants_other_options_is_told_so(nodes, tmp_path):
+    """The last of these, which leaves its actors to the end of the nodes."""
+    options = "--address", nodes.address, "--checkpoint-dir", str(tmp_path)
+    with Server("starlette", *options, "--workers", "1") as server:
+        server.wait_ready()
+        done = command(*options, "--workers", "3")
+        assert done.returncode == 1
+        assert done.stderr.splitlines()[-1] == "ray_tensorflow.py: error: --workers 3: the shared cluster runs with 1"
+        assert server.add() == 1
+
+
+# -- GPUs: Ray's logical ones, by what each actor sees -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize(["gpus", "actors", "share"], [
+    (0, 5, 0), (1, 1, 1), (8, 5, 1), (1, 2, 0.5), (2, 5, 0.3333), (1, 3, 0.3333), (4, 5, 0.5)])
+def test_gpus_are_shared_out_evenly(gpus, actors, share):
+    assert gpu_share(gpus, actors) == share
+
+
+def test_each_actor_is_pinned_to_its_part_of_a_gpu(monkeypatch, tmp_path):
+    """Three workers and the parameter server are two to each GPU."""
+    options = "--workers", "3", "--checkpoint-dir", str(tmp_path)
+    with (contextlib.closing(Nodes(monkeypatch, gpus=2)) as nodes,
+          Server("starlette", "--address", nodes.address, *options) as server):
+        server.wait_ready(workers=3)
+        health = server.get("/health").json
+        actors = health["parameter_servers"] + health["workers"]
+        assert sorted(actor["gpus"] for actor in actors) == [[0], [0], [1], [1]]
+        assert all(actor["cuda_visible_devices"] == str(actor["gpus"][0]) for actor in actors)
+        assert [server.add() for _ in range(3)] == [1, 2, 3]

@@ -9,15 +9,17 @@ import random
 import shutil
 import signal
 import subprocess
-import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
 
 import numpy as np
 import pytest
-from conftest import REPOSITORY, Server, folders, processes, wait_until
+from conftest import (
+    Server, command_of, error, family, folders, owned_by_session, processes, wait_until)
 from ray_tensorflow import ADDER_SOURCE, Checkpoints, Cluster, Error, ModelError, ModelSource, Unavailable
+from test_command import running, with_mounts
 
 TIMEOUT_S = 20
 
@@ -26,25 +28,18 @@ def workers(server) -> list[dict]:
     return server.get("/health").json["workers"]
 
 
-def parameter_server(server) -> dict:
-    return server.get("/health").json["parameter_servers"][0]
-
-
 def kill(actor: dict) -> None:
     os.kill(actor["pid"], signal.SIGKILL)
 
 
-def kill_a_worker(server, least: int = 2) -> dict:
-    """One that is ready, as soon as there are so many."""
-    ready = wait_until(
-        lambda: len(found := [worker for worker in workers(server) if worker["state"] == "ready"]) >= least and found,
-        what="workers to be ready")
-    kill(killed := random.choice(ready))
-    return killed
+def kill_one(server, kind: str, least: int) -> dict:
+    """One of the workers or parameter servers that are ready, as soon as there are so many."""
 
+    def ready() -> list[dict] | None:
+        found = [actor for actor in server.get("/health").json[kind] if actor["state"] == "ready"]
+        return found if len(found) >= least else None
 
-def kill_the_parameter_server(server) -> dict:
-    kill(killed := wait_until(lambda: (found := parameter_server(server))["state"] == "ready" and found))
+    kill(killed := random.choice(wait_until(ready, what=f"{kind} to be ready")))
     return killed
 
 
@@ -101,66 +96,76 @@ def predict(client: int, number: int) -> tuple[str, str, str]:
     return "POST", "/v1/models/linear:predict", json.dumps({"instances": [row_of(client, number)]})
 
 
-@pytest.mark.parametrize("seconds", [15, pytest.param(60, marks=pytest.mark.long)])
-def test_no_acknowledged_add_is_lost_or_counted_twice_and_no_answer_is_late_whatever_is_killed(seconds):
-    options = ["--workers", "3", "--timeout-s", str(TIMEOUT_S), "--model", "example_models:linear"]
-    with Server("starlette", *options) as server:
-        server.wait_ready(workers=3)
-        adds, predictions, end = Clients(server, 32), Clients(server, 8, predict), time.monotonic() + seconds
-        while time.monotonic() < end:
-            for kill_one in (kill_a_worker, kill_a_worker, kill_the_parameter_server):
-                kill_one(server)
-                answered = len(adds.answers)
-                wait_until(lambda: len(adds.answers) > answered + 100, what="adds to go on")
-        added, predicted = adds.stop(), predictions.stop()
-        assert_counted_once(added, server.get("/?value=0").json["result"])
+@pytest.fixture(scope="module")
+def server():
+    """With three workers, for all tests of this section one after the other."""
+    options = ["--workers", "3", "--max-batch", "8", "--timeout-s", str(TIMEOUT_S), "--model", "example_models:linear"]
+    with owned_by_session():
+        server = Server("starlette", *options)
+    with server:
+        yield server.wait_ready(workers=3)
+
+
+@pytest.fixture(scope="module", params=[1, pytest.param(6, marks=pytest.mark.long)], ids=["once", "often"])
+def killed(request, server):
+    """What clients were answered while processes were killed: adds and what they came to, predictions, and those that
+    were answered before anything but a worker was killed."""
+    before = server.add(0)
+    adds, predictions, only_a_worker = Clients(server, 32), Clients(server, 8, predict), []
+    for _ in range(request.param):
+        for kind, least in (("workers", 2), ("parameter_servers", 1), ("workers", 2)):
+            killed = kill_one(server, kind, least)
+            answered = len(adds.answers)
+            wait_until(lambda: len(adds.answers) > answered + 100, what="adds to go on")
+            if not only_a_worker:
+                wait_until(lambda: (now := workers(server)[killed["index"]])["state"] == "ready" and now["restarts"])
+                only_a_worker = list(predictions.answers)
+    added, predicted = adds.stop(), predictions.stop()
+    server.wait_ready(workers=3)
+    return added, server.add(0) - before, predicted, only_a_worker
+
+
+def test_no_acknowledged_add_is_lost_or_counted_twice_and_no_answer_is_late_whatever_is_killed(killed):
+    added, total, predicted, _ = killed
+    assert_counted_once(added, total)
     assert sum(status == 200 for _, _, status, _, _ in added) > 100
     assert max(seconds for *_, seconds in added + predicted) < TIMEOUT_S + 1.5
+
+
+def test_no_prediction_fails_because_a_worker_dies_and_none_is_wrong_whatever_is_killed(killed):
+    *_, predicted, only_a_worker = killed
+    assert len(only_a_worker) > 100 and {status for _, _, status, _, _ in only_a_worker} == {200}
     assert {status for _, _, status, _, _ in predicted} <= {200, 502, 503, 504}
     for client, number, status, document, _ in predicted:
         a, b, c = row_of(client, number)
         assert status != 200 or document == {"predictions": [[a + 3 * b + 5 * c + 0.5, 2 * a + 4 * b + 6 * c - 0.5]]}
 
 
-def test_no_prediction_fails_because_a_worker_dies():
-    with Server("starlette", "--workers", "2", "--model", "example_models:linear") as server:
-        server.wait_ready(workers=2)
-        clients = Clients(server, 8, predict)
-        for _ in range(2):
-            wait_until(lambda: len(clients.answers) > 100)
-            killed = kill_a_worker(server)
-            wait_until(lambda: (now := workers(server)[killed["index"]])["state"] == "ready" and now["restarts"])
-            clients.answers.clear()
-        assert {status for _, _, status, _, _ in clients.stop()} == {200}
+def test_a_worker_that_stops_answering_is_replaced_while_requests_go_on_and_nothing_is_counted_twice_after_it_wakes(
+        server):
+    stopped, before = workers(server)[0], server.add(0)
+    clients = Clients(server, 64)  # more than a worker is sent at once
+    wait_until(lambda: len(clients.answers) > 100)
+    os.kill(stopped["pid"], signal.SIGSTOP)
+    wait_until(lambda: workers(server)[0]["state"] == "hung", 30)
+    answered = len(clients.answers)
+    wait_until(lambda: len(clients.answers) > answered + 300, 30, "requests to go on")
+    wait_until(lambda: workers(server)[0]["restarts"] == stopped["restarts"] + 1, 60)
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(stopped["pid"], signal.SIGCONT)
+    server.wait_ready(workers=3)
+    assert workers(server)[0]["pid"] != stopped["pid"]
+    assert_counted_once(clients.stop(), server.add(0) - before)
 
 
-def test_a_worker_that_stops_answering_is_replaced_while_requests_go_on_and_nothing_is_counted_twice_after_it_wakes():
-    with Server("starlette", "--workers", "2", "--max-batch", "2") as server:
-        server.wait_ready(workers=2)
-        stopped = workers(server)[0]
-        clients = Clients(server, 8)
-        wait_until(lambda: len(clients.answers) > 100)
-        os.kill(stopped["pid"], signal.SIGSTOP)
-        wait_until(lambda: workers(server)[0]["state"] == "hung", 30)
-        answered = len(clients.answers)
-        wait_until(lambda: len(clients.answers) > answered + 300, 30, "requests to go on")
-        wait_until(lambda: workers(server)[0]["restarts"] == 1, 60)
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(stopped["pid"], signal.SIGCONT)
-        server.wait_ready(workers=2)
-        assert workers(server)[0]["pid"] != stopped["pid"]
-        assert_counted_once(clients.stop(), server.get("/?value=0").json["result"])
-
-
-def test_a_worker_that_was_only_slow_to_answer_takes_its_turn_again():
-    with Cluster(workers=2).start(2) as cluster:
-        worker = cluster.health()["workers"][1]
-        os.kill(worker["pid"], signal.SIGSTOP)
-        wait_until(lambda: cluster.health()["workers"][1]["state"] == "hung", 30)
-        os.kill(worker["pid"], signal.SIGCONT)
-        wait_until(lambda: cluster.health()["workers"][1]["state"] == "ready", 30)
-        assert [cluster.add(1, worker=1), cluster.add(1, worker=0)] == [1, 2]
-        assert cluster.health()["workers"][1]["pid"] == worker["pid"]
+def test_a_worker_that_was_only_slow_to_answer_takes_its_turn_again(cluster):
+    worker, before = cluster.health()["workers"][1], cluster.add(0)
+    os.kill(worker["pid"], signal.SIGSTOP)
+    wait_until(lambda: cluster.health()["workers"][1]["state"] == "hung", 30)
+    os.kill(worker["pid"], signal.SIGCONT)
+    wait_until(lambda: cluster.health()["workers"][1]["state"] == "ready", 30)
+    assert [cluster.add(1, worker=1), cluster.add(1, worker=0)] == [before + 1, before + 2]
+    assert cluster.health()["workers"][1]["pid"] == worker["pid"]
 
 
 @pytest.mark.long
@@ -175,9 +180,6 @@ def test_a_parameter_server_that_stops_answering_is_replaced():
 # -- what is kept ------------------------------------------------------------------------------------------------------
 
 MODEL = ModelSource("m", 1, function="a:b")
-WEIGHTS = {
-    "sum": np.float64(0.1) * 3, "a/b": np.arange(6, dtype=np.float32).reshape(2, 3), "flag": np.array(True),
-    "none": np.zeros((0, 3), np.int8), "text": np.array([[b"x\0", b"", b"long"]], object)}
 
 
 @pytest.fixture
@@ -187,126 +189,164 @@ def checkpoints(tmp_path):
     return Checkpoints(str(tmp_path), run="1", durable=True)
 
 
-def test_what_was_kept_comes_back_to_the_last_bit(checkpoints):
-    assert checkpoints.load(MODEL, is_needed=True) == {}
-    checkpoints.keep(MODEL, WEIGHTS)
-    back = checkpoints.load(MODEL, is_needed=True)
-    assert back.keys() == WEIGHTS.keys()
-    for name, value in WEIGHTS.items():
-        assert (back[name].shape, back[name].tolist()) == (value.shape, value.tolist())
-        assert back[name].dtype == value.dtype
-
-
-def test_a_sum_that_was_kept_comes_back_to_the_last_bit(checkpoints):
-    assert checkpoints.load(ADDER_SOURCE, is_needed=True) == {}
-    for total in (0.0, 0.1 * 3, -0.0, 2.0**1000):
-        checkpoints.keep_sum(total)
-        assert checkpoints.load(ADDER_SOURCE, is_needed=True)["sum"].tobytes() == np.float64(total).tobytes()
-
-
 @pytest.mark.parametrize("source", [ADDER_SOURCE, MODEL], ids=str)
-def test_a_checkpoint_cut_short_at_any_length_or_with_any_byte_changed_is_refused_by_name(checkpoints, source):
-    checkpoints.keep_sum(42.0)
-    checkpoints.keep(MODEL, {"sum": np.float64(42)})
+def test_a_checkpoint_comes_back_but_cut_short_at_any_length_or_with_any_byte_changed_is_refused_by_name(
+        checkpoints, source):
+    assert checkpoints.load(source) == {}
+    total = np.float64(0.1) * 3
+    checkpoints.keep_sum(total)
+    checkpoints.keep(MODEL, {"sum": total})
+    assert checkpoints.load(source) == {"sum": total}
     path = checkpoints.path(source)
     with open(path, "rb") as file:
         whole = file.read()
-    for contents in [whole[:length] for length in range(len(whole))]:
+    changed = [whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1:] for at in range(len(whole))]
+    for contents in [whole[:length] for length in range(len(whole))] + changed:
         with open(path, "wb") as file:
             file.write(contents)
-        with pytest.raises(ModelError, match=path):
-            checkpoints.load(source, is_needed=True)
-    for at in range(len(whole)):
-        with open(path, "wb") as file:
-            file.write(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1:])
         try:
-            back = checkpoints.load(source, is_needed=True)
+            back = checkpoints.load(source)
         except ModelError as error:
             assert path in str(error)
         else:  # a byte that says nothing, such as the date
-            assert list(back.values()) == [42]
+            assert len(contents) == len(whole) and back == {"sum": total}
 
 
 def test_files_that_have_gone_are_not_taken_for_a_beginning(tmp_path):
     (tmp_path / ".run-1").touch()
-    Checkpoints(str(tmp_path), run="1", durable=True).begin()
+    Checkpoints(str(tmp_path), run="1", durable=True).keep(MODEL, {})
     again = Checkpoints(str(tmp_path), run="1", durable=True)
-    assert again.load(MODEL, is_needed=False) == {}
+    os.remove(again.path(MODEL))
+    assert again.load(ADDER_SOURCE) == {}
     with pytest.raises(ModelError, match=again.path(MODEL)):
-        again.load(MODEL, is_needed=True)
+        again.load(MODEL)
     with pytest.raises(Unavailable, match="variables are gone"):
         Checkpoints(str(tmp_path / "elsewhere"), run="1", durable=True)
 
 
-@pytest.mark.parametrize("damage", ["cut short", "of another model"])
-def test_a_damaged_checkpoint_stops_the_start_with_a_sentence_that_names_the_file(tmp_path, damage):
-    path = str(tmp_path / ("adder.sum" if damage == "cut short" else "counter.1.npz"))
-    with open(path, "wb") as file:
-        file.write(bytes(3)) if damage == "cut short" else np.savez(file, **{"variables/w": np.zeros(3)})
+def test_a_checkpoint_of_another_model_stops_the_start_with_a_sentence_that_names_the_file(tmp_path):
+    """As one that is damaged does: test_shared."""
+    path = str(tmp_path / "counter.1.npz")
+    np.savez(path, **{"variables/w": np.zeros(3)})
     with pytest.raises(Error, match=path):
         Cluster(workers=1, checkpoint_dir=str(tmp_path), model="example_models:counter").start()
 
 
-def test_the_sum_goes_on_after_a_stop_and_a_start_with_a_checkpoint_folder(tmp_path):
-    folder, before = str(tmp_path / "kept"), folders()
-    for kind, number, first in (("starlette", signal.SIGTERM, 1.5), ("flask", signal.SIGKILL, 3.0)):
-        with Server(kind, "--workers", "1", "--checkpoint-dir", folder) as server:
-            server.wait_ready()
-            assert server.get("/?value=1.5").json == {"result": first}
-            server.stop(number)
-    wait_until(lambda: all("Agent" in command for command in processes("test").values()), 30, "Ray to end")
-    for pid in processes("test"):  # Ray's two agents, which take a minute to end when their front end was killed
+def kill_and_see_all_end(process: subprocess.Popen, agents_too: bool) -> None:
+    """Ray's two agents take a minute, in which they try to tell the GCS, which is gone too
+    (ray/_private/process_watcher.py): they are ended here unless they are to be waited for."""
+    before = family(process.pid)
+    for name in ("gcs_server", "raylet", "Agent", "ray::ParameterServer", "ray::Worker"):
+        assert name in " ".join(before.values())
+    process.kill()
+    process.wait()
+
+    def left(but: str = "none") -> list[int]:
+        return [pid for pid in before if command_of(pid) and but not in before[pid]]
+
+    wait_until(lambda: not (left() if agents_too else left(but="Agent")), 120, "all to end")
+    for pid in left():
         os.kill(pid, signal.SIGKILL)
-    for left in folders() - before:  # Ray's, with its logs
-        shutil.rmtree(left)
-    with Cluster(workers=1, checkpoint_dir=folder) as cluster:
-        assert cluster.add(1) == 4
-        with pytest.raises(Unavailable, match=f"{folder} is in use by another program"):
-            Cluster(workers=1, checkpoint_dir=folder).start()
-        assert cluster.add(1) == 5
 
 
-def test_the_variables_of_a_model_that_changes_them_come_back_after_a_crash_and_after_a_clean_stop(tmp_path):
-    options = {"workers": 1, "checkpoint_dir": str(tmp_path), "model": "example_models:counter"}
+@pytest.mark.long
+def test_a_command_that_is_killed_while_workers_start_leaves_nothing_running():
+    with running("--workers", "4") as run:
+        wait_until(lambda: "worker 0 ready" in run.read("stderr"), what="worker 0")
+        kill_and_see_all_end(run.process, agents_too=True)
+        assert not processes(run.owner)
+
+
+def test_a_front_end_that_is_killed_leaves_nothing_running_and_with_a_checkpoint_folder_all_goes_on_with_the_next_start(
+        tmp_path):
+    """Then the parameter server crashes, then there is a clean stop: the sum and changed variables come back."""
+    options, before = {"workers": 1, "checkpoint_dir": str(tmp_path), "model": "example_models:counter"}, folders()
+    arguments = [f"--{name.replace('_', '-')}={value}" for name, value in options.items()]
 
     def count(cluster) -> int:
         return cluster.predict({"x": [0]}, "counter", "count")["count"].item()
 
-    def crash(cluster) -> None:
+    with Server("flask", *arguments) as server:
+        server.wait_ready()
+        assert server.add(1.5) == 1.5
+        kill_and_see_all_end(server.process, agents_too=False)
+    for folder in folders() - before:  # its logs and sockets stay
+        shutil.rmtree(folder)
+    with Cluster(**options) as cluster:
+        assert cluster.add(1) == 2.5
+        with pytest.raises(Unavailable, match=f"{tmp_path} is in use by another program"):
+            Cluster(**options).start()
+        cluster.set_weights("counter", {"count": np.int64(100)})
         kill(cluster.health()["parameter_servers"][0])
         wait_until(lambda: cluster.health()["parameter_servers"][0]["restarts"])
-
+        assert [count(cluster) for _ in range(3)] == [101, 102, 103] and cluster.add(1) == 3.5
     with Cluster(**options) as cluster:
-        cluster.set_weights("counter", {"count": np.int64(100)})
-        crash(cluster)
-        assert [count(cluster) for _ in range(3)] == [101, 102, 103]
-    with Cluster(**options) as cluster:
-        assert count(cluster) == 104
-
-
-# A disk of its own for the program, which the machine may not allow
-SMALL_DISK = """
-set -e
-mount -t tmpfs -o size=256k none "$1"
-shift
-exec "$@"
-"""
+        assert count(cluster) == 104 and cluster.add(1) == 4.5
 
 
 def test_on_a_full_disk_adds_are_refused_and_served_again_when_there_is_room(tmp_path):
-    unshare = ["unshare", "--mount", "--map-root-user", "bash", "-c", SMALL_DISK, "-", str(tmp_path)]
-    if subprocess.run([*unshare, "true"], capture_output=True).returncode:
-        pytest.skip("this machine does not let a process mount a disk of its own")
-    front_end = [sys.executable, os.path.join(REPOSITORY, "ray_tensorflow_starlette.py"), "--port", "{port}"]
-    options = ["--workers", "1", "--checkpoint-dir", str(tmp_path)]
-    with Server("starlette", *options, command=[*unshare, *front_end]) as server:
+    before = with_mounts(f"mount -t tmpfs -o size=256k none {tmp_path}")
+    with Server("starlette", "--workers", "1", "--checkpoint-dir", str(tmp_path), before=before) as server:
         server.wait_ready()
-        assert server.get("/?value=1").json == {"result": 1.0}
+        assert server.add(1) == 1
         filler = f"/proc/{server.process.pid}/root{tmp_path}/filler"
         with contextlib.suppress(OSError), open(filler, "wb", buffering=0) as file:
             while True:
                 file.write(bytes(256))
-        refused = server.get("/?value=1")
-        assert refused.status == 503 and refused.headers["Retry-After"] and "No space left" in refused.json["error"]
+        error(server.get("/?value=1"), 503, "No space left")
         os.remove(filler)
-        assert server.get("/?value=1").json == {"result": 2.0}
+        assert server.add(1) == 2
+
+
+# -- 100,000 requests --------------------------------------------------------------------------------------------------
+
+
+def add_or_predict(client: int, number: int) -> tuple:
+    """Adds of 1 and predictions in turn."""
+    if number % 2:
+        return "GET", "/?value=1", None
+    return "POST", "/v1/models/linear:predict", json.dumps({"instances": [[number, 0, 0]]})
+
+
+class Held(NamedTuple):
+    """What a process holds."""
+
+    name: str
+    resident_kb: int
+    threads: int
+    files: int
+
+    @classmethod
+    def by(cls, pid: int) -> "Held":
+        with open(f"/proc/{pid}/status") as file:
+            status = dict(line.split(":\t", 1) for line in file.read().splitlines())
+        files = len(os.listdir(f"/proc/{pid}/fd"))
+        return cls(status["Name"], int(status["VmRSS"].split()[0]), int(status["Threads"]), files)
+
+    def has_grown(self, before: "Held") -> bool:
+        return (self.resident_kb > 1.05 * before.resident_kb + 5000
+                or self.threads > before.threads + 4  # gRPC's pools come and go
+                or self.files > before.files)
+
+
+@pytest.mark.long
+def test_after_20000_requests_80000_more_take_no_more_memory_threads_or_files():
+    with Server("starlette", "--workers", "2", "--model", "example_models:linear").wait_ready(workers=2) as server:
+        adds = 0
+        for count in (20_000, 80_000):
+            before = {pid: Held.by(pid) for pid in family(server.process.pid)}
+            clients = Clients(server, 64, add_or_predict)
+            wait_until(lambda: len(clients.answers) >= count, 500)
+            answers = clients.stop()
+            assert {status for _, _, status, _, _ in answers} == {200}
+            adds += sum(number % 2 for _, number, *_ in answers)
+        assert len(before) >= 6  # the front end, gcs, raylet, the parameter server, two workers
+        assert server.add(0) == adds
+        grown = {}
+
+        def is_settled() -> bool:
+            grown.clear()
+            grown.update({pid: (was, now) for pid, was in before.items() if (now := Held.by(pid)).has_grown(was)})
+            return not grown
+
+        wait_until(is_settled, 30, grown)

@@ -6,24 +6,17 @@ import socket
 import struct
 
 import pytest
-from conftest import Server, owned_by_session, wait_until
+from conftest import wait_until
 from websockets.sync.client import connect
 
-
-@pytest.fixture(scope="module")
-def server():
-    models = ["--model", "example_models:linear", "--model", "example_models:gate"]
-    with owned_by_session():
-        server = Server("starlette", "--workers", "1", *models)
-    with server:
-        yield server.wait_ready()
+pytestmark = pytest.mark.parametrize("front_end", ["starlette"], indirect=True)
 
 
 @pytest.fixture
-def open_socket(server):
+def open_socket(front_end):
     """``open_socket()``: one more connection to /ws; all are closed in the end."""
     with contextlib.ExitStack() as stack:
-        yield lambda: stack.enter_context(connect(f"ws://127.0.0.1:{server.port}/ws", close_timeout=1))
+        yield lambda: stack.enter_context(connect(f"ws://127.0.0.1:{front_end.port}/ws", close_timeout=1))
 
 
 def send(ws, *documents) -> None:
@@ -35,8 +28,8 @@ def receive(ws, count: int) -> list[dict]:
     return [json.loads(ws.recv(timeout=60)) for _ in range(count)]
 
 
-def test_each_of_a_thousand_adds_in_flight_on_one_socket_is_answered_once(server, open_socket):
-    before, ws = server.get("/?value=0").json["result"], open_socket()
+def test_each_of_a_thousand_adds_in_flight_on_one_socket_is_answered_once(front_end, open_socket):
+    before, ws = front_end.add(0), open_socket()
     send(ws, *({"id": i, "value": 1} for i in range(1000)))
     answers = receive(ws, 1000)
     assert sorted(answer["id"] for answer in answers) == list(range(1000))
@@ -63,8 +56,7 @@ def test_answers_come_as_they_are_done_and_are_told_apart_by_their_id(open_socke
     ({"id": 6, "model": ["linear"], "instances": [1]}, 6, "Servable not found"),
     ({"id": 7, "model": "linear"}, 7, "instances"),
     ({"id": 9, "model": "linear", "instances": [["\ud800"]]}, 9, "instances[0][0]"),
-    ({"id": 10, "model": "linear", "instances": [[1, 2]]}, 10, ""),
-])
+    ({"id": 10, "model": "linear", "instances": [[1, 2]]}, 10, "")])
 def test_a_bad_message_gets_an_error_with_its_id_and_the_socket_stays_open(open_socket, message, identity, error):
     ws = open_socket()
     send(ws, message)
@@ -83,12 +75,12 @@ def crash(ws) -> None:
 
 
 @pytest.mark.parametrize("leave", [crash, lambda ws: ws.close()], ids=["reset", "close"])
-def test_a_client_that_goes_away_in_the_middle_of_its_answers_leaves_no_trace(server, open_socket, tmp_path, leave):
-    ws, file = open_socket(), tmp_path / "open"
+def test_a_client_that_goes_away_in_the_middle_of_its_answers_leaves_no_trace(front_end, open_socket, tmp_path, leave):
+    ws, file, before = open_socket(), tmp_path / "open", len(front_end.output())
     send(ws, *[{"model": "gate", "instances": [str(file)]}] * 5, *[{"value": 1}] * 1000)
     receive(ws, 1)
     leave(ws)
     file.touch()
-    wait_until(lambda: server.get("/health").json["waiting"] == 0, 60)
-    assert server.predict("linear", {"instances": [[1, 0, 0]]}).json == {"predictions": [[1.5, 1.5]]}
-    assert "Traceback" not in server.output() and "never retrieved" not in server.output()
+    wait_until(lambda: front_end.get("/health").json["waiting"] == 0, 60)
+    assert front_end.predict("linear", {"instances": [[1, 0, 0]]}).json == {"predictions": [[1.5, 1.5]]}
+    assert front_end.output()[before:] == ""

@@ -495,7 +495,8 @@ class Graph:
         """Leave the session behind, to a thread, since its end may wait for a server that is gone."""
         left = [self.session, self._callables]
         self.session = self.variables.sess = self._callables = None
-        threading.Thread(target=left.clear, daemon=True).start()
+        if any(left):
+            threading.Thread(target=left.clear, daemon=True).start()
 
     def free(self) -> None:
         """Give the memory of the variables and tables back."""

@@ -10,7 +10,8 @@ import math
 
 import numpy as np
 import pytest
-from ray_tensorflow import InvalidRequest, Signature, TensorSpec, decode, import_tensorflow, match_path, parse_value
+from ray_tensorflow import (
+    InvalidRequest, Signature, TensorSpec, decode, import_tensorflow, match_path, parse_value, plain)
 
 INTEGERS = ("int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64")
 FLOATS = ("float16", "float32", "float64")
@@ -46,7 +47,7 @@ def answer(verb: str, document: dict, **outputs) -> bytes:
     inputs = {"x": "int32"} if verb == "predict" else {"inputs": "object"}
     asked = {"serving_default": signature(inputs, outputs, verb)}
     _, _, encode = decode(asked, verb, (json.dumps(document).encode(), False))
-    return encode([np.asarray(output) for output in outputs.values()])
+    return encode([plain(np.asarray(output), name) for name, output in outputs.items()])
 
 
 def by_row(**outputs) -> bytes:

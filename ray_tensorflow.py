@@ -596,14 +596,15 @@ def memory_operations(tf, graph) -> tuple[list, list]:
     """What gives back the memory of a graph's variables and tables; and what has to come before they are restored:
     reference variables cannot be removed, only be made empty."""
     free, allocate = [], []
-    for holder in graph.get_operations():
+    holders = [operation for operation in graph.get_operations() if operation.outputs and not operation.inputs]
+    for holder in holders:
         with tf.colocate_with(holder):
             if holder.type in ("VariableV2", "Variable"):
                 dtype, shape = holder.get_attr("dtype"), tf.TensorShape(holder.get_attr("shape"))
                 nothing, zeros = tf.zeros([0], dtype), tf.zeros(shape, dtype)
                 free.append(tf.raw_ops.Assign(ref=holder.outputs[0], value=nothing, validate_shape=False).op)
                 allocate.append(tf.raw_ops.Assign(ref=holder.outputs[0], value=zeros, validate_shape=False).op)
-            elif "container" in holder.node_def.attr and holder.outputs[0].dtype == tf.resource:
+            elif holder.outputs[0].dtype == tf.resource and "container" in holder.node_def.attr:
                 free.append(tf.raw_ops.DestroyResourceOp(resource=holder.outputs[0], ignore_lookup_error=True))
     return free, allocate
 

@@ -311,3 +311,37 @@ def real_models() -> dict[str, str]:
     """The SavedModels beside the repository, where they exist."""
     paths = sorted(glob.glob(os.path.join(REPOSITORY, "..", "shared", "models", "*", "")))
     return {os.path.basename(os.path.dirname(path)): os.path.dirname(path) for path in paths}
+
+
+class Folder:
+    """A model's folder, into which versions of ``numbered`` are put, each of which answers its own number."""
+
+    def __init__(self, path, versions: str):
+        self.path, self.versions = str(path), versions
+        os.makedirs(self.path)
+
+    def copy(self, version: int, name: str | None = None, pause_s: float = 0) -> None:
+        """File by file, as over a slow network; the file by which a version is known comes first."""
+        source, target = os.path.join(self.versions, str(version)), os.path.join(self.path, name or str(version))
+        for part in ("saved_model.pb", "variables", "assets"):
+            time.sleep(pause_s)
+            os.makedirs(target, exist_ok=True)
+            if part == "saved_model.pb":
+                shutil.copy(os.path.join(source, part), target)
+                continue
+            for file in sorted(os.listdir(os.path.join(source, part))):
+                os.makedirs(os.path.join(target, part), exist_ok=True)
+                shutil.copy(os.path.join(source, part, file), os.path.join(target, part))
+
+    def remove(self, version: int) -> None:
+        shutil.rmtree(os.path.join(self.path, str(version)))
+
+    def label(self, name: str, version: int) -> None:
+        """As ``ln -sfn`` does."""
+        os.symlink(str(version), os.path.join(self.path, f".{name}"))
+        os.replace(os.path.join(self.path, f".{name}"), os.path.join(self.path, name))
+
+
+@pytest.fixture
+def folder(tmp_path, models) -> Folder:
+    return Folder(tmp_path / "m", models["numbered"])

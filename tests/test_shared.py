@@ -8,7 +8,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import OWNER, REPOSITORY, Server, processes, wait_until
+from conftest import OWNER, REPOSITORY, Server, good, processes, wait_until
 from ray_tensorflow import gpu_share
 from test_survival import Clients, assert_counted_once, workers
 
@@ -112,6 +112,27 @@ def test_many_front_ends_of_both_kinds_share_one_graph_and_do_not_notice_when_on
         assert len(totals) == 1
         assert_counted_once(answers + lost, totals.pop())
         assert {tuple(worker["pid"] for worker in workers(server)) for server in servers[1:]} == before
+
+
+def test_front_ends_that_share_a_graph_change_versions_together(address, folder):
+    """A client that goes from one to the other sees no version go back."""
+    folder.copy(1)
+    options = ["--address", address, "--workers", "2", "--model", f"m={folder.path}"]
+    with Server("flask", *options) as one, Server("starlette", *options) as other:
+        for server in (one, other):
+            server.wait_ready(workers=2)
+        seen = []
+
+        def ask() -> int:
+            for server in (one, other):
+                seen.append(good(server.predict("m", {"instances": [0.0]}))["predictions"][0]["number"])
+            return seen[-1]
+
+        for version in (2, 3, 4):
+            assert ask() == version - 1
+            folder.copy(version)
+            wait_until(lambda: ask() == version, 60)
+        assert seen == sorted(seen) and set(seen) == {1, 2, 3, 4}
 
 
 def test_nothing_is_left_of_a_front_end_that_is_killed_while_it_starts(nodes, address):

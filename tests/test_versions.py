@@ -3,50 +3,15 @@ with a version that has been replaced."""
 
 import json
 import os
-import shutil
 import time
 
 import numpy as np
 import pytest
-from conftest import Server, wait_until
+from conftest import Folder, Server, wait_until
 from ray_tensorflow import Cluster, InvalidRequest, ModelError
 from test_survival import Clients, kill
 
 LATEST, STABLE = "/v1/models/m", "/v1/models/m/labels/stable"
-
-
-class Folder:
-    """A model's folder, into which versions of ``numbered`` are put, each of which answers its own number."""
-
-    def __init__(self, path, versions: str):
-        self.path, self.versions = str(path), versions
-        os.makedirs(self.path)
-
-    def copy(self, version: int, name: str | None = None, pause_s: float = 0) -> None:
-        """File by file, as over a slow network; the file by which a version is known comes first."""
-        source, target = os.path.join(self.versions, str(version)), os.path.join(self.path, name or str(version))
-        for part in ("saved_model.pb", "variables", "assets"):
-            time.sleep(pause_s)
-            os.makedirs(target, exist_ok=True)
-            if part == "saved_model.pb":
-                shutil.copy(os.path.join(source, part), target)
-                continue
-            for file in sorted(os.listdir(os.path.join(source, part))):
-                os.makedirs(os.path.join(target, part), exist_ok=True)
-                shutil.copy(os.path.join(source, part, file), os.path.join(target, part))
-
-    def remove(self, version: int) -> None:
-        shutil.rmtree(os.path.join(self.path, str(version)))
-
-    def label(self, name: str, version: int) -> None:
-        """As ``ln -sfn`` does."""
-        os.symlink(str(version), os.path.join(self.path, f".{name}"))
-        os.replace(os.path.join(self.path, f".{name}"), os.path.join(self.path, name))
-
-
-@pytest.fixture
-def folder(tmp_path, models) -> Folder:
-    return Folder(tmp_path / "m", models["numbered"])
 
 
 def states(server) -> dict[int, str]:
@@ -209,7 +174,7 @@ def options(folder: Folder, *more: str) -> list[str]:
     return ["--workers", "2", "--threads", "2", "--model", f"m={folder.path}", *more]
 
 
-@pytest.mark.parametrize("seconds", [10, pytest.param(60, marks=pytest.mark.long)])
+@pytest.mark.parametrize("seconds", [5, pytest.param(60, marks=pytest.mark.long)])
 @pytest.mark.parametrize("kind", ["flask", "starlette"])
 def test_no_request_fails_while_versions_come_and_go_and_one_is_broken(kind, seconds, folder):
     with Server(kind, *options(folder)) as server:

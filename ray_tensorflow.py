@@ -1961,6 +1961,8 @@ class Batcher:
         self.took: collections.Counter[float] = collections.Counter()  # by bucket
         self.took_s = 0.0
         self._queues = collections.defaultdict(collections.deque)  # by key and worker
+        # while one runs, decoding the next one takes processor time from it where there is hardly any to spare
+        self.at_once = PLACES if len(os.sched_getaffinity(0)) > 2 else 1
         self._is_due, self._closed = False, None
 
     @property
@@ -2065,7 +2067,7 @@ class Batcher:
             if early_s > 0:
                 asyncio.get_running_loop().call_later(early_s, self.dispatch)
                 return None
-            if is_one_run and [other.key for other in under_way].count(key) >= PLACES:  # more would only be smaller
+            if is_one_run and [other.key for other in under_way].count(key) >= self.at_once:  # more would be smaller
                 return None
         if model.calls_out and sum(other.model.calls_out for other in under_way) >= PLACES * len(self.lines) - 1:
             return None  # what it waits for may need a place, too

@@ -57,6 +57,7 @@ from collections.abc import AsyncIterable, AsyncIterator, Callable, Coroutine, I
 from typing import Any, NamedTuple
 
 import numpy as np
+import uvloop
 
 # Ray reads these two when it is imported, and never again.
 os.environ.setdefault("RAY_DISABLE_FAILURE_SIGNAL_HANDLER", "1")  # else it takes SIGTERM from whoever handles it
@@ -2150,7 +2151,7 @@ class Cluster:
         """Start everything in the background, in the running loop ``home`` if given; ``health`` tells how far it is."""
         with self._changed:
             if self._thread is None and self._failure is None:
-                self._loop = home or asyncio.new_event_loop()
+                self._loop = home or uvloop.new_event_loop()
                 self._thread = threading.Thread(target=self._live, args=[home is None], daemon=True)
                 self._thread.start()
                 atexit.register(self.close)

@@ -382,6 +382,7 @@ def import_tensorflow():
     tf.disable_eager_execution()  # and not disable_v2_behavior(), which brings reference variables back
     tf.get_logger().setLevel("ERROR")
     gc.freeze()  # a look at all of TensorFlow's objects would stop requests for a tenth of a second, now and then
+    sys.setswitchinterval(0.001)  # requests wait for Python's lock while another thread builds a new version's graph
     return tf
 
 

@@ -199,8 +199,9 @@ def test_no_request_fails_while_versions_come_and_go_and_one_is_broken(kind, sec
         assert server.output().count("99) cannot be loaded") >= 1
 
 
-def test_a_worker_or_the_parameter_server_is_killed_while_a_version_is_loaded(folder):
-    with Server("starlette", *options(folder, "--timeout-s", "30")) as server:
+@pytest.mark.parametrize("placement", ["shared", pytest.param("mirrored", marks=pytest.mark.long)])
+def test_a_worker_or_the_parameter_server_is_killed_while_a_version_is_loaded(placement, folder):
+    with Server("starlette", *options(folder, "--placement", placement)) as server:
         server.wait_ready(workers=2)
         running = Traffic(server, 16, version=1)
 

@@ -2134,7 +2134,7 @@ class Cluster:
         self.options = dataclasses.replace(options or Options(), **changes)
         self._servers = [Member("parameter server", index) for index in range(self.options.parameter_servers)]
         self._workers = [Member("worker", index) for index in range(self.options.workers)]
-        self.models: dict[str, Model] = {}
+        self.models: dict[Key, Model] = {}
         self._batcher = Batcher(self.options)
         self._errors: collections.Counter[int] = collections.Counter()  # by HTTP status
         self._failure: Error | None = None  # why nothing is served, when that is not just for the moment

@@ -28,14 +28,14 @@ REPOSITORY = os.path.dirname(HERE)
 sys.path[:0] = [REPOSITORY, HERE]
 os.environ["PYTHONPATH"] = os.pathsep.join([HERE, *filter(None, [os.environ.get("PYTHONPATH")])])  # for example_models
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-os.environ["TMPDIR"] = tempfile.tempdir = tempfile.mkdtemp(prefix="rt", dir="/tmp")  # short, and nobody else's
-atexit.register(shutil.rmtree, tempfile.tempdir, ignore_errors=True)
 
 # Every process that a test starts, at whatever remove, inherits these two, and the leak detector looks for them.
 RUN = "RAY_TENSORFLOW_TEST_RUN"
 OWNER = "RAY_TENSORFLOW_TEST_OWNER"
-os.environ[RUN] = uuid.uuid4().hex
-os.environ[OWNER] = "test"
+if RUN not in os.environ:  # else this is an actor of a test, in which its file is imported
+    os.environ |= {RUN: uuid.uuid4().hex, OWNER: "test"}
+    os.environ["TMPDIR"] = tempfile.tempdir = tempfile.mkdtemp(prefix="rt", dir="/tmp")  # short, and nobody else's
+    atexit.register(shutil.rmtree, tempfile.tempdir, ignore_errors=True)
 
 START_S = 240  # how long a start may take on a machine that is busy
 

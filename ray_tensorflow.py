@@ -1964,7 +1964,7 @@ class Batcher:
         self.took_s = 0.0
         self._queues = collections.defaultdict(collections.deque)  # by key and worker
         # while one runs, decoding the next one takes processor time from it where there is hardly any to spare
-        self.at_once = PLACES if len(os.sched_getaffinity(0)) > 2 else 1
+        self.at_once = PLACES if os.cpu_count() > 2 else 1
         self._is_due, self._closed = False, None
 
     @property

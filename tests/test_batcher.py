@@ -44,6 +44,7 @@ class Stage:
 
     def __init__(self, workers: int = 1, **options):
         self.batcher, self.sent = Batcher(Options(**options)), []
+        self.batcher.at_once = 2  # as on a machine of many processors
         self.workers = [self.add_worker(index) for index in range(workers)]
 
     def add_worker(self, index: int) -> PlayedWorker:
@@ -86,6 +87,18 @@ async def test_a_lone_request_is_sent_at_once_and_whatever_queued_up_while_batch
         stage.workers[0].answer()
     assert stage.bodies == [[0], [1], [2, 3, 4, 5, 6, 7, 8, 9]] and stage.batcher.waiting == 0
     assert await asyncio.gather(*futures) == [2 * body for body in range(10)]
+
+
+async def test_where_there_are_two_processors_a_batch_that_is_not_full_waits_for_the_one_under_way():
+    stage = Stage(workers=2, max_batch=4)
+    stage.batcher.at_once = 1
+    for bodies in ([0], [1, 2], [3, 4, 5]):
+        stage.ask(*bodies)
+        await turn()
+    assert stage.bodies == [[0], [1, 2, 3, 4]]  # which is full
+    stage.workers[0].answer()
+    stage.workers[1].answer()
+    assert stage.bodies == [[0], [1, 2, 3, 4], [5]]
 
 
 async def test_no_more_than_max_batch_travel_together_and_models_take_turns():

@@ -223,6 +223,16 @@ def small_table(tf):
 # -- SavedModels -------------------------------------------------------------------------------------------------------
 
 
+def write(v1, session, folder: str, signatures: dict) -> None:
+    """A SavedModel of TF1, with its tables and their files."""
+    builder = v1.saved_model.Builder(folder)
+    builder.add_meta_graph_and_variables(
+        session, ["serve"], main_op=v1.tables_initializer(),
+        assets_collection=v1.get_collection(v1.GraphKeys.ASSET_FILEPATHS),
+        signature_def_map={name: v1.saved_model.predict_signature_def(*sides) for name, sides in signatures.items()})
+    builder.save()
+
+
 def save_words(tf, folder: str) -> None:
     """TF1: text to number and back by tables with a vocabulary in assets; two versions, of which the higher counts."""
     v1, vocabulary = tf.compat.v1, folder + ".txt"
@@ -242,12 +252,7 @@ def save_words(tf, folder: str) -> None:
                 "back": ({"number": number}, {"word": to_word.lookup(number)}),
                 "upper": ({"word": word}, {"word": tf.strings.upper(word), "length": tf.strings.length(word)})}
             session.run(v1.tables_initializer())
-            builder = v1.saved_model.Builder(os.path.join(folder, str(version)))
-            builder.add_meta_graph_and_variables(
-                session, ["serve"], main_op=v1.tables_initializer(),
-                assets_collection=v1.get_collection(v1.GraphKeys.ASSET_FILEPATHS),
-                signature_def_map={k: v1.saved_model.predict_signature_def(*sides) for k, sides in signatures.items()})
-            builder.save()
+            write(v1, session, os.path.join(folder, str(version)), signatures)
 
 
 def save_picture(tf, folder: str) -> None:
@@ -317,12 +322,7 @@ def save_numbered(tf, folder: str, versions: int = 12) -> None:
             if os.path.basename(folder) == "counting":
                 signatures["count"] = {"by": by}, {"count": tf.identity(count.assign_add(by))}
             session.run([v1.global_variables_initializer(), v1.tables_initializer()])
-            builder = v1.saved_model.Builder(os.path.join(folder, str(version)))
-            builder.add_meta_graph_and_variables(
-                session, ["serve"], main_op=v1.tables_initializer(),
-                assets_collection=v1.get_collection(v1.GraphKeys.ASSET_FILEPATHS),
-                signature_def_map={k: v1.saved_model.predict_signature_def(*sides) for k, sides in signatures.items()})
-            builder.save()
+            write(v1, session, os.path.join(folder, str(version)), signatures)
 
 
 SAVED = {"words": save_words, "picture": save_picture, "affine": save_affine, "scores": save_scores,

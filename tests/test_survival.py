@@ -70,8 +70,8 @@ class Clients:
 
     def stop(self) -> list[tuple]:
         self.stopped.set()
-        for running in self.running:
-            running.result(TIMEOUT_S + 60)
+        for client in self.running:
+            client.result(TIMEOUT_S + 60)
         self.pool.shutdown()
         return self.answers
 

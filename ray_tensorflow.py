@@ -1371,11 +1371,13 @@ class ParameterServer:
         return self.trouble, self._news() if edition != self.edition else None
 
     async def get_weights(self, model: str, version: int | None = None) -> Arrays:
+        await self.start()  # should this be a new life that nobody has called yet
         version = version or self.models[model, None].version
         return await self._in_turn(self.graphs[model, version].variables.get_weights)
 
     async def set_weights(self, model: str, weights: Arrays) -> None:
         """They are kept when this returns, and every worker has them, or is dead."""
+        await self.start()
         key = model, self.models[model, None].version
         async with self.starting:  # nobody is told of weights that are just being replaced
             await self._in_turn(self.graphs[key].variables.set_weights, weights)
@@ -1387,6 +1389,7 @@ class ParameterServer:
 
     async def reload(self, model: str) -> dict[str, Any]:
         """Look at a model's folder now; what there is then."""
+        await self.start()
         for source in self.options.model:
             if source.name == model:
                 await self._refresh(source)

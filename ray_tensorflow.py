@@ -405,7 +405,8 @@ PLACES = 2  # batches that a front end sends a worker at once: one runs while th
 def server_config(tf, options: Options, calls_out: bool):
     """Thread and GPU limits, for a server or a local session; a session on a server ignores them (tensorflow#4455).
 
-    Python functions that wait for another server get threads beside those that compute, else they wait for themselves.
+    Python functions that wait for another server get threads beside those that compute, else they wait for themselves;
+    and there is one in which a new version can be restored while others compute.
     """
     waiting = PLACES * options.workers if calls_out else 0
     return tf.ConfigProto(
@@ -521,10 +522,10 @@ class Graph:
 
     def restore(self, variables: bool = True) -> None:
         """Put the variables' (unless they come from elsewhere) and tables' first values in place."""
+        self.session.run(self._allocate)
         if self._loader is None:
             return self.session.run(self.graph.get_operation_by_name(self._initializer))
         if variables:
-            self.session.run(self._allocate)
             self._loader.restore_variables(self.session, self._saver)
         self._loader.run_init_ops(self.session, ["serve"])
 
@@ -864,8 +865,7 @@ def remote_predict(
 
 
 def call_remote(
-    address: str, path: str, signature_name: str, inputs: Arrays, dtypes: dict[str, np.dtype],
-    seconds: float
+    address: str, path: str, signature_name: str, inputs: Arrays, dtypes: dict[str, np.dtype], seconds: float
 ) -> list[np.ndarray]:
     """The outputs of one predict over REST. Raises Error with the server's answer, TimeoutError, OSError."""
     deadline = time.monotonic() + seconds
@@ -1576,12 +1576,12 @@ class ParameterServer:
         """Give back the memory of a version that is of no use any more, or has failed, when all on it is answered."""
         self._tell(key, failed or self.models[key]._replace(state="UNLOADING", metadata={}))
         await self._update_workers()
-        if key in self.graphs:
-            if self.graphs[key].writes and not failed:
+        if graph := self.graphs.get(key):
+            if graph.writes and not failed:
                 await self._in_turn(self._keep, key)
-            await asyncio.to_thread(self.graphs[key].free)
-            if self.graphs[key].source.folder:
+            if graph.source.folder:  # that of a function stays, see build_functions
                 del self.graphs[key]
+            await asyncio.to_thread(graph.free)
         if not failed:
             self._tell(key, None)
 
@@ -1689,6 +1689,9 @@ class Worker:
                         about = {"door": self.door, "key": self.key, "graphs": list(self.graphs)}
                         return about_this_actor() | about
                     is_new_life = self.have is None or self.have[0] != there["life"]
+                    if is_new_life:
+                        self.gone = asyncio.ensure_future(call(server.stay.remote()))  # one call a life: it never ends
+                        self.runs.clear()  # what still runs fails, since it waits for one that is gone
                     await asyncio.to_thread(self._connect, there, is_new_life)
                     for key, graph in self.graphs.items():
                         model = there["models"].get(key)
@@ -1696,7 +1699,7 @@ class Worker:
                             weights = await call(server.get_weights.remote(*key))
                             await asyncio.to_thread(graph.variables.set_weights, weights)
                             self.weights[key] = model.weights
-                    await self._move(server, there["models"], is_new_life)
+                    await self._move(there["models"])
                     self.have = there["life"], there["edition"]
             except Exception:  # whoever it answers is to look for another one
                 self._leave()
@@ -1790,19 +1793,16 @@ class Worker:
             graph.warm_up()
             self.graphs[key] = graph
 
-    async def _move(self, server, models: dict[Key, Model], is_new_life: bool) -> None:
+    async def _move(self, models: dict[Key, Model]) -> None:
         """Answer with these, when all that still runs on what is others now is answered; who asks for that waits."""
-        if is_new_life:  # what still runs fails, since it waits for one that is gone
-            self.runs.clear()
         other = {key: model._replace(state="MOVING") for key, model in self.models.items()
                  if key not in models or models[key].version != model.version
                  or models[key].state == "MOVING" or not models[key].metadata}
         self.models = self.models | other
-        gone = asyncio.ensure_future(call(server.stay.remote()))
-        while (runs := {run for key in other for run in self.runs[key]}) and not gone.done():
-            await asyncio.wait({gone, *runs}, return_when=asyncio.FIRST_COMPLETED)
-        if not gone.cancel():
-            raise WorkerLost(f"The parameter server of worker {self.index} was lost: {gone.exception()}")
+        while (runs := {run for key in other for run in self.runs[key]}) and not self.gone.done():
+            await asyncio.wait({self.gone, *runs}, return_when=asyncio.FIRST_COMPLETED)
+        if self.gone.done():
+            raise WorkerLost(f"The parameter server of worker {self.index} was lost: {self.gone.exception()}")
         self.models, moved, self.moved = models, self.moved, asyncio.Event()
         moved.set()
         for key in [key for key in self.graphs if key not in models or not models[key].metadata]:
@@ -2225,7 +2225,7 @@ class Cluster:
         return self.ask(model, "arrays", (signature, as_arrays(inputs)), version)
 
     async def predict_async(
-        self, inputs: dict[str, Any], model: str, signature: str = "serving_default", version: Version = None
+        self, inputs: Any, model: str, signature: str = "serving_default", version: Version = None
     ) -> Arrays:
         """As ``predict``, awaitable."""
         return await self.ask_async(model, "arrays", (signature, as_arrays(inputs)), version)
@@ -2235,14 +2235,6 @@ class Cluster:
         self.find(model)
         return self._wait(self._cross(self._call_server("get_weights", model)))
 
-    def reload(self, model: str) -> int:
-        """Look now for new versions and labels of a model, which happens once a second; the version in use then."""
-        async def reload() -> int:
-            self._learn(self._servers[0], await self._call_server("reload", model))
-            return self.find(model).version
-
-        return self._cross(reload()).result()
-
     def set_weights(self, model: str, weights: Arrays) -> None:
         """Set some or all variables of a served model; a wrong name or shape is an InvalidRequest, and none is set.
 
@@ -2250,6 +2242,17 @@ class Cluster:
         """
         self.find(model)
         self._wait(self._cross(self._call_server("set_weights", model, as_arrays(weights))))
+
+    def reload(self, model: str) -> int:
+        """Look now for new versions and labels of a model, which happens once a second; the version in use then.
+
+        Raises InvalidRequest, Unavailable or WorkerLost.
+        """
+        async def reload() -> int:
+            self._learn(self._servers[0], await self._call_server("reload", model))
+            return self.find(model).version
+
+        return self._cross(reload()).result()
 
     def map(
         self, batches: Iterable[Any], model: str, signature: str = "serving_default", version: Version = None,

@@ -17,9 +17,12 @@ from flask import Flask, Response, request
 from werkzeug.exceptions import HTTPException
 from werkzeug.serving import ThreadedWSGIServer, WSGIRequestHandler
 
-from ray_tensorflow import (
-    FRONT_END, MAX_BODY_BYTES, METHODS, Cluster, Error, InvalidRequest, Options, Unavailable, match_path, parse_value,
-    start_program)
+from shared_graph.cluster import Cluster
+from shared_graph.errors import Error, InvalidRequest, Unavailable
+from shared_graph.http_api import METHODS, match_path, parse_value
+from shared_graph.json_codec import MAX_BODY_BYTES
+from shared_graph.logs import start_program
+from shared_graph.options import FRONT_END, Options
 
 THREADS = 128  # which wait for answers; connections beyond these wait for a thread
 accepted = threading.local()  # when this thread's connection was

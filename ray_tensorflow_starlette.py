@@ -18,9 +18,12 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route, WebSocketRoute
 from starlette.websockets import WebSocket, WebSocketDisconnect, WebSocketDisconnected
 
-from ray_tensorflow import (
-    FRONT_END, MAX_BODY_BYTES, METHODS, Cluster, Error, InvalidRequest, Options, match_path, parse_json, parse_value,
-    start_program)
+from shared_graph.cluster import Cluster
+from shared_graph.errors import Error, InvalidRequest
+from shared_graph.http_api import METHODS, match_path, parse_value
+from shared_graph.json_codec import MAX_BODY_BYTES, parse_json
+from shared_graph.logs import start_program
+from shared_graph.options import FRONT_END, Options
 
 
 def create_app(options: Options | None = None) -> Starlette:
@@ -98,8 +101,13 @@ def create_app(options: Options | None = None) -> Starlette:
             error = InvalidRequest("The body did not arrive within the deadline", 408)
         return JSONResponse(*cluster.refuse(error))
 
-    routes = [Route("/", add), Route("/health", health), Route("/metrics", metrics), WebSocketRoute("/ws", push),
-              Route("/{path:path}", rest, methods=METHODS)]  # TensorFlow Serving's rules match the path as it was sent
+    routes = [
+        Route("/", add),
+        Route("/health", health),
+        Route("/metrics", metrics),
+        WebSocketRoute("/ws", push),
+        Route("/{path:path}", rest, methods=METHODS),
+    ]  # TensorFlow Serving's rules match the path as it was sent
     handlers = dict.fromkeys((Error, HTTPException, TimeoutError, ClientDisconnect, Exception), refuse)
     return Starlette(routes=routes, exception_handlers=handlers, lifespan=lifespan)
 
@@ -110,8 +118,15 @@ app = create_app()
 def main() -> None:
     options = Options.from_command_line(__doc__.partition("\n")[0], FRONT_END)
     start_program(options)
-    uvicorn.run(create_app(options), host=options.host, port=options.port, log_level="warning", access_log=False,
-                proxy_headers=False, timeout_graceful_shutdown=math.ceil(options.timeout_s) + 1)
+    uvicorn.run(
+        create_app(options),
+        host=options.host,
+        port=options.port,
+        log_level="warning",
+        access_log=False,
+        proxy_headers=False,
+        timeout_graceful_shutdown=math.ceil(options.timeout_s) + 1,
+    )
 
 
 if __name__ == "__main__":

@@ -44,6 +44,7 @@ BASIC_PITCH = os.path.join(os.path.dirname(REPOSITORY), "shared", "models", "bas
 
 # -- the models, with weights that are always the same, and what is asked of them --------------------------------------
 
+
 def weights(tf, name: str, *shape: int):
     return tf.get_variable(name, shape, initializer=tf.glorot_uniform_initializer(seed=len(name)))
 
@@ -82,8 +83,14 @@ def classifier(tf):
     table = tf.lookup.StaticVocabularyTable(Vocabulary(tf.constant(vocabulary), numbers), hashed)
     text = tf.placeholder(tf.string, [None], name="text")
     lower = tf.strings.lower(text, encoding="utf-8")
-    for pattern, replacement in ((r"[^\w\s]", " "), (r"([^\w\s])", r" \1 "), (r"\d", "0"), (r"[aeiou]", ""),
-                                 (r"(\w)\w*", r"\1"), (r"\b\w{1,3}\b", " ")):
+    for pattern, replacement in (
+        (r"[^\w\s]", " "),
+        (r"([^\w\s])", r" \1 "),
+        (r"\d", "0"),
+        (r"[aeiou]", ""),
+        (r"(\w)\w*", r"\1"),
+        (r"\b\w{1,3}\b", " "),
+    ):
         clean = tf.strings.regex_replace(tf.strings.regex_replace(lower, pattern, replacement), r"\s+", " ")
         split = tf.strings.split(clean, result_type="RaggedTensor")
         for grams in (split, tf.strings.ngrams(split, 2), tf.strings.ngrams(split, 3)):
@@ -150,6 +157,7 @@ def requests(model: str) -> list[list[Any]]:
 
 # -- what it is compared with ------------------------------------------------------------------------------------------
 
+
 def private_session(model: str) -> Callable[[Any], dict[str, Any]]:
     """A plain session of all cores in this process: run(array) -> arrays by name."""
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
@@ -160,8 +168,10 @@ def private_session(model: str) -> Callable[[Any], dict[str, Any]]:
         session = tf.Session()
         if model == "basic_pitch":
             definitions = tf.saved_model.load(session, ["serve"], os.path.join(BASIC_PITCH, "1")).signature_def
-            inputs, outputs = ({name: info.name for name, info in side.items()} for side in (
-                definitions["serving_default"].inputs, definitions["serving_default"].outputs))
+            inputs, outputs = (
+                {name: info.name for name, info in side.items()}
+                for side in (definitions["serving_default"].inputs, definitions["serving_default"].outputs)
+            )
         else:
             [(inputs, outputs)] = globals()[model](tf).values()
             session.run([tf.global_variables_initializer(), tf.tables_initializer()])
@@ -175,7 +185,7 @@ def predictor(model: str) -> Callable[[list[list[Any]]], list[bytes]]:
     run, dtype = private_session(model), object if model == "classifier" else np.float32
 
     def predict(many: list[list[Any]]) -> list[bytes]:
-        outputs = {name: array.tolist() for name, array in run(np.array(sum(many, []), dtype)).items()}
+        outputs = {name: array.tolist() for name, array in run(np.array([*itertools.chain(*many)], dtype)).items()}
         if "labels" in outputs:
             outputs["labels"] = [[label.decode() for label in row] for row in outputs["labels"]]
         rows = zip(*outputs.values())
@@ -206,6 +216,7 @@ def serve_constant(framework: str, port: str) -> None:
         serve_starlette(port, constant)
     else:
         from flask import Flask, Response
+
         from ray_tensorflow_flask import Server, WSGIRequestHandler
 
         app, WSGIRequestHandler.log_request = Flask("constant"), lambda *_: None
@@ -217,7 +228,7 @@ def serve_gathered(model: str, port: str) -> None:
     """An in-process session, requests gathered by hand: what queued up while the last run went is the next run."""
     from starlette.responses import Response
 
-    predict, waiting, is_running = predictor(model), [], False
+    predict, waiting, is_running, running = predictor(model), [], False, None
 
     async def work():
         nonlocal is_running
@@ -230,10 +241,11 @@ def serve_gathered(model: str, port: str) -> None:
         is_running = False
 
     async def endpoint(request):
+        nonlocal running
         rows, future = json.loads(await request.body())["instances"], asyncio.get_running_loop().create_future()
         waiting.append((rows, future))
         if not is_running:
-            asyncio.create_task(work())
+            running = asyncio.create_task(work())
         return Response(await future, media_type="application/json")
 
     serve_starlette(port, endpoint)
@@ -304,9 +316,9 @@ def map_rows(count: str, options: str) -> None:
     import numpy as np
 
     rows = np.random.default_rng(0).random((int(count), 28, 28), np.float32)
-    batches = [rows[start:start + 16] for start in range(0, len(rows), 16)]
+    batches = [rows[start : start + 16] for start in range(0, len(rows), 16)]
     if options:
-        from ray_tensorflow import Cluster
+        from shared_graph.cluster import Cluster
 
         changes = {name.replace("-", "_"): value for name, value in re.findall(r"--([\w-]+)[ =](\S+)", options)}
         place = Cluster(model="benchmark:large", **changes)
@@ -324,8 +336,10 @@ def map_rows(count: str, options: str) -> None:
 
 # -- servers, each in processes of its own -----------------------------------------------------------------------------
 
+
 class Target(NamedTuple):
     """What load goes to: requests for a model, or adds, on a server."""
+
     port: int
     pid: int
     path: str
@@ -423,6 +437,7 @@ def pss_mb(pid: int) -> float:
 
 # -- load, from a process of its own -----------------------------------------------------------------------------------
 
+
 def run_load(arguments: str) -> None:
     """Some clients for some seconds, as fast as answers come or at a constant rate over all of them; prints the result.
 
@@ -479,8 +494,17 @@ def run_load(arguments: str) -> None:
     loop.run_until_complete(all_clients())
     took, used = time.perf_counter() - start, cpu_ms(target.pid) - before
     percentiles = statistics.quantiles(times, n=100)
-    print(json.dumps({"rate": good / took, "errors": len(times) - good, "p50": percentiles[49], "p99": percentiles[98],
-                      "cpu": {name: ms / len(times) for name, ms in used.items()}}))
+    print(
+        json.dumps(
+            {
+                "rate": good / took,
+                "errors": len(times) - good,
+                "p50": percentiles[49],
+                "p99": percentiles[98],
+                "cpu": {name: ms / len(times) for name, ms in used.items()},
+            }
+        )
+    )
 
 
 def burst(target: Target, clients: int, seconds: float, rate: float | None = None) -> dict[str, Any]:
@@ -514,27 +538,36 @@ def check_same(targets: list[Target]) -> None:
 
 # -- the parts of the table --------------------------------------------------------------------------------------------
 
-NAMES = {"constant": "constant answer of the same server", "gathered": "in-process session gathered by hand",
-         "mosec": "mosec", "ray_serve": "Ray Serve with `serve.batch`"}
+NAMES = {
+    "constant": "constant answer of the same server",
+    "gathered": "in-process session gathered by hand",
+    "mosec": "mosec",
+    "ray_serve": "Ray Serve with `serve.batch`",
+}
 NEEDS = {"mosec": "mosec", "ray_serve": "fastapi"}  # modules; fastapi comes with ray[serve]
 THAT = "that version"
 # what, front end, model, and the goals beside each of the others by the number of clients
 COMPARISONS = {
     "adds": ("adds, Starlette", "starlette", None, {"constant": {256: "0.70", 16: "0.30"}}),
     "flask": ("adds, Flask", "flask", None, {"constant": {64: "0.70"}}),
-    "classifier": ("text classifier", "starlette", "classifier", {
-        "gathered": {64: "1.2", 16: "1.0", 1: "0.65"}, "mosec": {64: "0.90", 16: "0.85", 1: "1.0"}}),
+    "classifier": (
+        "text classifier",
+        "starlette",
+        "classifier",
+        {"gathered": {64: "1.2", 16: "1.0", 1: "0.65"}, "mosec": {64: "0.90", 16: "0.85", 1: "1.0"}},
+    ),
     "ray_serve": ("text classifier", "starlette", "classifier", {"ray_serve": {64: "12"}}),
     "network": ("convolutional network (3 ms)", "starlette", "small", {"gathered": {64: "1.2", 16: "1.0"}}),
     "ranking": ("ranking model, 200 rows", "starlette", "ranking", {"gathered": {16: "", 1: ""}}),
-    "basic_pitch": ("basic_pitch", "starlette", "basic_pitch", {"gathered": {4: ""}})}
+    "basic_pitch": ("basic_pitch", "starlette", "basic_pitch", {"gathered": {4: ""}}),
+}
 CPU_GOALS = {("mosec", 64): "below 1.25"}
 
 
 def compare(options, what: str, front_end: str, model: str | None, goals: dict[str, dict[int, str]]):
     """Rows of our front end beside that version's and the others, at each number of clients."""
     kinds = [kind for kind in goals if importlib.util.find_spec(NEEDS.get(kind, "json"))]
-    if not kinds or model == "basic_pitch" and not os.path.isdir(BASIC_PITCH):
+    if not kinds or (model == "basic_pitch" and not os.path.isdir(BASIC_PITCH)):
         return
     with contextlib.ExitStack() as stack:
         servers = [ours(folder, front_end, options.options, model) for folder in options.folders]
@@ -546,8 +579,10 @@ def compare(options, what: str, front_end: str, model: str | None, goals: dict[s
             first, *rest = in_turn(options, clients, targets)
             for kind, bursts in zip([THAT] * len(options.folders[1:]) + kinds, rest):
                 name, at, goal = NAMES.get(kind, THAT), f"{clients} clients", goals.get(kind, {}).get(clients, "")
-                rates, cpu = ([[value(burst) for burst in side] for side in (first, bursts)]
-                              for value in (lambda burst: burst["rate"], lambda burst: sum(burst["cpu"].values())))
+                rates, cpu = (
+                    [[value(burst) for burst in side] for side in (first, bursts)]
+                    for value in (lambda burst: burst["rate"], lambda burst: sum(burst["cpu"].values()))
+                )
                 yield row(f"{what} / {name}", at, goal, *rates, f"{cpu_text(first)} / {cpu_text(bursts)}")
                 if (kind, clients) in CPU_GOALS:
                     what_cpu = f"CPU of all processes for one request, {what} / {name}"
@@ -556,8 +591,14 @@ def compare(options, what: str, front_end: str, model: str | None, goals: dict[s
 
 def row(what: str, at: str, goal: str, ours: list[float], others: list[float], cpu: str = "") -> tuple[str, ...]:
     ratios = sorted(a / b for a, b in zip(ours, others))
-    return (what, at, f"{statistics.median(ratios):.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f})", goal,
-            f"{statistics.median(ours):.4g} / {statistics.median(others):.4g}", cpu)
+    return (
+        what,
+        at,
+        f"{statistics.median(ratios):.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f})",
+        goal,
+        f"{statistics.median(ours):.4g} / {statistics.median(others):.4g}",
+        cpu,
+    )
 
 
 def cpu_text(bursts: list[dict[str, Any]]) -> str:
@@ -568,8 +609,8 @@ def cpu_text(bursts: list[dict[str, Any]]) -> str:
 def measured(options, what: str, name: str, at: str, goal: str, measure: Callable[[str], float], reference):
     """Rows of what is measured of this version and of that one, beside a reference, in turn."""
     *mine, others = zip(*([*map(measure, options.folders), reference()] for _ in range(options.rounds)))
-    for values, name, goal in ((others, name, goal), *((that, THAT, "") for that in mine[1:])):
-        yield row(f"{what} / {name}", at, goal, mine[0], values)
+    for values, other, its_goal in ((others, name, goal), *((that, THAT, "") for that in mine[1:])):
+        yield row(f"{what} / {other}", at, its_goal, mine[0], values)
 
 
 def latency(options):
@@ -609,8 +650,15 @@ def start(options):
         subprocess.run([sys.executable, "-c", "import tensorflow"], check=True, stderr=subprocess.DEVNULL)
         return time.perf_counter() - started
 
-    yield from measured(options, "seconds from start to the first add answered", "`import tensorflow` alone", FOUR,
-                        "below 2.2", measure, measure)
+    yield from measured(
+        options,
+        "seconds from start to the first add answered",
+        "`import tensorflow` alone",
+        FOUR,
+        "below 2.2",
+        measure,
+        measure,
+    )
 
 
 def memory(options):
@@ -628,10 +676,24 @@ def memory(options):
             return megabytes
 
     once = argparse.Namespace(folders=options.folders, rounds=1)
-    yield from measured(once, "memory (PSS) that a 400 MB model adds", "400 MB", FOUR, "below 1.25",
-                        lambda folder: used(folder, 4, "heavy") - used(folder, 4), lambda: 400.0)
-    yield from measured(once, "memory (PSS) of one more worker", "a bare process with tensorflow imported", FOUR,
-                        "below 1.1", lambda folder: used(folder, 5) - used(folder, 4), bare)
+    yield from measured(
+        once,
+        "memory (PSS) that a 400 MB model adds",
+        "400 MB",
+        FOUR,
+        "below 1.25",
+        lambda folder: used(folder, 4, "heavy") - used(folder, 4),
+        lambda: 400.0,
+    )
+    yield from measured(
+        once,
+        "memory (PSS) of one more worker",
+        "a bare process with tensorflow imported",
+        FOUR,
+        "below 1.1",
+        lambda folder: used(folder, 5) - used(folder, 4),
+        bare,
+    )
 
 
 def save_heavy(folder: str) -> None:
@@ -657,15 +719,29 @@ def reload(options):
                 during.append(1000 * burst(target, 8, 6)["p99"])
                 if target.ask(f"/v1/models/heavy/versions/{version}")[0] != 200:
                     sys.exit(f"version {version} did not come")
-            yield row("p99 of adds in the 6 s in which a version of 400 MB comes / before", "8 clients", "below 3",
-                      during, before)
+            yield row(
+                "p99 of adds in the 6 s in which a version of 400 MB comes / before",
+                "8 clients",
+                "below 3",
+                during,
+                before,
+            )
 
 
-PARTS = {name: functools.partial(compare, what=what, front_end=front_end, model=model, goals=goals)
-         for name, (what, front_end, model, goals) in COMPARISONS.items()}
+PARTS = {
+    name: functools.partial(compare, what=what, front_end=front_end, model=model, goals=goals)
+    for name, (what, front_end, model, goals) in COMPARISONS.items()
+}
 PARTS |= {"latency": latency, "reload": reload, "map": mapped, "start": start, "memory": memory}
-INSIDE = {"constant": serve_constant, "gathered": serve_gathered, "mosec": serve_mosec, "ray_serve": serve_ray_serve,
-          "map": map_rows, "load": run_load, "save": save_heavy}  # what runs in processes of its own
+INSIDE = {
+    "constant": serve_constant,
+    "gathered": serve_gathered,
+    "mosec": serve_mosec,
+    "ray_serve": serve_ray_serve,
+    "map": map_rows,
+    "load": run_load,
+    "save": save_heavy,
+}  # what runs in processes of its own
 
 
 def main() -> None:

@@ -107,8 +107,11 @@ def family(pid: int) -> dict[int, str]:
 
 def plain_environment() -> dict[str, str]:
     """The environment without what a Ray or a TensorFlow in this process has set in it."""
-    return {name: value for name, value in os.environ.items()
-            if name != "CUDA_VISIBLE_DEVICES" and not name.startswith("RAY_AUTH")}
+    return {
+        name: value
+        for name, value in os.environ.items()
+        if name != "CUDA_VISIBLE_DEVICES" and not name.startswith("RAY_AUTH")
+    }
 
 
 def folders() -> set[str]:
@@ -221,8 +224,11 @@ class Server:
 
         def ready():
             health = self.get("/health") if self.is_listening() else None
-            return health and health.status == 200 and workers <= sum(
-                worker["state"] == "ready" for worker in health.json["workers"])
+            return (
+                health
+                and health.status == 200
+                and workers <= sum(worker["state"] == "ready" for worker in health.json["workers"])
+            )
 
         try:
             wait_until(ready, what="/health to be ready")
@@ -264,7 +270,7 @@ def front_end(request, models):
 @pytest.fixture(scope="session")
 def cluster(models):
     """One Cluster in this process, with two workers and all models."""
-    from ray_tensorflow import Cluster
+    from shared_graph.cluster import Cluster
 
     with owned_by_session():
         cluster = Cluster(workers=2, model=[f"{name}={source}" for name, source in models.items()]).start(workers=2)
@@ -275,7 +281,7 @@ def cluster(models):
 @pytest.fixture(scope="session")
 def two(cluster, models):
     """Another one in the same Ray, with two parameter servers, all models and a table of 400 MB."""
-    from ray_tensorflow import Cluster
+    from shared_graph.cluster import Cluster
 
     sources = [f"{name}={source}" for name, source in models.items()]
     with owned_by_session():

@@ -102,13 +102,13 @@ def failing(tf):
     missing = tf.io.read_file(tf.strings.join(["/no/such/file/", tf.strings.as_string(x)]))
     table = tf.raw_ops.HashTableV2(key_dtype=tf.string, value_dtype=tf.int64, shared_name="never filled")
     found = tf.raw_ops.LookupTableFindV2(
-        table_handle=table, keys=tf.strings.as_string(x), default_value=tf.constant(0, tf.int64))
+        table_handle=table, keys=tf.strings.as_string(x), default_value=tf.constant(0, tf.int64)
+    )
     count = tf.get_variable("count", [], tf.int32, tf.zeros_initializer(), use_resource=True)
     end = tf.raw_ops.ResourceCountUpTo(resource=count.handle, limit=0, T=tf.int32) + x
     queue = tf.FIFOQueue(1, tf.int32, [[]], shared_name="closed")
-    with tf.control_dependencies([queue.close()]):
-        with tf.control_dependencies([queue.enqueue(x)]):
-            cancelled = tf.identity(x)
+    with tf.control_dependencies([queue.close()]), tf.control_dependencies([queue.enqueue(x)]):
+        cancelled = tf.identity(x)
     outputs = {"NOT_FOUND": missing, "FAILED_PRECONDITION": found, "OUT_OF_RANGE": end, "CANCELLED": cancelled}
     return {
         **{code: ({"x": x}, {"y": output}) for code, output in outputs.items()},
@@ -160,8 +160,21 @@ def broken(tf):
     raise RuntimeError("this model is broken\nin two lines")
 
 
-FUNCTIONS = ("linear", "same_names", "echo", "several", "scalar", "fixed", "centered", "picky", "counter", "failing",
-             "dictionary", "line", "gate")
+FUNCTIONS = (
+    "linear",
+    "same_names",
+    "echo",
+    "several",
+    "scalar",
+    "fixed",
+    "centered",
+    "picky",
+    "counter",
+    "failing",
+    "dictionary",
+    "line",
+    "gate",
+)
 
 
 # -- graphs for tests that start their own servers ---------------------------------------------------------------------
@@ -174,17 +187,17 @@ def half_plus_two(tf):
 
 def half_plus_remote(tf):
     """y = 0.5x + b, where b is what half_plus_two on this very server makes of 2."""
-    from ray_tensorflow import remote_predict
+    from shared_graph.remote_predict_op import remote_predict
 
     x = tf.placeholder(tf.float32, [None], name="x")
     address = f"127.0.0.1:{os.environ['RAY_TENSORFLOW_TEST_PORT']}"
-    b, = remote_predict(["x"], [tf.constant([2.0])], ["y"], address, "half_plus_two")
+    (b,) = remote_predict(["x"], [tf.constant([2.0])], ["y"], address, "half_plus_two")
     return {"serving_default": ({"x": x}, {"y": 0.5 * x + b})}
 
 
 def remote(tf):
     """For each of REMOTE_CASES (JSON: name to arguments) a signature that may fail, and NAME_status that does not."""
-    from ray_tensorflow import remote_predict
+    from shared_graph.remote_predict_op import remote_predict
 
     signatures = {}
     for name, case in json.loads(os.environ["REMOTE_CASES"]).items():
@@ -193,8 +206,13 @@ def remote(tf):
         address = f"127.0.0.1:{os.environ['RAY_TENSORFLOW_TEST_PORT']}"
         case = {"target_address": address, "model_name": "half_plus_two"} | case
         call = functools.partial(
-            remote_predict, list(inputs), list(inputs.values()), list(outputs), output_types=list(outputs.values()),
-            **case)
+            remote_predict,
+            list(inputs),
+            list(inputs.values()),
+            list(outputs),
+            output_types=list(outputs.values()),
+            **case,
+        )
         code, message, tensors = call(fail_op_on_rpc_error=False)
         signatures[name] = (inputs, dict(zip(outputs, call())))
         signatures[f"{name}_status"] = (inputs, {"code": code, "message": message, **dict(zip(outputs, tensors))})
@@ -227,9 +245,12 @@ def write(v1, session, folder: str, signatures: dict) -> None:
     """A SavedModel of TF1, with its tables and their files."""
     builder = v1.saved_model.Builder(folder)
     builder.add_meta_graph_and_variables(
-        session, ["serve"], main_op=v1.tables_initializer(),
+        session,
+        ["serve"],
+        main_op=v1.tables_initializer(),
         assets_collection=v1.get_collection(v1.GraphKeys.ASSET_FILEPATHS),
-        signature_def_map={name: v1.saved_model.predict_signature_def(*sides) for name, sides in signatures.items()})
+        signature_def_map={name: v1.saved_model.predict_signature_def(*sides) for name, sides in signatures.items()},
+    )
     builder.save()
 
 
@@ -242,15 +263,18 @@ def save_words(tf, folder: str) -> None:
             file.write(words)
         with v1.Graph().as_default(), v1.Session() as session:
             to_number = tf.lookup.StaticVocabularyTable(
-                tf.lookup.TextFileInitializer(vocabulary, tf.string, line, tf.int64, number_of_line), 1)
+                tf.lookup.TextFileInitializer(vocabulary, tf.string, line, tf.int64, number_of_line), 1
+            )
             to_word = tf.lookup.StaticHashTable(
-                tf.lookup.TextFileInitializer(vocabulary, tf.int64, number_of_line, tf.string, line), "?")
+                tf.lookup.TextFileInitializer(vocabulary, tf.int64, number_of_line, tf.string, line), "?"
+            )
             word, number = v1.placeholder(tf.string, [None]), v1.placeholder(tf.int64, [None])
             v1.add_to_collection(v1.GraphKeys.ASSET_FILEPATHS, v1.constant(vocabulary))
             signatures = {
                 "serving_default": ({"word": word}, {"number": to_number.lookup(word)}),
                 "back": ({"number": number}, {"word": to_word.lookup(number)}),
-                "upper": ({"word": word}, {"word": tf.strings.upper(word), "length": tf.strings.length(word)})}
+                "upper": ({"word": word}, {"word": tf.strings.upper(word), "length": tf.strings.length(word)}),
+            }
             session.run(v1.tables_initializer())
             write(v1, session, os.path.join(folder, str(version)), signatures)
 
@@ -259,9 +283,16 @@ def save_picture(tf, folder: str) -> None:
     """Keras: a small convolutional network, by ``export``."""
     tf.keras.utils.set_random_seed(1)
     layers = tf.keras.layers
-    model = tf.keras.Sequential([
-        tf.keras.Input((28, 28, 1)), layers.Conv2D(8, 3, activation="relu"), layers.MaxPooling2D(),
-        layers.Conv2D(16, 3, activation="relu"), layers.Flatten(), layers.Dense(10, activation="softmax")])
+    model = tf.keras.Sequential(
+        [
+            tf.keras.Input((28, 28, 1)),
+            layers.Conv2D(8, 3, activation="relu"),
+            layers.MaxPooling2D(),
+            layers.Conv2D(16, 3, activation="relu"),
+            layers.Flatten(),
+            layers.Dense(10, activation="softmax"),
+        ]
+    )
     model.export(os.path.join(folder, "3"), verbose=False)
 
 
@@ -296,10 +327,15 @@ def save_scores(tf, folder: str) -> None:
             return v1.saved_model.build_signature_def(*sides, f"tensorflow/serving/{method}")
 
         builder = v1.saved_model.Builder(os.path.join(folder, "1"))
-        builder.add_meta_graph_and_variables(session, ["serve"], signature_def_map={
-            "serving_default": signature("predict", {"x": x}, {"y": x * 2}),
-            "classify": signature("classify", {"inputs": inputs}, {"classes": classes, "scores": scores}),
-            "regress": signature("regress", {"inputs": inputs}, {"outputs": tf.reduce_sum(scores, axis=1)})})
+        builder.add_meta_graph_and_variables(
+            session,
+            ["serve"],
+            signature_def_map={
+                "serving_default": signature("predict", {"x": x}, {"y": x * 2}),
+                "classify": signature("classify", {"inputs": inputs}, {"classes": classes, "scores": scores}),
+                "regress": signature("regress", {"inputs": inputs}, {"outputs": tf.reduce_sum(scores, axis=1)}),
+            },
+        )
         builder.save()
 
 
@@ -313,8 +349,12 @@ def save_numbered(tf, folder: str, versions: int = 12) -> None:
             x, by = v1.placeholder(tf.float32, [None]), v1.placeholder(tf.int32, [])
             number = v1.get_variable("number", initializer=float(version), use_resource=False)
             count = v1.get_variable("count", initializer=100 * version, use_resource=True)
-            table = tf.lookup.StaticHashTable(tf.lookup.TextFileInitializer(
-                folder + ".txt", tf.int64, line, tf.string, tf.lookup.TextFileIndex.WHOLE_LINE), "?")
+            table = tf.lookup.StaticHashTable(
+                tf.lookup.TextFileInitializer(
+                    folder + ".txt", tf.int64, line, tf.string, tf.lookup.TextFileIndex.WHOLE_LINE
+                ),
+                "?",
+            )
             v1.add_to_collection(v1.GraphKeys.ASSET_FILEPATHS, v1.constant(folder + ".txt"))
             word = table.lookup(tf.zeros(tf.shape(x), tf.int64))
             outputs = {"number": 0 * x + number, "word": word, "constant": tf.cast(0 * x, tf.int32) + version}
@@ -325,8 +365,14 @@ def save_numbered(tf, folder: str, versions: int = 12) -> None:
             write(v1, session, os.path.join(folder, str(version)), signatures)
 
 
-SAVED = {"words": save_words, "picture": save_picture, "affine": save_affine, "scores": save_scores,
-         "numbered": save_numbered, "counting": functools.partial(save_numbered, versions=2)}
+SAVED = {
+    "words": save_words,
+    "picture": save_picture,
+    "affine": save_affine,
+    "scores": save_scores,
+    "numbered": save_numbered,
+    "counting": functools.partial(save_numbered, versions=2),
+}
 
 
 def save(folder: str) -> dict[str, str]:
@@ -349,7 +395,8 @@ class PlainSession:
     """The reference: one source in an ordinary in-process session, run as TensorFlow's own tutorials do."""
 
     def __init__(self, source: str):
-        from ray_tensorflow import Options, import_tensorflow
+        from shared_graph.options import Options
+        from shared_graph.tensorflow_runtime import import_tensorflow
 
         tf, [source] = import_tensorflow(), Options(model=source).model
         _, source = max(source.versions().items())
@@ -365,7 +412,8 @@ class PlainSession:
                 self.session.run([tf.global_variables_initializer(), tf.tables_initializer()])
         self.names = {  # of the tensors by that of the signature: inputs, outputs
             signature: [{key: tensor.name for key, tensor in side.items()} for side in sides]
-            for signature, sides in signatures.items()}
+            for signature, sides in signatures.items()
+        }
 
     def predict(self, inputs: dict, signature: str = "serving_default") -> dict:
         feeds, fetches = self.names[signature]

@@ -9,12 +9,23 @@ import time
 import numpy as np
 import pytest
 from conftest import wait_until
-from ray_tensorflow import (
-    ADDER_SOURCE, Batcher, DeadlineExceeded, Error, Graph, InvalidRequest, Line, Model, ModelError, ModelSource,
-    Options, Unavailable, WorkerLost, answer_requests, import_tensorflow, read_frame, to_frame)
 
-KINDS = {"m": {"merged": ["serving_default"]}, "n": {"merged": ["serving_default"]}, "single": {},
-         "caller": {"calls_out": True}}
+from shared_graph.batch_runner import answer_requests
+from shared_graph.batcher import Batcher, Line
+from shared_graph.errors import DeadlineExceeded, Error, InvalidRequest, ModelError, Unavailable, WorkerLost
+from shared_graph.graph import Graph
+from shared_graph.merging import find_merged
+from shared_graph.models import ADDER_SOURCE, Model, ModelSource
+from shared_graph.options import Options
+from shared_graph.tensorflow_runtime import import_tensorflow
+from shared_graph.wire import read_frame, to_frame
+
+KINDS = {
+    "m": {"merged": ["serving_default"]},
+    "n": {"merged": ["serving_default"]},
+    "single": {},
+    "caller": {"calls_out": True},
+}
 MODELS = {name: Model(ModelSource(name, 1), "AVAILABLE", **kind) for name, kind in KINDS.items()}
 PLACES = 2  # batches that a worker is sent at once
 LARGE_BYTES = 2**26
@@ -107,7 +118,11 @@ async def test_no_more_than_max_batch_travel_together_and_models_take_turns():
     stage.ask(99, model="n")
     await turn()
     assert [(model, bodies) for _, model, bodies in stage.sent] == [
-        ("m", [0, 1, 2, 3]), ("n", [99]), ("m", [4, 5, 6, 7]), ("m", [8, 9, 10, 11])]
+        ("m", [0, 1, 2, 3]),
+        ("n", [99]),
+        ("m", [4, 5, 6, 7]),
+        ("m", [8, 9, 10, 11]),
+    ]
 
 
 async def test_a_batch_waits_for_company_as_long_as_batch_wait_ms():
@@ -272,7 +287,7 @@ async def test_whatever_happens_each_request_is_answered_and_none_runs_more_ofte
         runs = sum(bodies.count(body) for bodies in stage.bodies if body in bodies)
         assert runs <= (1 if verb == "add" else 2)
         if not future.cancelled():
-            assert isinstance(future.exception(), WorkerLost) or runs and future.result() == 2 * body
+            assert isinstance(future.exception(), WorkerLost) or (runs and future.result() == 2 * body)
     assert max(map(len, stage.bodies)) <= 4 and stage.batcher.waiting == 0
 
 
@@ -291,7 +306,7 @@ def load():
         graph = Graph(tf, source, tasks=0)
         graph.connect(tf, [], Options())
         graph.restore()
-        for name in [*graph.find_merged(Options()), *merged]:
+        for name in [*find_merged(graph, Options()), *merged]:
             graph.signatures[name].merged = True
         return graph
 
@@ -322,7 +337,8 @@ def test_requests_whose_rows_fit_share_a_run_and_get_their_own_rows_back(load):
 
 def test_one_bad_request_does_not_fail_its_batch(load):
     first, bad, unread, last = answers(
-        load("picky", "serving_default"), rows(2), rows(-2), ("predict", (b"{", False), 60, False), rows(4))
+        load("picky", "serving_default"), rows(2), rows(-2), ("predict", (b"{", False), 60, False), rows(4)
+    )
     assert (first, last) == ([1], [2]) and isinstance(unread, InvalidRequest)
     assert isinstance(bad, ModelError) and bad.status == 400 and "must not be negative" in str(bad)
     adds = [("add", value, 60, False) for value in (1.7e308, 1.7e308, -1.7e308)]
@@ -332,13 +348,19 @@ def test_one_bad_request_does_not_fail_its_batch(load):
 
 def test_a_result_of_the_wrong_length_is_run_again_one_by_one(load):
     assert answers(load("failing", "first_row"), *[rows(value, 0, signature="first_row") for value in (1, 2)]) == [
-        ([1, 0], [1]), ([2, 0], [2])]
+        ([1, 0], [1]),
+        ([2, 0], [2]),
+    ]
 
 
 def test_what_came_past_its_deadline_or_from_a_lost_worker_is_not_run_unless_in_time_and_it_changes_nothing(load):
     """All are answered: only so their places become free."""
     late, repeated, read, count = answers(
-        load("counter"), rows(0, signature="count", seconds=0), rows(0, signature="count", is_repeated=True),
-        rows(0, signature="read", is_repeated=True), rows(0, signature="count"))
+        load("counter"),
+        rows(0, signature="count", seconds=0),
+        rows(0, signature="count", is_repeated=True),
+        rows(0, signature="read", is_repeated=True),
+        rows(0, signature="count"),
+    )
     assert isinstance(late, DeadlineExceeded) and isinstance(repeated, WorkerLost) and repeated.status == 502
     assert (read, count) == (0, 1)

@@ -12,7 +12,8 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 from conftest import REPOSITORY, plain_environment
-from ray_tensorflow import InvalidRequest
+
+from shared_graph.errors import InvalidRequest
 
 X = {"x": np.array([[1, 1, 1]], np.float32)}
 Y = [[9.5, 11.5]]
@@ -77,19 +78,24 @@ def test_a_caller_that_gives_up_harms_nobody(cluster):
     assert [answer["y"].tolist() for answer in answers[1::2]] == [Y] * 20
 
 
-@pytest.mark.parametrize(["arguments", "status", "words"], [
-    (({"x": [[1, 1, 1]]}, "unheard"), 404, "unheard"),
-    (({"x": [[1, 1, 1]]}, "linear", "unheard"), 400, "unheard"),
-    (({"x": [[1, 1, 1]]}, "linear", "serving_default", 7), 404, "7"),
-    (({"y": [[1, 1, 1]]}, "linear"), 400, "'x'"),
-    (({"x": [[1, 1, 1]], "y": 1}, "linear"), 400, "'y'"),
-    (([[1, 1]], "several"), 400, "one array"),
-    ((None, "linear"), 400, "'x'"),
-    (({"x": [["1", "1", "1"]]}, "linear"), 400, "float32"),
-    (({"x": [[1, 1, 1], [1]]}, "linear"), 400, "ragged"),
-    (({"n": [1.5]}, "affine", "double"), 400, "int32"),
-    (({"n": [2**40]}, "affine", "double"), 400, "int32"),
-    (({"word": [1]}, "words"), 400, "text")], ids=str)
+@pytest.mark.parametrize(
+    ["arguments", "status", "words"],
+    [
+        (({"x": [[1, 1, 1]]}, "unheard"), 404, "unheard"),
+        (({"x": [[1, 1, 1]]}, "linear", "unheard"), 400, "unheard"),
+        (({"x": [[1, 1, 1]]}, "linear", "serving_default", 7), 404, "7"),
+        (({"y": [[1, 1, 1]]}, "linear"), 400, "'x'"),
+        (({"x": [[1, 1, 1]], "y": 1}, "linear"), 400, "'y'"),
+        (([[1, 1]], "several"), 400, "one array"),
+        ((None, "linear"), 400, "'x'"),
+        (({"x": [["1", "1", "1"]]}, "linear"), 400, "float32"),
+        (({"x": [[1, 1, 1], [1]]}, "linear"), 400, "ragged"),
+        (({"n": [1.5]}, "affine", "double"), 400, "int32"),
+        (({"n": [2**40]}, "affine", "double"), 400, "int32"),
+        (({"word": [1]}, "words"), 400, "text"),
+    ],
+    ids=str,
+)
 def test_a_wrong_input_is_refused_in_one_sentence(cluster, arguments, status, words):
     with pytest.raises(InvalidRequest) as caught:
         cluster.predict(*arguments)
@@ -117,8 +123,14 @@ def run_script(code: str, **environment) -> dict:
     prelude = f"{imports}\nsys.path.insert(0, {REPOSITORY!r})\nreport = {{}}\n"
     code = prelude + textwrap.dedent(code) + "\nprint('REPORT', json.dumps(report))"
     with tempfile.TemporaryDirectory() as folder:
-        result = subprocess.run([sys.executable, "-c", code], cwd=folder, text=True, capture_output=True, timeout=500,
-                                env=plain_environment() | environment)
+        result = subprocess.run(
+            [sys.executable, "-c", code],
+            cwd=folder,
+            text=True,
+            capture_output=True,
+            timeout=500,
+            env=plain_environment() | environment,
+        )
     assert result.returncode == 0, result.stderr
     return json.loads(result.stdout.rpartition("REPORT ")[2])
 
@@ -128,7 +140,7 @@ def lives():
     """What was seen of four clusters in one process, one after the other, each started and closed in another way."""
     return run_script("""
         import uvloop
-        from ray_tensorflow import Cluster
+        from shared_graph.cluster import Cluster
         import ray
 
         def use(cluster, way):
@@ -207,9 +219,11 @@ def test_closing_while_starting_is_quick_and_clean(tmp_path):
     """At three moments: at once, when Ray is up, and when the parameter server builds its models."""
     for folder in (gate := tmp_path / "gate", temporary := tmp_path / "temporary"):
         folder.mkdir()
-    report = run_script("""
+    report = run_script(
+        """
         import ray
-        from ray_tensorflow import Cluster, Unavailable
+        from shared_graph.cluster import Cluster
+        from shared_graph.errors import Unavailable
 
         def start():
             try:
@@ -232,7 +246,10 @@ def test_closing_while_starting_is_quick_and_clean(tmp_path):
             report["seconds"].append(time.monotonic() - began)
             folders = glob.glob(os.path.join(tempfile.gettempdir(), "ray_tensorflow_*"))
             report["left"].append([ray.is_initialized(), cluster.health()["status"], folders])
-        """, RAY_TENSORFLOW_TEST_GATE=str(gate), TMPDIR=str(temporary))
+        """,
+        RAY_TENSORFLOW_TEST_GATE=str(gate),
+        TMPDIR=str(temporary),
+    )
     assert report["raised"] == ["The server is shutting down."] * 3
     assert report["left"] == [[False, "failed", []]] * 3
     assert max(report["seconds"]) < 60

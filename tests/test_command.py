@@ -61,8 +61,13 @@ def running(*options: str, before=()):
         outputs = [stack.enter_context(open(os.path.join(folders["log"], name), "w")) for name in ("stdout", "stderr")]
         process = subprocess.Popen(
             [*before, sys.executable, os.path.join(REPOSITORY, "ray_tensorflow.py"), *options],
-            cwd=folders["work"], env=environment, stdin=subprocess.DEVNULL,
-            stdout=outputs[0], stderr=outputs[1], start_new_session=True)
+            cwd=folders["work"],
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=outputs[0],
+            stderr=outputs[1],
+            start_new_session=True,
+        )
     try:
         yield Run(process, folders, owner)
     finally:
@@ -75,8 +80,7 @@ def running(*options: str, before=()):
             shutil.rmtree(folder, ignore_errors=True)
 
 
-@pytest.mark.parametrize("options, workers", [
-    ([], 4), pytest.param(["--workers", "10"], 10, marks=pytest.mark.long)])
+@pytest.mark.parametrize("options, workers", [([], 4), pytest.param(["--workers", "10"], 10, marks=pytest.mark.long)])
 def test_it_ends_with_the_sum_of_the_workers_numbers_has_a_line_for_each_event_and_leaves_nothing(options, workers):
     with running(*options) as run:
         assert run.wait() == 0, run.read("stderr")
@@ -96,10 +100,17 @@ def test_it_ends_with_the_sum_of_the_workers_numbers_has_a_line_for_each_event_a
         assert (run.left, run.files()) == ({}, [])
 
 
-@pytest.mark.parametrize("moment, end", [
-    ("gcs_server", "Ctrl-C"), ("ray::ParameterServer", "SIGTERM"),
-    *(pytest.param(*case, marks=pytest.mark.long)
-      for case in [("gcs_server", "SIGTERM"), ("ray::ParameterServer", "Ctrl-C"), ("ray::Worker", "Ctrl-C")])])
+@pytest.mark.parametrize(
+    "moment, end",
+    [
+        ("gcs_server", "Ctrl-C"),
+        ("ray::ParameterServer", "SIGTERM"),
+        *(
+            pytest.param(*case, marks=pytest.mark.long)
+            for case in [("gcs_server", "SIGTERM"), ("ray::ParameterServer", "Ctrl-C"), ("ray::Worker", "Ctrl-C")]
+        ),
+    ],
+)
 def test_it_can_be_ended_at_any_moment_and_leaves_nothing(moment, end):
     with running("--workers", "2") as run:
         wait_until(lambda: any(moment in command for command in processes(run.owner).values()), what=moment)
@@ -129,8 +140,11 @@ def test_a_wrong_option_ends_it_before_anything_starts():
 # -- small and awkward places to run in --------------------------------------------------------------------------------
 
 PROXY = "http://127.0.0.1:9"  # where nobody listens
-PROXIES = [f"{name}={PROXY}" for word in ("http", "https", "all", "grpc")
-           for name in (f"{word}_proxy", f"{word.upper()}_PROXY")]
+PROXIES = [
+    f"{name}={PROXY}"
+    for word in ("http", "https", "all", "grpc")
+    for name in (f"{word}_proxy", f"{word.upper()}_PROXY")
+]
 ONE_CPU = ["taskset", "-c", str(min(os.sched_getaffinity(0)))]
 
 
@@ -171,14 +185,20 @@ def test_the_command_adds_with_no_home_at_all_and_a_temporary_folder_that_does_n
         assert (run.left, run.files()) == ({}, [])
 
 
-READ_ONLY = [f"if [ -d {folder} ]; then mount --bind {folder} {folder}; mount -o remount,ro,bind {folder}; fi"
-             for folder in ("/tmp", "/var/tmp", "/usr/tmp")]
+READ_ONLY = [
+    f"if [ -d {folder} ]; then mount --bind {folder} {folder}; mount -o remount,ro,bind {folder}; fi"
+    for folder in ("/tmp", "/var/tmp", "/usr/tmp")
+]
 
 
-@pytest.mark.parametrize("mounts, words", [
-    ([*READ_ONLY, "cd /proc"], "No usable temporary directory"),
-    (['mount -t tmpfs -o size=64k none "$TMPDIR"'], "Less than 1 MiB is free in /tmp/rt"),
-], ids=["nowhere to write", "a full disk"])
+@pytest.mark.parametrize(
+    "mounts, words",
+    [
+        ([*READ_ONLY, "cd /proc"], "No usable temporary directory"),
+        (['mount -t tmpfs -o size=64k none "$TMPDIR"'], "Less than 1 MiB is free in /tmp/rt"),
+    ],
+    ids=["nowhere to write", "a full disk"],
+)
 def test_without_room_for_temporary_files_it_says_so_and_ends(mounts, words):
     with running("--workers", "1", before=with_mounts(*mounts)) as run:
         assert run.wait(START_S) == 1

@@ -9,8 +9,11 @@ import time
 import numpy as np
 import pytest
 from conftest import wait_until
-from ray_tensorflow import Error, Options, predict_file
 from test_command import running
+
+from shared_graph.errors import Error
+from shared_graph.files import predict_file
+from shared_graph.options import Options
 
 rows = np.random.default_rng(0).standard_normal((1000, 3)).astype(np.float32)
 column = abs(rows[:, 0])
@@ -28,16 +31,20 @@ def load(path) -> dict:
     return {"": np.load(path)} if path.suffix == ".npy" else dict(np.load(path))
 
 
-@pytest.mark.parametrize("model, given, source, target, expected", [
-    ("picky", column, "in.npy", "out.npy", {"": column / 2}),
-    ("picky", {"x": column}, "in.npz", "out.npy", {"": column / 2}),
-    ("picky", column[:1], "in.npy", "out.npz", {"y": column[:1] / 2}),
-    ("picky", np.arange(5), "in.npy", "out.npy", {"": np.arange(5, dtype=np.float32) / 2}),
-    ("echo", np.asfortranarray(rows), "in.npy", "out.npy", {"": rows}),
-    ("several", pairs, "in.npz", "out.npz", several),
-    ("words", np.array(["two", "zero", "never"]), "in.npy", "out.npy", {"": np.array([2, 0, 3])}),
-    ("picky", column[:0], "in.npy", "out.npy", {"": column[:0]}),
-], ids=["npy", "npz to npy", "npy to npz", "integers", "Fortran order", "several", "text", "no rows"])
+@pytest.mark.parametrize(
+    "model, given, source, target, expected",
+    [
+        ("picky", column, "in.npy", "out.npy", {"": column / 2}),
+        ("picky", {"x": column}, "in.npz", "out.npy", {"": column / 2}),
+        ("picky", column[:1], "in.npy", "out.npz", {"y": column[:1] / 2}),
+        ("picky", np.arange(5), "in.npy", "out.npy", {"": np.arange(5, dtype=np.float32) / 2}),
+        ("echo", np.asfortranarray(rows), "in.npy", "out.npy", {"": rows}),
+        ("several", pairs, "in.npz", "out.npz", several),
+        ("words", np.array(["two", "zero", "never"]), "in.npy", "out.npy", {"": np.array([2, 0, 3])}),
+        ("picky", column[:0], "in.npy", "out.npy", {"": column[:0]}),
+    ],
+    ids=["npy", "npz to npy", "npy to npz", "integers", "Fortran order", "several", "text", "no rows"],
+)
 def test_a_file_is_predicted_whole(cluster, tmp_path, capfd, model, given, source, target, expected):
     save(tmp_path / source, given)
     predict_file(cluster, model, str(tmp_path / source), str(tmp_path / target))
@@ -74,23 +81,40 @@ def corrupt(path) -> None:
         file.write(b"\xff" * 20)
 
 
-@pytest.mark.parametrize("model, given, source, target, spoil, message", [
-    ("picky", None, "in.npy", "out.npy", None, "in.npy"),
-    ("picky", {"z": column}, "in.npz", "out.npy", None, r"\['x'\], not \['z'\]"),
-    ("several", rows, "in.npy", "out.npz", None, r"\['n', 'x'\]"),
-    ("several", pairs | {"n": np.arange(3)}, "in.npz", "out.npz", None, "in.npz.* as many rows"),
-    ("several", pairs, "in.npz", "out.npy", None, r"\['next', 'scaled', 'total'\]: name it .npz"),
-    ("picky", column, "in.npy", "out.npy", cut, "in.npy"),
-    ("picky", column, "in.npy", "out.npy", lambda path: os.truncate(path, 5), "in.npy"),
-    ("several", pairs, "in.npz", "out.npz", corrupt, "in.npz"),
-    ("picky", np.array([1.0, "one"], object), "in.npy", "out.npy", None, "in.npy"),
-    ("picky", np.float32(1), "in.npy", "out.npy", None, "in.npy"),
-    ("picky", np.r_[column, -1].astype("f4"), "in.npy", "out.npy", None, r"batch \d+: .*must not be negative"),
-    ("scalar", column, "in.npy", "out.npy", None, "not one row for each"),
-], ids=["missing", "name", "npy for inputs", "rows differ", "npy for outputs", "truncated", "header truncated",
-        "npz corrupted", "objects", "scalar", "half way", "not by row"])
+@pytest.mark.parametrize(
+    "model, given, source, target, spoil, message",
+    [
+        ("picky", None, "in.npy", "out.npy", None, "in.npy"),
+        ("picky", {"z": column}, "in.npz", "out.npy", None, r"\['x'\], not \['z'\]"),
+        ("several", rows, "in.npy", "out.npz", None, r"\['n', 'x'\]"),
+        ("several", pairs | {"n": np.arange(3)}, "in.npz", "out.npz", None, "in.npz.* as many rows"),
+        ("several", pairs, "in.npz", "out.npy", None, r"\['next', 'scaled', 'total'\]: name it .npz"),
+        ("picky", column, "in.npy", "out.npy", cut, "in.npy"),
+        ("picky", column, "in.npy", "out.npy", lambda path: os.truncate(path, 5), "in.npy"),
+        ("several", pairs, "in.npz", "out.npz", corrupt, "in.npz"),
+        ("picky", np.array([1.0, "one"], object), "in.npy", "out.npy", None, "in.npy"),
+        ("picky", np.float32(1), "in.npy", "out.npy", None, "in.npy"),
+        ("picky", np.r_[column, -1].astype("f4"), "in.npy", "out.npy", None, r"batch \d+: .*must not be negative"),
+        ("scalar", column, "in.npy", "out.npy", None, "not one row for each"),
+    ],
+    ids=[
+        "missing",
+        "name",
+        "npy for inputs",
+        "rows differ",
+        "npy for outputs",
+        "truncated",
+        "header truncated",
+        "npz corrupted",
+        "objects",
+        "scalar",
+        "half way",
+        "not by row",
+    ],
+)
 def test_what_cannot_be_predicted_is_one_sentence_and_an_older_output_stays(
-        cluster, tmp_path, model, given, source, target, spoil, message):
+    cluster, tmp_path, model, given, source, target, spoil, message
+):
     if given is not None:
         save(tmp_path / source, given)
     if spoil:

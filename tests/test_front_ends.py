@@ -44,7 +44,10 @@ def test_health_tells_about_the_parameter_server_and_each_worker(front_end):
     pids = [actor["pid"] for actor in health["parameter_servers"] + health["workers"]]
     assert len(set(pids)) == 3 and set(pids) <= set(processes("session"))
     assert {name: health["models"][name]["merged"] for name in ("linear", "centered", "counter")} == {
-        "linear": ["serving_default"], "centered": [], "counter": []}
+        "linear": ["serving_default"],
+        "centered": [],
+        "counter": [],
+    }
     assert good(front_end.predict("linear", {"instances": [[1, 0, 0]]})) == {"predictions": [[1.5, 1.5]]}
     assert imports_tensorflow(pids[0]) and not imports_tensorflow(front_end.process.pid)
     head = front_end.request("HEAD", "/health")
@@ -77,21 +80,45 @@ def test_answers_are_counted_by_model_and_kind_and_errors_by_status(front_end):
     assert not any("nobody" in name for name in moved)  # what anybody asks for makes no new series
 
 
-@pytest.mark.parametrize("method, path, status", [
-    *[("GET", f"/?{query}", 400) for query in (
-        "value=", "value=nan", "value=1&value=2", "value=%ff", "value=1%00", "value=" + "9" * 10_000)],
-    *[("GET", path, 404) for path in (
-        "/nothing", "/health/", "/ws", "/%00", "//etc/passwd", "/../etc/passwd", "/" + "x" * 5000, "/static/x", "/v1")],
-    *[(method, path, 405) for method in ("POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE")
-      for path in ("/?value=1", "/health", "/metrics")]], ids=lambda value: str(value)[:20])
+@pytest.mark.parametrize(
+    "method, path, status",
+    [
+        *[
+            ("GET", f"/?{query}", 400)
+            for query in ("value=", "value=nan", "value=1&value=2", "value=%ff", "value=1%00", "value=" + "9" * 10_000)
+        ],
+        *[
+            ("GET", path, 404)
+            for path in (
+                "/nothing",
+                "/health/",
+                "/ws",
+                "/%00",
+                "//etc/passwd",
+                "/../etc/passwd",
+                "/" + "x" * 5000,
+                "/static/x",
+                "/v1",
+            )
+        ],
+        *[
+            (method, path, 405)
+            for method in ("POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE")
+            for path in ("/?value=1", "/health", "/metrics")
+        ],
+    ],
+    ids=lambda value: str(value)[:20],
+)
 def test_what_is_not_served_is_refused_and_changes_nothing(front_end, method, path, status):
     before = front_end.add(0)
     error(front_end.request(method, path), status)
     assert front_end.add(0) == before
 
 
-@pytest.mark.parametrize("header, before, after", [
-    (f"Content-Length: {65 * 2**20}", b"", b""), ("Transfer-Encoding: chunked", b"100000\r\n", b"\r\n")])
+@pytest.mark.parametrize(
+    "header, before, after",
+    [(f"Content-Length: {65 * 2**20}", b"", b""), ("Transfer-Encoding: chunked", b"100000\r\n", b"\r\n")],
+)
 def test_a_body_that_is_too_large_is_413_whether_it_says_so_or_not(front_end, header, before, after):
     with socket.create_connection(("127.0.0.1", front_end.port), 60) as connection:
         connection.sendall(f"POST /v1/models/picky:predict HTTP/1.1\r\nHost: a\r\n{header}\r\n\r\n".encode())
@@ -114,8 +141,11 @@ def test_while_it_starts_all_that_needs_the_graph_is_503_and_a_signal_ends_it(ki
         health = server.get("/health")
         assert health.status == 503 and health.json["status"] == "starting"
         assert [worker["state"] for worker in health.json["workers"]] == ["starting"] * 2
-        for answer in (server.get("/?value=1"), server.predict("adder", {"instances": [1]}),
-                       server.get("/v1/models/adder")):
+        for answer in (
+            server.get("/?value=1"),
+            server.predict("adder", {"instances": [1]}),
+            server.get("/v1/models/adder"),
+        ):
             error(answer, 503)
         error(server.get("/nothing"), 404)
         assert server.stop(signal.SIGTERM) in (0, -signal.SIGTERM)
@@ -147,15 +177,18 @@ server.serve_forever()
 """
 OTHER_SERVERS = {
     "flask": ["-c", PREFORKING_WSGI_SERVER.replace("{", "{{").replace("}", "}}"), "{port}"],
-    "starlette": ["-m", "uvicorn", "ray_tensorflow_starlette:app", "--port", "{port}"]}
+    "starlette": ["-m", "uvicorn", "ray_tensorflow_starlette:app", "--port", "{port}"],
+}
 
 
 @KINDS
 def test_another_server_runs_the_app_from_another_folder_with_options_from_the_environment(kind, tmp_path):
     """That of Flask loads the application and then forks (tensorflow#2448)."""
     environment = os.environ | {
-        "PYTHONPATH": os.pathsep.join([REPOSITORY, os.environ["PYTHONPATH"]]), "RAY_TENSORFLOW_WORKERS": "1",
-        "RAY_TENSORFLOW_MODEL": "net=example_models:linear"}
+        "PYTHONPATH": os.pathsep.join([REPOSITORY, os.environ["PYTHONPATH"]]),
+        "RAY_TENSORFLOW_WORKERS": "1",
+        "RAY_TENSORFLOW_MODEL": "net=example_models:linear",
+    }
     command = [sys.executable, *OTHER_SERVERS[kind]]
     with Server(kind, command=command, cwd=tmp_path, env=environment).wait_ready() as server:
         assert good(server.predict("net", {"instances": [[1, 0, 0]]})) == {"predictions": [[1.5, 1.5]]}

@@ -5,7 +5,13 @@ import shutil
 
 import numpy as np
 import pytest
-from ray_tensorflow import ADDER_SOURCE, Graph, ModelError, ModelSource, Options, import_tensorflow
+
+from shared_graph.errors import ModelError
+from shared_graph.graph import Graph
+from shared_graph.merging import find_merged
+from shared_graph.models import ADDER_SOURCE, ModelSource
+from shared_graph.options import Options
+from shared_graph.tensorflow_runtime import import_tensorflow
 
 BIG = np.finfo(np.float64).max
 ONES = np.ones((1, 3), np.float32)
@@ -134,7 +140,8 @@ def looks_across_its_batch(tf):
         "running sum": tf.cumsum(x, axis=0),
         "row count": tf.fill(tf.shape(x)[:1], tf.shape(x)[0]),
         "one row less": x[1:],
-        "one number": tf.reduce_mean(x)}
+        "one number": tf.reduce_mean(x),
+    }
     signatures = {name: ({"x": x}, {"y": y}) for name, y in outputs.items()}
     signatures["distinct"] = {"n": n}, {"y": tf.unique(n).idx}
     signatures["joined"] = {"text": text}, {"y": tf.strings.join([text, tf.strings.reduce_join(text)])}
@@ -154,26 +161,39 @@ def minds_its_rows(tf):
         "bfloat16": tf.cast(x, tf.bfloat16) @ tf.cast(w, tf.bfloat16),
         "boolean": x > 0,
         "no number": tf.log(x),
-        "rounding": x * (1 + 1e-8 * tf.cast(tf.shape(x)[0], tf.float32))}
+        "rounding": x * (1 + 1e-8 * tf.cast(tf.shape(x)[0], tf.float32)),
+    }
     return {name: ({"x": x}, {"y": y}) for name, y in outputs.items()} | {
-        "integer": ({"n": n}, {"y": n * 3}), "text": ({"text": text}, {"y": tf.strings.upper(text)}),
-        "classifier": ({"text": text}, {"label": labels, "scores": scores})}
+        "integer": ({"n": n}, {"y": n * 3}),
+        "text": ({"text": text}, {"y": tf.strings.upper(text)}),
+        "classifier": ({"text": text}, {"label": labels, "scores": scores}),
+    }
 
 
 def test_signatures_share_runs_unless_they_look_across_their_batch_or_with_exact_differ_in_the_last_bit(load):
-    assert load("test_graph:looks_across_its_batch").find_merged(Options()) == []
+    assert find_merged(load("test_graph:looks_across_its_batch"), Options()) == []
     graph = load("test_graph:minds_its_rows")
-    assert set(graph.find_merged(Options())) == set(graph.signatures)
-    exact = set(graph.find_merged(Options(exact=True)))
+    assert set(find_merged(graph, Options())) == set(graph.signatures)
+    exact = set(find_merged(graph, Options(exact=True)))
     assert exact >= {"integer", "text", "boolean"} and "rounding" not in exact
 
 
-@pytest.mark.parametrize(["name", "merged"], [
-    ("words", {"serving_default", "back", "upper"}), ("affine", {"serving_default", "double"}),
-    ("picture", {"serve", "serving_default"}), ("several", {"serving_default"}), ("scalar", set()), ("fixed", set()),
-    ("counter", set()), ("echo", set()), ("adder", {"serving_default"})])
+@pytest.mark.parametrize(
+    ["name", "merged"],
+    [
+        ("words", {"serving_default", "back", "upper"}),
+        ("affine", {"serving_default", "double"}),
+        ("picture", {"serve", "serving_default"}),
+        ("several", {"serving_default"}),
+        ("scalar", set()),
+        ("fixed", set()),
+        ("counter", set()),
+        ("echo", set()),
+        ("adder", {"serving_default"}),
+    ],
+)
 def test_models_share_runs_where_rows_are_told_apart_and_nothing_is_changed(load, models, name, merged):
-    assert set(load(models.get(name, ADDER_SOURCE)).find_merged(Options())) == merged
+    assert set(find_merged(load(models.get(name, ADDER_SOURCE)), Options())) == merged
 
 
 # -- which signatures change state -------------------------------------------------------------------------------------
@@ -188,14 +208,20 @@ def changes_state(tf):
             return tf.constant(1)
 
     inner = tf.function(lambda: v.assign_add([1.0, 1, 1]).read_value())
-    return {name: ({}, {"y": y}) for name, y in {
-        "updates first": after(v.assign_add([1.0, 1, 1], read_value=False)),
-        "updates in a branch": tf.cond(tf.equal(v[0], 0), lambda: v.assign_add([1.0, 1, 1]).read_value(), v.read_value),
-        "updates in a function": tf.function(lambda: inner())(),
-        "trains": after(tf.train.AdamOptimizer().minimize(tf.reduce_sum(v * v))),
-        "inserts": after(table.insert(tf.constant(["a"]), tf.constant([1], tf.int64))),
-        "takes from a queue": tf.FIFOQueue(3, [tf.float32]).dequeue(),
-        "draws from a generator": tf.random.experimental.Generator.from_seed(1).uniform([3])}.items()}
+    return {
+        name: ({}, {"y": y})
+        for name, y in {
+            "updates first": after(v.assign_add([1.0, 1, 1], read_value=False)),
+            "updates in a branch": tf.cond(
+                tf.equal(v[0], 0), lambda: v.assign_add([1.0, 1, 1]).read_value(), v.read_value
+            ),
+            "updates in a function": tf.function(lambda: inner())(),
+            "trains": after(tf.train.AdamOptimizer().minimize(tf.reduce_sum(v * v))),
+            "inserts": after(table.insert(tf.constant(["a"]), tf.constant([1], tf.int64))),
+            "takes from a queue": tf.FIFOQueue(3, [tf.float32]).dequeue(),
+            "draws from a generator": tf.random.experimental.Generator.from_seed(1).uniform([3]),
+        }.items()
+    }
 
 
 def only_computes(tf):
@@ -203,13 +229,17 @@ def only_computes(tf):
     v.assign_add([1.0, 1, 1])  # beside everything
     x = v[0]
     power = tf.while_loop(lambda y: y < 100, lambda y: y * x, [x])
-    return {name: ({}, {"y": y}) for name, y in {
-        "reads": v.read_value() * 2,
-        "looks up": table.lookup(tf.constant(["a"])),
-        "scatters into a new tensor": tf.scatter_nd([[1]], [1.0], [3]),
-        "gathers a list in a loop": tf.gradients(power, x)[0],
-        "counts bits": tf.raw_ops.PopulationCount(x=tf.constant([7], tf.uint8)),
-        "calls python": tf.numpy_function(lambda: np.float32(1), [], tf.float32)}.items()}
+    return {
+        name: ({}, {"y": y})
+        for name, y in {
+            "reads": v.read_value() * 2,
+            "looks up": table.lookup(tf.constant(["a"])),
+            "scatters into a new tensor": tf.scatter_nd([[1]], [1.0], [3]),
+            "gathers a list in a loop": tf.gradients(power, x)[0],
+            "counts bits": tf.raw_ops.PopulationCount(x=tf.constant([7], tf.uint8)),
+            "calls python": tf.numpy_function(lambda: np.float32(1), [], tf.float32),
+        }.items()
+    }
 
 
 def variable_and_table(tf):
@@ -217,8 +247,9 @@ def variable_and_table(tf):
     return v, tf.lookup.experimental.MutableHashTable(tf.string, tf.int64, -1)
 
 
-@pytest.mark.parametrize("function, writes, calls_out", [
-    (changes_state, True, []), (only_computes, False, ["calls python"])])
+@pytest.mark.parametrize(
+    "function, writes, calls_out", [(changes_state, True, []), (only_computes, False, ["calls python"])]
+)
 def test_what_changes_state_and_what_calls_python_is_known(tf, function, writes, calls_out):
     signatures = Graph(tf, ModelSource("m", 1, function=f"test_graph:{function.__name__}")).signatures
     assert {name: signature.writes for name, signature in signatures.items()} == dict.fromkeys(signatures, writes)
@@ -241,10 +272,17 @@ def test_no_increment_of_a_reference_variable_is_lost_when_many_run_at_once(load
 # -- failures ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(["name", "signature", "x", "status"], [
-    ("failing", "NOT_FOUND", np.int32(1), 404), ("failing", "FAILED_PRECONDITION", np.int32(1), 400),
-    ("failing", "OUT_OF_RANGE", np.int32(1), 400), ("failing", "CANCELLED", np.int32(1), 499),
-    ("picky", "serving_default", np.float32([-1]), 400), ("linear", "serving_default", np.float32([[1]]), 400)])
+@pytest.mark.parametrize(
+    ["name", "signature", "x", "status"],
+    [
+        ("failing", "NOT_FOUND", np.int32(1), 404),
+        ("failing", "FAILED_PRECONDITION", np.int32(1), 400),
+        ("failing", "OUT_OF_RANGE", np.int32(1), 400),
+        ("failing", "CANCELLED", np.int32(1), 499),
+        ("picky", "serving_default", np.float32([-1]), 400),
+        ("linear", "serving_default", np.float32([[1]]), 400),
+    ],
+)
 def test_a_failure_has_tensorflow_servings_status_for_its_code_and_one_sentence(load, name, signature, x, status):
     with pytest.raises(ModelError) as caught:
         load(f"example_models:{name}").run(signature, [x])

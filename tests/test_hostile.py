@@ -25,14 +25,24 @@ def bomb() -> bytes:
 def wrong_json(r: random.Random) -> bytes:
     """A document that is cut, not UTF-8, twice, too deep, not JSON at all, or not what gzip makes."""
     if r.random() < 0.3:
-        body = r.choice([DOCUMENT, gzip.compress(DOCUMENT)[:r.randrange(20)], r.randbytes(99), bomb()])
+        body = r.choice([DOCUMENT, gzip.compress(DOCUMENT)[: r.randrange(20)], r.randbytes(99), bomb()])
         return post(body, b"/v1/models/linear:predict", b"Content-Encoding: gzip")
     opening, closing = r.choice([(b"[", b"]"), (b'{"a":', b"}"), (b'[{"x":', b"}]")])
     depth = r.choice([100, 900, 100_000])
-    return post(r.choice([
-        DOCUMENT[:r.randrange(len(DOCUMENT))], DOCUMENT.replace(b"1", b"\xff"), DOCUMENT * 2, DOCUMENT[::-1], b"",
-        DOCUMENT.decode().encode("utf-16"), r.randbytes(100) + b"\xff",
-        b'{"instances": ' + opening * depth + b"1" + closing * r.choice([0, depth]) + b"}"]))
+    return post(
+        r.choice(
+            [
+                DOCUMENT[: r.randrange(len(DOCUMENT))],
+                DOCUMENT.replace(b"1", b"\xff"),
+                DOCUMENT * 2,
+                DOCUMENT[::-1],
+                b"",
+                DOCUMENT.decode().encode("utf-16"),
+                r.randbytes(100) + b"\xff",
+                b'{"instances": ' + opening * depth + b"1" + closing * r.choice([0, depth]) + b"}",
+            ]
+        )
+    )
 
 
 def wrong_path(r: random.Random) -> bytes:
@@ -49,24 +59,57 @@ def wrong_method(r: random.Random) -> bytes:
 
 def wrong_head(r: random.Random) -> bytes:
     """A line too many in the head: another length, another coding, or what is no header."""
-    return post(DOCUMENT, b"/v1/models/linear:predict", r.choice([
-        b"Content-Length: " + r.choice([b"x", b"-1", b"+3", b"1e3", b"9" * 30, b"", b"1 2", b"\xb2", b"1\0", b"4"]),
-        b"Transfer-Encoding: " + r.choice([b"chunked", b"gzip", b"xchunked", b"gzip, chunked", b"\x0bchunked"]),
-        b"no colon", b": no name", b" folded: line", b"a b: c", b"a\0b: c", b"a: \xff", b"a:\rb", b"Upgrade: h2c",
-        b"a: " + b"b" * 100_000, b"\r\n".join(b"h%d: x" % i for i in range(2000))]))
+    return post(
+        DOCUMENT,
+        b"/v1/models/linear:predict",
+        r.choice(
+            [
+                b"Content-Length: "
+                + r.choice([b"x", b"-1", b"+3", b"1e3", b"9" * 30, b"", b"1 2", b"\xb2", b"1\0", b"4"]),
+                b"Transfer-Encoding: " + r.choice([b"chunked", b"gzip", b"xchunked", b"gzip, chunked", b"\x0bchunked"]),
+                b"no colon",
+                b": no name",
+                b" folded: line",
+                b"a b: c",
+                b"a\0b: c",
+                b"a: \xff",
+                b"a:\rb",
+                b"Upgrade: h2c",
+                b"a: " + b"b" * 100_000,
+                b"\r\n".join(b"h%d: x" % i for i in range(2000)),
+            ]
+        ),
+    )
 
 
 def not_http(r: random.Random) -> bytes:
-    return r.choice([
-        r.randbytes(200), b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + r.randbytes(99), b"\0" * 5000, b"hello",
-        b"GET", b"GET /", b" GET /nothing HTTP/1.1", b"GET /" + b"x" * 200_000, b"PRI * HTTP/2.0", b"GET * HTTP/1.1",
-        b"GET http://[::1 HTTP/1.1", b"GET v1/models HTTP/1.1", b"GET /\xff HTTP/1.1", b"GET / HTTP/9.9"]) + b"\r\n\r\n"
+    return (
+        r.choice(
+            [
+                r.randbytes(200),
+                b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + r.randbytes(99),
+                b"\0" * 5000,
+                b"hello",
+                b"GET",
+                b"GET /",
+                b" GET /nothing HTTP/1.1",
+                b"GET /" + b"x" * 200_000,
+                b"PRI * HTTP/2.0",
+                b"GET * HTTP/1.1",
+                b"GET http://[::1 HTTP/1.1",
+                b"GET v1/models HTTP/1.1",
+                b"GET /\xff HTTP/1.1",
+                b"GET / HTTP/9.9",
+            ]
+        )
+        + b"\r\n\r\n"
+    )
 
 
 def truncated(r: random.Random) -> bytes:
     """A good request that ends in the middle: in the line of an add, or anywhere in one with a body."""
     add, body = b"GET /?value=3 HTTP/1.", post(b'{"instances": [3]}', b"/v1/models/adder:predict")
-    return r.choice([add[:r.randint(1, len(add))], body[:r.randrange(1, len(body))]])
+    return r.choice([add[: r.randint(1, len(add))], body[: r.randrange(1, len(body))]])
 
 
 def damaged(r: random.Random) -> bytes:
@@ -74,7 +117,7 @@ def damaged(r: random.Random) -> bytes:
     request = bytearray(post(DOCUMENT))
     for _ in range(r.randint(1, 5)):
         at = r.randrange(len(request))
-        request[at:at + r.randint(0, 2)] = r.randbytes(r.randint(0, 2))
+        request[at : at + r.randint(0, 2)] = r.randbytes(r.randint(0, 2))
     return bytes(request)
 
 

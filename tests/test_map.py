@@ -9,7 +9,8 @@ import threading
 import numpy as np
 import pytest
 from conftest import wait_until
-from ray_tensorflow import InvalidRequest, ModelError
+
+from shared_graph.errors import InvalidRequest, ModelError
 
 AHEAD = 8  # batches that a map of a cluster with two workers keeps in flight
 BOTH = pytest.mark.parametrize("blocking", [True, False], ids=["map", "map_async"])
@@ -115,14 +116,19 @@ def broken():
 
 
 @BOTH
-@pytest.mark.parametrize("arguments, bad, error, message", [
-    ({}, np.float32([4, -4]), ModelError, "batch 7: .*x must not be negative.*"),
-    ({"ordered": False}, np.float32([4, -4]), ModelError, "batch 7: .*x must not be negative.*"),
-    ({}, np.array(["four"]), InvalidRequest, "batch 7: .*'x'.*"),
-    ({}, [[1.0], [2.0, 3.0]], InvalidRequest, "batch 7: .*ragged.*"),
-    ({}, None, ZeroDivisionError, "of the iterable itself"),
-    ({"model": "nobody"}, [1.0], InvalidRequest, ".*not found.*"),
-    ({"signature": "nothing"}, [1.0], InvalidRequest, ".*not found.*")], ids=lambda value: str(value)[:20])
+@pytest.mark.parametrize(
+    "arguments, bad, error, message",
+    [
+        ({}, np.float32([4, -4]), ModelError, "batch 7: .*x must not be negative.*"),
+        ({"ordered": False}, np.float32([4, -4]), ModelError, "batch 7: .*x must not be negative.*"),
+        ({}, np.array(["four"]), InvalidRequest, "batch 7: .*'x'.*"),
+        ({}, [[1.0], [2.0, 3.0]], InvalidRequest, "batch 7: .*ragged.*"),
+        ({}, None, ZeroDivisionError, "of the iterable itself"),
+        ({"model": "nobody"}, [1.0], InvalidRequest, ".*not found.*"),
+        ({"signature": "nothing"}, [1.0], InvalidRequest, ".*not found.*"),
+    ],
+    ids=lambda value: str(value)[:20],
+)
 def test_an_error_names_the_batch_and_leaves_the_cluster_serving(cluster, blocking, arguments, bad, error, message):
     batches = broken() if bad is None else [np.float32([4])] * 7 + [bad] + [np.float32([4])] * 30
     with pytest.raises(error) as raised:

@@ -7,7 +7,9 @@ import example_models
 import numpy as np
 import pytest
 from conftest import good, real_models, wait_until
-from ray_tensorflow import Cluster, InvalidRequest, ModelError
+
+from shared_graph.cluster import Cluster
+from shared_graph.errors import InvalidRequest, ModelError
 
 REAL = sorted(real_models())
 OTHER = {"counter", "counting", "line", "failing", "gate", "scores"}  # these change, fail, wait, or want examples
@@ -35,7 +37,7 @@ class Reference:
             first, *others = [None] if tensor.shape.rank is None else tensor.shape.as_list()
             shape = [first or rows, *(size or 3 for size in others)]
             if tensor.dtype.name == "string":
-                texts = [example(self.random)] if self.name in REAL else [b"two", b"", "é".encode(), b"a\0\n\""]
+                texts = [example(self.random)] if self.name in REAL else [b"two", b"", "é".encode(), b'a\0\n"']
                 inputs[key] = self.random.choice(np.array(texts, object), shape)
             else:
                 inputs[key] = (self.random.random(shape) * 8).astype(tensor.dtype.as_numpy_dtype)
@@ -84,13 +86,16 @@ def over_http(front_end, expected: dict):
         return base64.b64decode(value["b64"]) if isinstance(value, dict) else value.encode()
 
     def predict(inputs: dict, model: str, signature: str) -> dict[str, np.ndarray]:
-        inputs = {key: encode(array.tolist()) if array.dtype == object else array.tolist()
-                  for key, array in inputs.items()}
+        inputs = {
+            key: encode(array.tolist()) if array.dtype == object else array.tolist() for key, array in inputs.items()
+        }
         outputs = good(front_end.predict(model, {"signature_name": signature, "inputs": inputs}))["outputs"]
         outputs = outputs if len(expected[signature]) > 1 else dict.fromkeys(expected[signature], outputs)
         dtypes = {key: np.asarray(array).dtype for key, array in expected[signature].items()}
-        return {key: np.array(decode(value) if dtypes[key] == object else value, dtypes[key])
-                for key, value in outputs.items()}
+        return {
+            key: np.array(decode(value) if dtypes[key] == object else value, dtypes[key])
+            for key, value in outputs.items()
+        }
 
     return predict
 
@@ -99,7 +104,8 @@ def over_http(front_end, expected: dict):
 @pytest.mark.parametrize("door", ["Python", "two parameter servers", "HTTP"])
 @pytest.mark.parametrize("name", STATELESS)
 def test_a_model_answers_as_in_a_plain_session_alone_and_in_company(
-        cluster, two, front_end, reference, clients, door, name):
+    cluster, two, front_end, reference, clients, door, name
+):
     cases = reference(name)
     likes = {signature: outputs for signature, _, outputs in cases}
     predict = over_http(front_end, likes) if door == "HTTP" else (cluster if door == "Python" else two).predict
@@ -119,8 +125,12 @@ def test_a_model_that_counts_counts_each_request_once(cluster, clients):
 def test_a_model_that_cannot_be_loaded_is_404_and_its_status_tells_why_while_others_are_served(tmp_path):
     """Mirrored, so that one which changes its variables is among them."""
     (tmp_path / "saved_model.pb").write_bytes(b"not a SavedModel")
-    bad = {"torn": str(tmp_path), "broken": "example_models:broken", "gone": "no_such_module:build",
-           "counter": "example_models:counter"}
+    bad = {
+        "torn": str(tmp_path),
+        "broken": "example_models:broken",
+        "gone": "no_such_module:build",
+        "counter": "example_models:counter",
+    }
     models = [f"{name}={source}" for name, source in bad.items()]
     cluster = Cluster(workers=1, placement="mirrored", model=[*models, "example_models:linear"]).begin()
     with contextlib.closing(cluster):
@@ -134,7 +144,8 @@ def test_a_model_that_cannot_be_loaded_is_404_and_its_status_tells_why_while_oth
             message = cluster.health()["models"][name]["error"]
             assert message.startswith(f"Model {name} ({source}) cannot be loaded: ") and "\n" not in message
             assert cluster.describe(name, None, "status")["model_version_status"] == [
-                {"version": "1", "state": "END", "status": {"error_code": "UNKNOWN", "error_message": message}}]
+                {"version": "1", "state": "END", "status": {"error_code": "UNKNOWN", "error_message": message}}
+            ]
         assert "--placement shared" in message
         with pytest.raises(ModelError, match=r"^Model torn \("):
             cluster.start()

@@ -8,19 +8,46 @@ import sys
 
 import pytest
 from conftest import REPOSITORY
-from ray_tensorflow import ADDER, COMMAND, FRONT_END, ModelSource, OptionError, Options
+
+from shared_graph.errors import OptionError
+from shared_graph.models import ADDER, ModelSource
+from shared_graph.options import COMMAND, FRONT_END, Options
 
 DEFAULTS = {
-    "workers": 4, "threads": 1, "model": (), "parameter_servers": 1, "placement": "shared", "max_batch": 64,
-    "batch_wait_ms": 0, "max_queue": 1024, "timeout_s": 30, "exact": False, "checkpoint_dir": None, "address": None,
-    "host": "127.0.0.1", "port": 8080, "input": None, "output": None}
+    "workers": 4,
+    "threads": 1,
+    "model": (),
+    "parameter_servers": 1,
+    "placement": "shared",
+    "max_batch": 64,
+    "batch_wait_ms": 0,
+    "max_queue": 1024,
+    "timeout_s": 30,
+    "exact": False,
+    "checkpoint_dir": None,
+    "address": None,
+    "host": "127.0.0.1",
+    "port": 8080,
+    "input": None,
+    "output": None,
+}
 
 F_AND_G = ModelSource("f", 1, function="m:f"), ModelSource("g", 1, function="m.n:h")
 RIGHT = [  # option, text, value
-    ("workers", "7", 7), ("threads", "3", 3), ("parameter-servers", "2", 2), ("placement", "mirrored", "mirrored"),
-    ("max-batch", "1", 1), ("batch-wait-ms", "2.5", 2.5), ("max-queue", "9", 9), ("timeout-s", "1e3", 1000.0),
-    ("checkpoint-dir", "kept here", "kept here"), ("address", "auto", "auto"), ("host", "::1", "::1"),
-    ("port", "65535", 65535), ("model", "m=a.b:c", (ModelSource("m", 1, function="a.b:c"),))]
+    ("workers", "7", 7),
+    ("threads", "3", 3),
+    ("parameter-servers", "2", 2),
+    ("placement", "mirrored", "mirrored"),
+    ("max-batch", "1", 1),
+    ("batch-wait-ms", "2.5", 2.5),
+    ("max-queue", "9", 9),
+    ("timeout-s", "1e3", 1000.0),
+    ("checkpoint-dir", "kept here", "kept here"),
+    ("address", "auto", "auto"),
+    ("host", "::1", "::1"),
+    ("port", "65535", 65535),
+    ("model", "m=a.b:c", (ModelSource("m", 1, function="a.b:c"),)),
+]
 
 NUMBERS = ("", " ", "x", "nan", "inf", "-1", "1e999", "1" * 400, "0x10", "1,000", "None", "True")
 WRONG = [  # option, text or a value of a wrong type
@@ -28,17 +55,28 @@ WRONG = [  # option, text or a value of a wrong type
     *((option, "0") for option in ("threads", "parameter-servers", "max-batch", "max-queue", "timeout-s")),
     *((option, text) for option in ("batch-wait-ms", "timeout-s") for text in ("", "x", "nan", "inf", "-0.001")),
     *(("port", text) for text in ("-1", "65536", "80.5", "http")),
-    ("address", ""), ("host", ""), ("checkpoint-dir", ""), ("placement", "Shared"), ("placement", "both"),
+    ("address", ""),
+    ("host", ""),
+    ("checkpoint-dir", ""),
+    ("placement", "Shared"),
+    ("placement", "both"),
     *(("model", text) for text in ("/no/such/folder", "m=/no/such/folder", "m=", "a:b:c", "m=1a:b", "a b:c")),
-    *(("workers", value) for value in (True, 2.5, None, [4], 10**400)), ("host", 5), ("timeout-s", 10**400),
-    ("address", b"auto"), ("placement", None), ("exact", 2), ("model", None), ("model", [5])]
+    *(("workers", value) for value in (True, 2.5, None, [4], 10**400)),
+    ("host", 5),
+    ("timeout-s", 10**400),
+    ("address", b"auto"),
+    ("placement", None),
+    ("exact", 2),
+    ("model", None),
+    ("model", [5]),
+]
 
 
 @pytest.fixture(autouse=True)
 def no_environment(monkeypatch):
     """As if none of our variables were set."""
     for name in list(os.environ):
-        if name == "PORT" or name.startswith("RAY_TENSORFLOW_") and not name.startswith("RAY_TENSORFLOW_TEST_"):
+        if name == "PORT" or (name.startswith("RAY_TENSORFLOW_") and not name.startswith("RAY_TENSORFLOW_TEST_")):
             monkeypatch.delenv(name)
 
 
@@ -57,7 +95,8 @@ def test_each_option_has_its_documented_default():
 
 @pytest.mark.parametrize("option, text, value", RIGHT)
 def test_each_option_is_read_from_command_line_and_environment_and_the_command_line_wins(
-        option, text, value, monkeypatch):
+    option, text, value, monkeypatch
+):
     name = option.replace("-", "_")
     assert getattr(command_line(f"--{option}", text), name) == value
     monkeypatch.setenv(f"RAY_TENSORFLOW_{name.upper()}", text)
@@ -66,13 +105,23 @@ def test_each_option_is_read_from_command_line_and_environment_and_the_command_l
     assert getattr(command_line(f"--{option}={text}"), name) == value
 
 
-@pytest.mark.parametrize("variable, text, arguments, option, value", [
-    *[("EXACT", text, [], "exact", value) for text, value in (("1", True), ("true", True), ("0", False), ("", False))],
-    ("EXACT", "0", ["--exact"], "exact", True), ("WORKERS", "", [], "workers", 4),
-    ("MODEL", "m:f,g=m.n:h", [], "model", F_AND_G), ("MODEL", "m:f,g=m.n:h", ["--model", "m:f"], "model", F_AND_G[:1]),
-    ("MODEL", "", ["--model", "m:f", "--model", "g=m.n:h"], "model", F_AND_G)])
+@pytest.mark.parametrize(
+    "variable, text, arguments, option, value",
+    [
+        *[
+            ("EXACT", text, [], "exact", value)
+            for text, value in (("1", True), ("true", True), ("0", False), ("", False))
+        ],
+        ("EXACT", "0", ["--exact"], "exact", True),
+        ("WORKERS", "", [], "workers", 4),
+        ("MODEL", "m:f,g=m.n:h", [], "model", F_AND_G),
+        ("MODEL", "m:f,g=m.n:h", ["--model", "m:f"], "model", F_AND_G[:1]),
+        ("MODEL", "", ["--model", "m:f", "--model", "g=m.n:h"], "model", F_AND_G),
+    ],
+)
 def test_switches_are_bare_and_models_repeatable_and_an_empty_variable_counts_as_unset(
-        variable, text, arguments, option, value, monkeypatch):
+    variable, text, arguments, option, value, monkeypatch
+):
     monkeypatch.setenv(f"RAY_TENSORFLOW_{variable}", text)
     assert getattr(command_line(*arguments), option) == value
 
@@ -84,12 +133,16 @@ def test_the_environment_is_read_only_when_asked_and_arguments_in_python_beat_it
     assert (Options().workers, read.workers, read.threads) == (4, 3, 2)
 
 
-@pytest.mark.parametrize("platform, arguments, expected", [
-    ("", [], ("127.0.0.1", 8080)),
-    ("5000", [], ("0.0.0.0", 5000)),
-    ("5000", ["--port", "6000"], ("0.0.0.0", 6000)),
-    ("5000", ["--host", "127.0.0.1"], ("127.0.0.1", 5000)),
-    ("eighty", ["--port", "81"], ("0.0.0.0", 81))])
+@pytest.mark.parametrize(
+    "platform, arguments, expected",
+    [
+        ("", [], ("127.0.0.1", 8080)),
+        ("5000", [], ("0.0.0.0", 5000)),
+        ("5000", ["--port", "6000"], ("0.0.0.0", 6000)),
+        ("5000", ["--host", "127.0.0.1"], ("127.0.0.1", 5000)),
+        ("eighty", ["--port", "81"], ("0.0.0.0", 81)),
+    ],
+)
 def test_port_of_the_platform_decides_host_and_port_unless_they_are_given(platform, arguments, expected, monkeypatch):
     monkeypatch.setenv("PORT", platform)
     options = command_line(*arguments)
@@ -107,15 +160,23 @@ def test_a_wrong_value_is_refused_in_python_with_a_sentence_that_names_it(option
     assert re.fullmatch(rf"--{option} {shown}: must be \S.*", str(caught.value))
 
 
-@pytest.mark.parametrize("kind, arguments, words", [
-    (FRONT_END, ["--workers", "0"], "--workers 0: must be "), (FRONT_END, ["--worker", "2"], "--worker"),
-    (FRONT_END, ["--workers"], "--workers"), (FRONT_END, ["2"], "2"), (FRONT_END, ["--input", "x.npy"], "--input"),
-    (COMMAND, ["--host", "::"], "--host"), (COMMAND, ["--port", "80"], "--port"),
-    (COMMAND, ["--input", "x.txt", "--output", "y.npy", "--model", "m:f"], "--input x.txt: must be "),
-    (COMMAND, ["--input", "x.npy", "--model", "m:f"], "--output"),
-    (COMMAND, ["--output", "y.npy", "--model", "m:f"], "--input"),
-    (COMMAND, ["--input", "x.npy", "--output", "y.npy"], "--model"),
-    (COMMAND, ["--input", "x.npy", "--output", "y.npy", "--model", "m:f", "--model", "m:g"], "--model")])
+@pytest.mark.parametrize(
+    "kind, arguments, words",
+    [
+        (FRONT_END, ["--workers", "0"], "--workers 0: must be "),
+        (FRONT_END, ["--worker", "2"], "--worker"),
+        (FRONT_END, ["--workers"], "--workers"),
+        (FRONT_END, ["2"], "2"),
+        (FRONT_END, ["--input", "x.npy"], "--input"),
+        (COMMAND, ["--host", "::"], "--host"),
+        (COMMAND, ["--port", "80"], "--port"),
+        (COMMAND, ["--input", "x.txt", "--output", "y.npy", "--model", "m:f"], "--input x.txt: must be "),
+        (COMMAND, ["--input", "x.npy", "--model", "m:f"], "--output"),
+        (COMMAND, ["--output", "y.npy", "--model", "m:f"], "--input"),
+        (COMMAND, ["--input", "x.npy", "--output", "y.npy"], "--model"),
+        (COMMAND, ["--input", "x.npy", "--output", "y.npy", "--model", "m:f", "--model", "m:g"], "--model"),
+    ],
+)
 def test_a_wrong_command_line_ends_the_program_with_status_2(kind, arguments, words, capsys):
     with pytest.raises(SystemExit) as caught:
         command_line(*arguments, kind=kind)
@@ -136,7 +197,8 @@ def test_each_script_helps_and_ends_at_once_with_one_sentence_about_what_is_wron
     assert wrong.stderr.startswith(f"{script}: error: --timeout-s soon: must be ")
     others = {"input", "output"} if script != "ray_tensorflow.py" else {"host", "port"}
     assert set(re.findall(r"^  --([\w-]+)", helped.stdout, re.M)) == {
-        name.replace("_", "-") for name in DEFAULTS.keys() - others}
+        name.replace("_", "-") for name in DEFAULTS.keys() - others
+    }
     for default in (4, 64, 1024, "30.0", "shared"):
         assert f"(default: {default})" in " ".join(helped.stdout.split())
 
@@ -154,16 +216,23 @@ def saved_model(tmp_path):
     return make
 
 
-@pytest.mark.parametrize("path, prefix, name, version", [
-    ("half", "my-model_2.0=", "my-model_2.0", 1), ("half/2", "", "half", 2), ("a=b/half", "", "half", 1),
-    ("a,b", "m=", "m", 1)])
+@pytest.mark.parametrize(
+    "path, prefix, name, version",
+    [
+        ("half", "my-model_2.0=", "my-model_2.0", 1),
+        ("half/2", "", "half", 2),
+        ("a=b/half", "", "half", 1),
+        ("a,b", "m=", "m", 1),
+    ],
+)
 def test_a_saved_model_has_the_name_of_its_folder_or_the_one_before_it(saved_model, path, prefix, name, version):
     folder = saved_model(path)
     assert source(prefix + folder) == source(f"{prefix}{folder}/") == ModelSource(name, version, folder)
 
 
 def test_a_folder_of_numbered_versions_is_found_from_the_working_directory_and_has_those_that_are_whole(
-        saved_model, tmp_path, monkeypatch):
+    saved_model, tmp_path, monkeypatch
+):
     for version in ("9", "10", "2", "not-a-version", "²"):
         saved_model(f"half/{version}", "saved_model.pbtxt" if version == "2" else "saved_model.pb")
     (tmp_path / "half" / "11").mkdir()  # just being copied
@@ -187,8 +256,10 @@ def test_a_function_is_named_by_its_module_and_a_parsed_source_stays_as_it_is():
     assert dataclasses.replace(Options(model=[parsed]), workers=2).model == (parsed,)
 
 
-@pytest.mark.parametrize("models, name", [
-    (["m:f", "n:f"], "f"), (["x=m:f", "x=m:g"], "x"), ([f"{ADDER}=m:f"], ADDER), ([f"m:{ADDER}"], ADDER)])
+@pytest.mark.parametrize(
+    "models, name",
+    [(["m:f", "n:f"], "f"), (["x=m:f", "x=m:g"], "x"), ([f"{ADDER}=m:f"], ADDER), ([f"m:{ADDER}"], ADDER)],
+)
 def test_two_models_of_one_name_are_refused_and_the_adders_is_taken(models, name):
     with pytest.raises(OptionError, match=f"'{name}'.*NAME="):
         Options(model=models)

@@ -9,7 +9,9 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from conftest import Server, good, wait_until
-from ray_tensorflow import Cluster, DeadlineExceeded
+
+from shared_graph.cluster import Cluster
+from shared_graph.errors import DeadlineExceeded
 
 KINDS = pytest.mark.parametrize("kind", ["flask", "starlette"])
 
@@ -46,6 +48,7 @@ def test_2000_clients_at_once_are_each_answered_and_what_was_refused_changed_not
 
 def test_after_requests_have_expired_in_a_worker_the_next_ones_are_served(tmp_path, clients):
     with Cluster(workers=1, timeout_s=3, model="example_models:gate") as cluster:
+
         def ask(name: str):
             try:
                 return cluster.predict([str(tmp_path / name)], "gate")["path"].tolist()

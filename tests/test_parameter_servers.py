@@ -9,8 +9,10 @@ import threading
 
 import numpy as np
 from conftest import wait_until
-from ray_tensorflow import Cluster, Error
 from test_survival import assert_counted_once
+
+from shared_graph.cluster import Cluster
+from shared_graph.errors import Error
 
 MB = 2**20
 TABLE_MB = 1_000_000 * 100 * 4 / MB

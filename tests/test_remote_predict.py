@@ -10,7 +10,9 @@ import threading
 import numpy as np
 import pytest
 from conftest import Server, owned_by_session
-from ray_tensorflow import import_tensorflow, remote_predict
+
+from shared_graph.remote_predict_op import remote_predict
+from shared_graph.tensorflow_runtime import import_tensorflow
 
 OK, INVALID_ARGUMENT, DEADLINE_EXCEEDED, NOT_FOUND, INTERNAL, UNAVAILABLE = 0, 3, 4, 5, 13, 14  # error codes
 
@@ -31,10 +33,17 @@ FAILURES = {  # arguments of remote_predict (or a whole reply), status code, HTT
 }
 SUCCESSES = {
     "plain": {},
-    "numbers": {"model_name": "several", "inputs": {"x": "float32", "n": "int64"},
-                "outputs": {"total": "float32", "next": "int64"}},
-    "text": {"model_name": "echo", "signature_name": "to_bytes", "inputs": {"x": "string"},
-             "outputs": {"y_bytes": "string"}},
+    "numbers": {
+        "model_name": "several",
+        "inputs": {"x": "float32", "n": "int64"},
+        "outputs": {"total": "float32", "next": "int64"},
+    },
+    "text": {
+        "model_name": "echo",
+        "signature_name": "to_bytes",
+        "inputs": {"x": "string"},
+        "outputs": {"y_bytes": "string"},
+    },
     "version_named": {"model_version": 1},
 }
 
@@ -73,9 +82,11 @@ def server():
         cases[name] = dict(arguments)
         if reply := cases[name].pop("reply", None):
             misbehaving.append(Misbehaving(reply))
-            cases[name]["target_address"] = "127.0.0.1:%d" % misbehaving[-1].server_address[1]
-    models = [f"--model=example_models:{name}" for name in (
-        "half_plus_two", "half_plus_remote", "remote", "several", "echo", "picky")]
+            cases[name]["target_address"] = f"127.0.0.1:{misbehaving[-1].server_address[1]}"
+    models = [
+        f"--model=example_models:{name}"
+        for name in ("half_plus_two", "half_plus_remote", "remote", "several", "echo", "picky")
+    ]
     with owned_by_session():
         server = Server("starlette", "--workers", "1", *models, env=os.environ | {"REMOTE_CASES": json.dumps(cases)})
     with server:
@@ -107,16 +118,22 @@ def test_a_failed_call_has_its_code_and_message_and_the_failing_form_fails_with_
     assert answer.status == status and answer.json == {"error": outputs["message"]}
 
 
-@pytest.mark.parametrize("case, inputs, outputs", [
-    ("plain", [1.0, 2.0, 5.0], {"y": [2.5, 3.0, 4.5]}),
-    ("plain", 1.0, {"y": 2.5}),
-    ("plain", [], {"y": []}),
-    ("version_named", [1.0], {"y": [2.5]}),
-    ("numbers", {"x": [[1.0, 2.0], [0.1, 0.2]], "n": [3, 2**62]},
-     {"total": [9.0, pytest.approx(0.3 * 2**62)], "next": [4, 2**62 + 1]}),
-    ("text", ["grüß", '"', ""], {"y_bytes": [{"b64": "Z3LDvMOf"}, {"b64": "Ig=="}, {"b64": ""}]}),
-    ("text", [{"b64": "/wAB"}], {"y_bytes": [{"b64": "/wAB"}]}),
-])
+@pytest.mark.parametrize(
+    "case, inputs, outputs",
+    [
+        ("plain", [1.0, 2.0, 5.0], {"y": [2.5, 3.0, 4.5]}),
+        ("plain", 1.0, {"y": 2.5}),
+        ("plain", [], {"y": []}),
+        ("version_named", [1.0], {"y": [2.5]}),
+        (
+            "numbers",
+            {"x": [[1.0, 2.0], [0.1, 0.2]], "n": [3, 2**62]},
+            {"total": [9.0, pytest.approx(0.3 * 2**62)], "next": [4, 2**62 + 1]},
+        ),
+        ("text", ["grüß", '"', ""], {"y_bytes": [{"b64": "Z3LDvMOf"}, {"b64": "Ig=="}, {"b64": ""}]}),
+        ("text", [{"b64": "/wAB"}], {"y_bytes": [{"b64": "/wAB"}]}),
+    ],
+)
 def test_tensors_of_all_kinds_and_several_outputs_pass_both_ways(server, case, inputs, outputs):
     assert ask(server, f"{case}_status", inputs) == {"code": OK, "message": "", **outputs}
     assert ask(server, case, inputs) == (outputs if len(outputs) > 1 else next(iter(outputs.values())))
@@ -133,19 +150,26 @@ def run_here(*arguments, **keywords) -> list[np.ndarray]:
 
 
 def test_each_front_end_answers_remote_predict(front_end):
-    y, = run_here(["x"], [np.float32([[1, 2, 3]])], ["y"], f"127.0.0.1:{front_end.port}", "linear")
+    (y,) = run_here(["x"], [np.float32([[1, 2, 3]])], ["y"], f"127.0.0.1:{front_end.port}", "linear")
     assert y.tolist() == [[22.5, 27.5]] and y.dtype == np.float32
 
 
-@pytest.mark.parametrize("changes, message", [
-    ({"input_tensors": []}, "1 aliases do not fit 0 input_tensors"),
-    ({"output_types": ["float32"] * 2}, "1 aliases do not fit 2 output_types"),
-    ({"output_tensor_aliases": [], "output_types": ["string"]}, "0 aliases do not fit 1 output_types"),
-    ({"model_name": ""}, "model_name must be specified."),
-])
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"input_tensors": []}, "1 aliases do not fit 0 input_tensors"),
+        ({"output_types": ["float32"] * 2}, "1 aliases do not fit 2 output_types"),
+        ({"output_tensor_aliases": [], "output_types": ["string"]}, "0 aliases do not fit 1 output_types"),
+        ({"model_name": ""}, "model_name must be specified."),
+    ],
+)
 def test_lengths_that_do_not_agree_are_refused_when_the_graph_is_built(changes, message):
     arguments = {
-        "input_tensor_aliases": ["x"], "input_tensors": [1.0], "output_tensor_aliases": ["y"],
-        "target_address": "127.0.0.1:1", "model_name": "m"}
+        "input_tensor_aliases": ["x"],
+        "input_tensors": [1.0],
+        "output_tensor_aliases": ["y"],
+        "target_address": "127.0.0.1:1",
+        "model_name": "m",
+    }
     with pytest.raises(ValueError, match=re.escape(message)):
         run_here(**arguments | changes)

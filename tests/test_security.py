@@ -116,8 +116,16 @@ def expressions(canary: str) -> list[str]:
 
 def places(secret: str) -> list[str]:
     """What would be a path or a function, if a name could be one."""
-    return ["/etc/passwd", secret, "../" * 12 + secret.lstrip("/"), "..%2f" * 12 + "etc%2fpasswd", f"file://{secret}",
-            f"{secret}\0.pb", "os:system", "example_models:linear"]
+    return [
+        "/etc/passwd",
+        secret,
+        "../" * 12 + secret.lstrip("/"),
+        "..%2f" * 12 + "etc%2fpasswd",
+        f"file://{secret}",
+        f"{secret}\0.pb",
+        "os:system",
+        "example_models:linear",
+    ]
 
 
 def assert_is_refused(answer):

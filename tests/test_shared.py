@@ -9,8 +9,9 @@ import sys
 
 import pytest
 from conftest import OWNER, REPOSITORY, Server, good, processes, wait_until
-from ray_tensorflow import gpu_share
 from test_survival import Clients, assert_counted_once, workers
+
+from shared_graph.supervisor import gpu_share
 
 NODES = """
 import sys
@@ -44,8 +45,13 @@ class Nodes:
             patch.setenv(name, value)
         self.owner = f"nodes with {gpus} GPUs"
         self.process = subprocess.Popen(
-            [sys.executable, "-c", NODES, str(gpus)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-            start_new_session=True, env=os.environ | {OWNER: self.owner})
+            [sys.executable, "-c", NODES, str(gpus)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+            env=os.environ | {OWNER: self.owner},
+        )
         self.address = self.read(lambda line: ":" in line)
 
     def read(self, wanted) -> str:
@@ -95,8 +101,10 @@ def command(*options: str) -> subprocess.CompletedProcess:
 @pytest.mark.long
 def test_many_front_ends_of_both_kinds_share_one_graph_and_do_not_notice_when_one_is_killed(address):
     with contextlib.ExitStack() as stack:
-        servers = [stack.enter_context(Server(kind, "--address", address, "--workers", "2"))
-                   for kind in ("starlette", "starlette", "flask", "flask")]
+        servers = [
+            stack.enter_context(Server(kind, "--address", address, "--workers", "2"))
+            for kind in ("starlette", "starlette", "flask", "flask")
+        ]
         for server in servers:
             server.wait_ready(workers=2)
         before = {tuple(worker["pid"] for worker in workers(server)) for server in servers}
@@ -182,8 +190,10 @@ def test_a_front_end_that_wants_other_options_is_told_so(nodes, tmp_path):
 # -- GPUs: Ray's logical ones, by what each actor sees -----------------------------------------------------------------
 
 
-@pytest.mark.parametrize(["gpus", "actors", "share"], [
-    (0, 5, 0), (1, 1, 1), (8, 5, 1), (1, 2, 0.5), (2, 5, 0.3333), (1, 3, 0.3333), (4, 5, 0.5)])
+@pytest.mark.parametrize(
+    ["gpus", "actors", "share"],
+    [(0, 5, 0), (1, 1, 1), (8, 5, 1), (1, 2, 0.5), (2, 5, 0.3333), (1, 3, 0.3333), (4, 5, 0.5)],
+)
 def test_gpus_are_shared_out_evenly(gpus, actors, share):
     assert gpu_share(gpus, actors) == share
 
@@ -191,8 +201,10 @@ def test_gpus_are_shared_out_evenly(gpus, actors, share):
 def test_each_actor_is_pinned_to_its_part_of_a_gpu(monkeypatch, tmp_path):
     """Three workers and the parameter server are two to each GPU."""
     options = "--workers", "3", "--checkpoint-dir", str(tmp_path)
-    with (contextlib.closing(Nodes(monkeypatch, gpus=2)) as nodes,
-          Server("starlette", "--address", nodes.address, *options) as server):
+    with (
+        contextlib.closing(Nodes(monkeypatch, gpus=2)) as nodes,
+        Server("starlette", "--address", nodes.address, *options) as server,
+    ):
         server.wait_ready(workers=3)
         health = server.get("/health").json
         actors = health["parameter_servers"] + health["workers"]

@@ -16,10 +16,13 @@ from typing import NamedTuple
 
 import numpy as np
 import pytest
-from conftest import (
-    Server, command_of, error, family, folders, owned_by_session, processes, wait_until)
-from ray_tensorflow import ADDER_SOURCE, Checkpoints, Cluster, Error, ModelError, ModelSource, Unavailable
+from conftest import Server, command_of, error, family, folders, owned_by_session, processes, wait_until
 from test_command import running, with_mounts
+
+from shared_graph.checkpoints import Checkpoints
+from shared_graph.cluster import Cluster
+from shared_graph.errors import Error, ModelError, Unavailable
+from shared_graph.models import ADDER_SOURCE, ModelSource
 
 TIMEOUT_S = 20
 
@@ -142,7 +145,8 @@ def test_no_prediction_fails_because_a_worker_dies_and_none_is_wrong_whatever_is
 
 
 def test_a_worker_that_stops_answering_is_replaced_while_requests_go_on_and_nothing_is_counted_twice_after_it_wakes(
-        server):
+    server,
+):
     stopped, before = workers(server)[0], server.add(0)
     clients = Clients(server, 64)  # more than a worker is sent at once
     wait_until(lambda: len(clients.answers) > 100)
@@ -191,7 +195,8 @@ def checkpoints(tmp_path):
 
 @pytest.mark.parametrize("source", [ADDER_SOURCE, MODEL], ids=str)
 def test_a_checkpoint_comes_back_but_cut_short_at_any_length_or_with_any_byte_changed_is_refused_by_name(
-        checkpoints, source):
+    checkpoints, source
+):
     assert checkpoints.load(source) == {}
     total = np.float64(0.1) * 3
     checkpoints.keep_sum(total)
@@ -200,7 +205,7 @@ def test_a_checkpoint_comes_back_but_cut_short_at_any_length_or_with_any_byte_ch
     path = checkpoints.path(source)
     with open(path, "rb") as file:
         whole = file.read()
-    changed = [whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1:] for at in range(len(whole))]
+    changed = [whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :] for at in range(len(whole))]
     for contents in [whole[:length] for length in range(len(whole))] + changed:
         with open(path, "wb") as file:
             file.write(contents)
@@ -258,7 +263,8 @@ def test_a_command_that_is_killed_while_workers_start_leaves_nothing_running():
 
 
 def test_a_front_end_that_is_killed_leaves_nothing_running_and_with_a_checkpoint_folder_all_goes_on_with_the_next_start(
-        tmp_path):
+    tmp_path,
+):
     """Then the parameter server crashes, then there is a clean stop: the sum and changed variables come back."""
     options, before = {"workers": 1, "checkpoint_dir": str(tmp_path), "model": "example_models:counter"}, folders()
     arguments = [f"--{name.replace('_', '-')}={value}" for name, value in options.items()]
@@ -324,9 +330,11 @@ class Held(NamedTuple):
         return cls(status["Name"], int(status["VmRSS"].split()[0]), int(status["Threads"]), files)
 
     def has_grown(self, before: "Held") -> bool:
-        return (self.resident_kb > 1.05 * before.resident_kb + 5000
-                or self.threads > before.threads + 4  # gRPC's pools come and go
-                or self.files > before.files)
+        return (
+            self.resident_kb > 1.05 * before.resident_kb + 5000
+            or self.threads > before.threads + 4  # gRPC's pools come and go
+            or self.files > before.files
+        )
 
 
 @pytest.mark.long

@@ -7,7 +7,11 @@ import pytest
 import ray
 from conftest import owned_by_session
 from example_models import line
-from ray_tensorflow import Cluster, Error, TensorFlowVariables, import_tensorflow
+
+from shared_graph.cluster import Cluster
+from shared_graph.errors import Error
+from shared_graph.tensorflow_runtime import import_tensorflow
+from shared_graph.variables import TensorFlowVariables
 
 ROWS = np.eye(3, dtype=np.float32)
 
@@ -49,8 +53,10 @@ def test_a_served_model_answers_with_the_weights_that_are_set(served):
     assert predict(served, "same_names") == others  # which has variables of the same names
 
 
-@pytest.mark.parametrize("model, wrong, status, message", [
-    ("linear", {"b": [1, 1], "w": [1]}, 400, "'w'"), ("nobody", {"b": [1, 1]}, 404, "nobody")])
+@pytest.mark.parametrize(
+    "model, wrong, status, message",
+    [("linear", {"b": [1, 1], "w": [1]}, 400, "'w'"), ("nobody", {"b": [1, 1]}, 404, "nobody")],
+)
 def test_wrong_weights_leave_a_served_model_unchanged(served, model, wrong, status, message):
     before = predict(served)
     with pytest.raises(Error, match=message) as raised:

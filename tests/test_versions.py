@@ -8,8 +8,10 @@ import time
 import numpy as np
 import pytest
 from conftest import Folder, Server, wait_until
-from ray_tensorflow import Cluster, InvalidRequest, ModelError
 from test_survival import Clients, kill
+
+from shared_graph.cluster import Cluster
+from shared_graph.errors import InvalidRequest, ModelError
 
 LATEST, STABLE = "/v1/models/m", "/v1/models/m/labels/stable"
 

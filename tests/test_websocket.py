@@ -48,15 +48,24 @@ def test_answers_come_as_they_are_done_and_are_told_apart_by_their_id(open_socke
     assert receive(ws, 1) == [{"id": "slow", "predictions": [str(file)]}]
 
 
-@pytest.mark.parametrize("message, identity, error", [
-    ("{nope", None, "JSON"), (b"\xff\xfe", None, "JSON"), ("[]", None, "object"), ({}, None, "value"),
-    ({"id": [1, {"a": None}]}, [1, {"a": None}], "value"), ({"id": "ü", "value": True}, "ü", "value"),
-    ('{"id": 3, "value": NaN}', 3, "value"), ({"id": 4, "value": 10**400}, 4, "value"),
-    ({"id": 5, "model": "nope", "instances": [1]}, 5, "Servable not found for request: Latest(nope)"),
-    ({"id": 6, "model": ["linear"], "instances": [1]}, 6, "Servable not found"),
-    ({"id": 7, "model": "linear"}, 7, "instances"),
-    ({"id": 9, "model": "linear", "instances": [["\ud800"]]}, 9, "instances[0][0]"),
-    ({"id": 10, "model": "linear", "instances": [[1, 2]]}, 10, "")])
+@pytest.mark.parametrize(
+    "message, identity, error",
+    [
+        ("{nope", None, "JSON"),
+        (b"\xff\xfe", None, "JSON"),
+        ("[]", None, "object"),
+        ({}, None, "value"),
+        ({"id": [1, {"a": None}]}, [1, {"a": None}], "value"),
+        ({"id": "ü", "value": True}, "ü", "value"),
+        ('{"id": 3, "value": NaN}', 3, "value"),
+        ({"id": 4, "value": 10**400}, 4, "value"),
+        ({"id": 5, "model": "nope", "instances": [1]}, 5, "Servable not found for request: Latest(nope)"),
+        ({"id": 6, "model": ["linear"], "instances": [1]}, 6, "Servable not found"),
+        ({"id": 7, "model": "linear"}, 7, "instances"),
+        ({"id": 9, "model": "linear", "instances": [["\ud800"]]}, 9, "instances[0][0]"),
+        ({"id": 10, "model": "linear", "instances": [[1, 2]]}, 10, ""),
+    ],
+)
 def test_a_bad_message_gets_an_error_with_its_id_and_the_socket_stays_open(open_socket, message, identity, error):
     ws = open_socket()
     send(ws, message)

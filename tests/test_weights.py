@@ -2,7 +2,10 @@
 
 import numpy as np
 import pytest
-from ray_tensorflow import InvalidRequest, TensorFlowVariables, import_tensorflow
+
+from shared_graph.errors import InvalidRequest
+from shared_graph.tensorflow_runtime import import_tensorflow
+from shared_graph.variables import TensorFlowVariables
 
 NETWORK = {"net/b": [0.5, -0.5], "net/w": [[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]]}
 
@@ -70,12 +73,17 @@ def test_behind_a_training_step_are_slots_and_an_integer_that_go_there_and_back(
     assert plain(variables) == weights and weights["global_step"] == 1
 
 
-@pytest.mark.parametrize("wrong, message", [
-    ({"net/c": [1, 2]}, r"there is no variable 'net/c'; there are \['net/b', 'net/w'\]"),
-    ({"net/w": [1, 2]}, r"'net/w' has the shape \(3, 2\), not \(2,\)"),
-    ({"net/w": [["a", "b"]] * 3}, "'net/w' takes float32, not <U1"),
-    ([1] * 7, r"\(8,\), not \(7,\)"),
-    (np.zeros((2, 4)), r"\(8,\), not \(2, 4\)")], ids=["name", "shape", "dtype", "too few", "not flat"])
+@pytest.mark.parametrize(
+    "wrong, message",
+    [
+        ({"net/c": [1, 2]}, r"there is no variable 'net/c'; there are \['net/b', 'net/w'\]"),
+        ({"net/w": [1, 2]}, r"'net/w' has the shape \(3, 2\), not \(2,\)"),
+        ({"net/w": [["a", "b"]] * 3}, "'net/w' takes float32, not <U1"),
+        ([1] * 7, r"\(8,\), not \(7,\)"),
+        (np.zeros((2, 4)), r"\(8,\), not \(2, 4\)"),
+    ],
+    ids=["name", "shape", "dtype", "too few", "not flat"],
+)
 def test_wrong_weights_are_refused_in_one_sentence_and_nothing_is_half_set(tf, wrong, message):
     variables = ready(tf, network(tf))
     with pytest.raises(InvalidRequest, match=message):

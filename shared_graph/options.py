@@ -1,0 +1,168 @@
+"""One dataclass for all options: the source of every name, type, default, limit and help text."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import glob
+import hashlib
+import math
+import os
+import re
+from collections.abc import Callable
+from typing import Any
+
+from shared_graph.errors import OptionError
+from shared_graph.models import ModelSource, model_sources
+
+FRONT_END, COMMAND = "front end", "command"
+
+
+def option(default, help: str, parse: Callable[[Any], Any], only: str | None = None):
+    """A field of ``Options``; ``parse`` checks a value (given as text or not), or raises ValueError(what is allowed).
+    ``only`` says whose command line has it: a FRONT_END's, the COMMAND's, or everybody's."""
+    return dataclasses.field(default=default, metadata={"help": help, "parse": parse, "only": only})
+
+
+def number(kind: type, least: float, most: float = math.inf, above: bool = False) -> Callable[[Any], Any]:
+    def parse(value):
+        with contextlib.suppress(TypeError, ValueError, OverflowError):
+            result = kind(value)
+            is_exact = result == float(value) and math.isfinite(result) and not isinstance(value, bool)
+            if is_exact and least <= result <= most and not (above and result == least):
+                return result
+        limits = f"{'above' if above else 'of at least'} {least}{f' and at most {most}' if most < math.inf else ''}"
+        raise ValueError(f"a {'whole ' if kind is int else ''}number {limits}")
+
+    return parse
+
+
+def matching(pattern: str, allowed: str, convert: Callable[[str], Any] = str) -> Callable[[Any], Any]:
+    def parse(value):
+        if not isinstance(value, (str, bool, os.PathLike)) or not re.fullmatch(pattern, str(value), re.S):
+            raise ValueError(allowed)
+        return convert(str(value))
+
+    return parse
+
+
+text = matching(".+", "a non-empty text")
+array_file = matching(r".*\.np[yz]", "a file whose name ends in .npy or .npz")
+switch = matching("(?i:1|true|0|false)", "1 or 0", lambda value: value.lower() in ("1", "true"))
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What can be set. Command line beats environment (``RAY_TENSORFLOW_<NAME>``) beats default.
+
+    A wrong value raises OptionError, one sentence with the option, the value and what is allowed.
+    """
+
+    workers: int = option(4, "worker actors", number(int, 1))
+    threads: int = option(1, "CPUs of the Ray that is started, and threads of each TensorFlow server", number(int, 1))
+    model: tuple[ModelSource, ...] = option(
+        (),
+        "a model to serve beside the adder: [NAME=]DIR (a SavedModel, or a folder of numbered versions) or"
+        " [NAME=]module:function (a graph of your own); repeatable, in the environment with commas",
+        model_sources,
+    )
+    parameter_servers: int = option(1, "TensorFlow ps tasks, over which variables are spread", number(int, 1))
+    placement: str = option(
+        "shared",
+        "shared: models live and run on the parameter server, one copy in all; mirrored: each worker keeps a"
+        " copy of the weights on its own device and runs there",
+        matching("shared|mirrored", "shared or mirrored"),
+    )
+    max_batch: int = option(64, "most requests that one session.run takes together", number(int, 1))
+    batch_wait_ms: float = option(0.0, "how long a batch may wait for company, in milliseconds", number(float, 0))
+    max_queue: int = option(1024, "waiting requests past which new ones are refused", number(int, 1))
+    timeout_s: float = option(30.0, "deadline of one request, in seconds", number(float, 0, above=True))
+    exact: bool = option(
+        False, "merge rows of several requests only where every answer stays the same to the last bit", switch
+    )
+    checkpoint_dir: str | None = option(
+        None,
+        "folder in which the sum and changed variables are kept, through power cuts and for the next start;"
+        " without it they are kept as long as the program runs",
+        text,
+    )
+    address: str | None = option(
+        None, "Ray cluster to join ('auto': the one that runs here), else one is started", text
+    )
+    host: str = option("127.0.0.1", "address to listen on; 0.0.0.0 where the platform sets PORT", text, FRONT_END)
+    port: int = option(8080, "port to listen on; PORT where the platform sets it", number(int, 0, 65535), FRONT_END)
+    input: str | None = option(
+        None, "rows to predict with the one --model: .npy, or .npz by input name", array_file, COMMAND
+    )
+    output: str | None = option(None, "where predictions go: .npy, or .npz by output name", array_file, COMMAND)
+
+    def __post_init__(self):
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if value is None and field.default is None:
+                continue
+            try:
+                object.__setattr__(self, field.name, field.metadata["parse"](value))
+            except ValueError as error:
+                shown = ",".join(map(str, value)) if isinstance(value, (list, tuple)) else value
+                message = f"--{field.name.replace('_', '-')} {shown!s:.200}: must be {error}"
+                raise OptionError(message) from None
+        if (self.input is None) != (self.output is None):
+            raise OptionError("--input and --output: one needs the other")
+        if self.input is not None and len(self.model) != 1:
+            raise OptionError(f"--input {self.input}: needs exactly one --model to predict with, not {len(self.model)}")
+
+    @classmethod
+    def from_environment(cls, kind: str = FRONT_END, **changes) -> Options:
+        """Options from ``RAY_TENSORFLOW_<NAME>`` variables, and PORT for a front end; ``changes`` beat them."""
+        names = [field.name for field in dataclasses.fields(cls)]
+        found = {name: os.environ.get(f"RAY_TENSORFLOW_{name.upper()}") for name in names}
+        if kind == FRONT_END and os.environ.get("PORT"):
+            changes = {"port": os.environ["PORT"], "host": "0.0.0.0"} | {k: v for k, v in found.items() if v} | changes
+        return cls(**{name: value for name, value in found.items() if value} | changes)
+
+    @classmethod
+    def from_command_line(cls, description: str, kind: str, arguments: list[str] | None = None) -> Options:
+        """Options from the command line of a FRONT_END or the COMMAND; a wrong one ends the program with status 2."""
+        parser = argparse.ArgumentParser(description=description, allow_abbrev=False)
+        for field in dataclasses.fields(cls):
+            if field.metadata["only"] in (None, kind):
+                default = "" if field.default in (None, (), False) else f" (default: {field.default})"
+                how = {"action": "append"} if field.name == "model" else {}
+                how = {"action": "store_true"} if field.default is False else how | {"metavar": field.name.upper()}
+                parser.add_argument(
+                    f"--{field.name.replace('_', '-')}",
+                    help=field.metadata["help"] + default,
+                    default=argparse.SUPPRESS,
+                    **how,
+                )
+        try:
+            return cls.from_environment(kind, **vars(parser.parse_args(arguments)))
+        except OptionError as error:
+            parser.exit(2, f"{parser.prog}: error: {error}\n")
+
+    @property
+    def shared(self) -> dict[str, str]:
+        """What all front ends of one shared cluster must have in common, as text: the code, too."""
+        code = hashlib.sha256()
+        for path in sorted(glob.glob(os.path.join(os.path.dirname(os.path.abspath(__file__)), "*.py"))):
+            with open(path, "rb") as file:
+                code.update(f"{os.path.basename(path)} {hashlib.sha256(file.read()).hexdigest()}\n".encode())
+        texts = {"the code of shared_graph": code.hexdigest()}
+        for name in [
+            "workers",
+            "threads",
+            "model",
+            "parameter_servers",
+            "placement",
+            "max_batch",
+            "exact",
+            "checkpoint_dir",
+        ]:
+            value = getattr(self, name)
+            texts[f"--{name.replace('_', '-')}"] = ",".join(map(str, value)) if name == "model" else str(value)
+        return texts
+
+
+PLACES = 2  # batches that a front end sends a worker at once: one runs while the next one is decoded

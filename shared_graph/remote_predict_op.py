@@ -1,0 +1,115 @@
+"""Another server's model as an operation of one's own graph."""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import json
+import time
+import urllib.parse
+
+import numpy as np
+
+from shared_graph.errors import DeadlineExceeded, Error, InvalidRequest, ModelError, Unavailable, first_sentence
+from shared_graph.json_codec import json_text, parse_tensor, plain
+from shared_graph.models import Arrays
+from shared_graph.tensorflow_runtime import import_tensorflow
+
+# HTTP status to tensorflow::error::Code, where a server of TensorFlow Serving's REST contract answered with an error
+ERROR_CODES = {400: 3, 401: 16, 403: 7, 404: 5, 409: 10, 413: 3, 429: 8, 499: 1, 501: 12, 502: 14, 503: 14, 504: 4}
+
+
+def remote_predict(
+    input_tensor_aliases: list[str],
+    input_tensors: list,
+    output_tensor_aliases: list[str],
+    target_address: str,
+    model_name: str,
+    model_version: int = -1,
+    max_rpc_deadline_millis: int = 3000,
+    output_types: list | None = None,
+    name: str = "remote_predict",
+    signature_name: str = "serving_default",
+    fail_op_on_rpc_error: bool = True,
+):
+    """In a graph: the outputs of a model at ``target_address`` ("host:port"), a server of TensorFlow Serving's REST.
+
+    Returns the output tensors, of ``output_types`` (float32 if not given) and unknown shape; a run fails when the call
+    does. With ``fail_op_on_rpc_error=False`` returns (status_code, status_error_message, output tensors) and never
+    fails because of the call: the code is an int32 ``tensorflow::error::Code``, 0 for success, and outputs are empty
+    scalars after an error. ``model_version`` -1 is the latest. The deadline counts from the last byte that came.
+
+    Source: tensorflow_serving/experimental/tensorflow/ops/remote_predict. Raises ValueError when lengths do not agree.
+    """
+    tf = import_tensorflow()
+    types = [tf.as_dtype(dtype) for dtype in output_types or [tf.float32] * len(output_tensor_aliases)]
+    if not model_name:
+        raise ValueError("model_name must be specified.")
+    for kind, aliases, there in (
+        ("input_tensors", input_tensor_aliases, input_tensors),
+        ("output_types", output_tensor_aliases, types),
+    ):
+        if len(aliases) != len(there):
+            raise ValueError(f"{len(aliases)} aliases do not fit {len(there)} {kind}")
+    dtypes = {alias: np.dtype(t.as_numpy_dtype) for alias, t in zip(output_tensor_aliases, types)}
+    path = f"/v1/models/{urllib.parse.quote(model_name, safe='')}"
+    path += f"/versions/{model_version}" if model_version >= 0 else ""
+
+    def call(*inputs):
+        failure = None
+        outputs = [np.array(b"", object) if dtype == object else np.zeros((), dtype) for dtype in dtypes.values()]
+        named = {alias: np.asarray(value) for alias, value in zip(input_tensor_aliases, inputs)}
+        try:
+            outputs = call_remote(target_address, path, signature_name, named, dtypes, max_rpc_deadline_millis / 1000)
+        except Error as error:
+            failure = error
+        except TimeoutError:
+            failure = DeadlineExceeded(f"{target_address} did not answer within {max_rpc_deadline_millis} ms")
+        except OSError as error:
+            failure = Unavailable(f"{target_address} cannot be reached: {error.strerror or error}")
+        except Exception as error:
+            failure = ModelError(f"{target_address} does not answer as it should: {first_sentence(error)}")
+        if failure is None:
+            return [np.int32(0), b"", *outputs]
+        if fail_op_on_rpc_error:
+            raise RuntimeError(f"HTTP {failure.status}: {failure}")
+        return [np.int32(ERROR_CODES.get(failure.status, 13)), str(failure).encode(), *outputs]
+
+    code, message, *outputs = tf.numpy_function(call, input_tensors, [tf.int32, tf.string, *types], name=name)
+    code.set_shape([])
+    message.set_shape([])
+    return outputs if fail_op_on_rpc_error else (code, message, outputs)
+
+
+def call_remote(
+    address: str, path: str, signature_name: str, inputs: Arrays, dtypes: dict[str, np.dtype], seconds: float
+) -> list[np.ndarray]:
+    """The outputs of one predict over REST. Raises Error with the server's answer, TimeoutError, OSError."""
+    deadline = time.monotonic() + seconds
+    document = json.loads(request_http(address, "GET", f"{path}/metadata", None, deadline))
+    signature = document["metadata"]["signature_def"]["signature_def"].get(signature_name)
+    if signature is None:
+        raise InvalidRequest(f'Serving signature name: "{signature_name}" not found in signature def')
+    if inputs.keys() != signature["inputs"].keys() or dtypes.keys() - signature["outputs"].keys():
+        there = [sorted(signature[side]) for side in ("inputs", "outputs")]
+        raise InvalidRequest(f"aliases {sorted(inputs)} and {sorted(dtypes)} do not fit {there[0]} and {there[1]}")
+    columns = ", ".join(f"{json.dumps(name)}: {json_text(plain(array, '_bytes'))}" for name, array in inputs.items())
+    body = f'{{"signature_name": {json.dumps(signature_name)}, "inputs": {{{columns}}}}}'.encode()
+    outputs = json.loads(request_http(address, "POST", f"{path}:predict", body, deadline))["outputs"]
+    named = outputs if len(signature["outputs"]) > 1 else dict.fromkeys(signature["outputs"], outputs)
+    return [parse_tensor(name, named[name], dtype) for name, dtype in dtypes.items()]
+
+
+def request_http(address: str, method: str, path: str, body: bytes | None, deadline: float) -> bytes:
+    """The body of a 200 answer. Raises Error with status and message of another, TimeoutError, OSError."""
+    host, _, port = address.rpartition(":")
+    left = max(0.001, deadline - time.monotonic())
+    with contextlib.closing(http.client.HTTPConnection(host, int(port), timeout=left)) as connection:
+        connection.request(method, path, body)
+        response = connection.getresponse()
+        text = response.read()
+    if time.monotonic() >= deadline:
+        raise TimeoutError
+    if response.status != 200:
+        raise Error(json.loads(text).get("error", "no reason was given"), response.status)
+    return text

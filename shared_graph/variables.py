@@ -1,0 +1,106 @@
+"""Gets and sets the variables behind an output, in any process."""
+
+from __future__ import annotations
+
+import os
+
+import numpy as np
+
+from shared_graph.errors import InvalidRequest
+from shared_graph.models import Arrays, to_array
+from shared_graph.tensorflow_runtime import import_tensorflow
+
+
+class TensorFlowVariables:
+    """Gets and sets the variables behind an output: by name, as Ray's users know it, or as one flat vector.
+
+    ``output`` is a tensor or an operation, or a list of them; found are the variables that it depends on in any way,
+    and ``input_variables`` beside them. With ``prefix=True`` names lack the scope that all have in common, so that two
+    copies of a network under two scopes can exchange weights. All operations are made here.
+
+    ``variables``, ``placeholders`` and ``assignment_nodes`` are dicts by name. After ray.experimental.tf_utils.
+    """
+
+    def __init__(self, output, sess=None, input_variables=None, prefix: bool = False):
+        tf = import_tensorflow()
+        self.sess = sess
+        self.variables, self.placeholders, self.assignment_nodes, self._values = {}, {}, {}, {}
+        outputs = list(output) if isinstance(output, (list, tuple)) else [output]
+        found = variable_operations([getattr(o, "op", o) for o in outputs] + [v.op for v in input_variables or ()])
+        if not found:
+            return
+        graph, scopes = found[0].graph, [f"/{op.name}".rpartition("/")[0] for op in found]
+        scope = os.path.commonpath(scopes or ["/"])[1:] if prefix else ""
+        objects = {v.op.name: v for v in graph.get_collection(tf.GraphKeys.GLOBAL_VARIABLES)}
+        for operation in found:
+            name = operation.name[len(scope) + 1 :] if scope else operation.name
+            handle, dtype = operation.outputs[0], operation.get_attr("dtype")
+            with graph.as_default(), tf.colocate_with(operation):
+                new = tf.placeholder(dtype, tf.TensorShape(operation.get_attr("shape")), name=f"Placeholder_{name}")
+                if operation.type == "VarHandleOp":
+                    value = tf.raw_ops.ReadVariableOp(resource=handle, dtype=dtype)
+                    assign = tf.raw_ops.AssignVariableOp(resource=handle, value=new)
+                else:  # a reference variable of TensorFlow 1
+                    value, assign = tf.identity(handle), tf.raw_ops.Assign(ref=handle, value=new).op
+            self.variables[name] = objects.get(operation.name, handle)
+            self.placeholders[name], self.assignment_nodes[name], self._values[name] = new, assign, value
+
+    def set_session(self, sess) -> None:
+        self.sess = sess
+
+    def get_flat_size(self) -> int:
+        """How many numbers all variables have together."""
+        return sum(placeholder.shape.num_elements() for placeholder in self.placeholders.values())
+
+    def get_flat(self) -> np.ndarray:
+        """All variables as one vector, in the order of their sorted names."""
+        return np.concatenate([value.ravel() for value in self.get_weights().values()] or [np.zeros(0)])
+
+    def set_flat(self, new_weights: np.ndarray) -> None:
+        """Set all variables from one vector of ``get_flat_size()`` numbers."""
+        new_weights = np.asarray(new_weights)
+        if new_weights.shape != (self.get_flat_size(),):
+            raise InvalidRequest(f"flat weights must have the shape ({self.get_flat_size()},), not {new_weights.shape}")
+        ends = np.cumsum([placeholder.shape.num_elements() for placeholder in self.placeholders.values()])
+        parts = zip(np.split(new_weights, ends[:-1]), self.placeholders.items())
+        # the vector has one dtype, but the variables may differ
+        self.set_weights({name: part.reshape(p.shape).astype(p.dtype.as_numpy_dtype) for part, (name, p) in parts})
+
+    def get_weights(self) -> Arrays:
+        """The variables' values by name; one at a time, since a protobuf has 2 GiB at most (tensorflow#2233)."""
+        return {name: np.asarray(self._session().run(value)) for name, value in self._values.items()}
+
+    def set_weights(self, new_weights: Arrays) -> None:
+        """Set some or all variables. A wrong name or shape is an InvalidRequest, and then none of them is set."""
+        feeds = {}
+        for name, value in new_weights.items():
+            if name not in self.placeholders:
+                raise InvalidRequest(f"there is no variable {name!r}; there are {sorted(self.placeholders)}")
+            placeholder, value = self.placeholders[name], np.asarray(value)
+            shape = tuple(placeholder.shape.as_list())
+            if value.shape != shape:
+                raise InvalidRequest(f"variable {name!r} has the shape {shape}, not {value.shape}")
+            feeds[name] = to_array(f"variable {name!r}", value, np.dtype(placeholder.dtype.as_numpy_dtype))
+            if feeds[name].nbytes >= 2**31 - 2**20:
+                raise InvalidRequest(f"variable {name!r} is larger than the 2 GiB that TensorFlow can be fed")
+        small = sum(value.nbytes for value in feeds.values()) < 2**30
+        for names in [list(feeds)] if small else [[name] for name in feeds]:
+            nodes = [self.assignment_nodes[name] for name in names]
+            self._session().run(nodes, {self.placeholders[name]: feeds[name] for name in names})
+
+    def _session(self):
+        if self.sess is None:
+            raise InvalidRequest("there is no session yet: give sess, or call set_session")
+        return self.sess
+
+
+def variable_operations(operations: list) -> list:
+    """The operations that hold variables among these and all that they depend on, sorted by name."""
+    seen, stack = set(), list(operations)
+    while stack:
+        operation = stack.pop()
+        if operation is not None and operation not in seen:
+            seen.add(operation)
+            stack.extend([*(tensor.op for tensor in operation.inputs), *operation.control_inputs])
+    found = (operation for operation in seen if operation.type in ("VarHandleOp", "VariableV2", "Variable"))
+    return sorted(found, key=lambda operation: operation.name)

@@ -17,10 +17,10 @@ from flask import Flask, Response, request
 from werkzeug.exceptions import HTTPException
 from werkzeug.serving import ThreadedWSGIServer, WSGIRequestHandler
 
+from shared_graph.bodies import MAX_BODY_BYTES, HttpBody, content_type
 from shared_graph.cluster import Cluster
 from shared_graph.errors import Error, InvalidRequest, Unavailable
 from shared_graph.http_api import METHODS, match_path, parse_value
-from shared_graph.json_codec import MAX_BODY_BYTES
 from shared_graph.logs import start_program
 from shared_graph.options import FRONT_END, Options
 
@@ -41,7 +41,7 @@ def create_app(options: Options | None = None) -> Flask:
         """Start the cluster of this process when it is first asked for: after any fork of the server's."""
         nonlocal cluster
         with starting:
-            cluster = cluster or Cluster(options or Options.from_environment()).begin()
+            cluster = cluster or Cluster(options or Options.from_environment()).start_in_background()
         if time.monotonic() - getattr(accepted, "at", math.inf) > cluster.options.timeout_s:
             raise Unavailable("Too many connections are waiting already; try again later.")
 
@@ -57,7 +57,7 @@ def create_app(options: Options | None = None) -> Flask:
 
     @app.get("/metrics")
     def metrics() -> Response:
-        return Response(cluster.metrics(), mimetype="text/plain; version=0.0.4")
+        return Response(cluster.status.metrics(), mimetype="text/plain; version=0.0.4")
 
     @app.route("/<path:path>", methods=METHODS)  # TensorFlow Serving's rules match the path as it was sent
     def rest(path: str) -> Response | dict:
@@ -66,20 +66,22 @@ def create_app(options: Options | None = None) -> Flask:
         sent = sent if sent.startswith("/") else "/" + sent.split("/", 3)[-1]  # http://host/path, as proxies are asked
         name, version, verb = match_path(request.method, sent.partition("?")[0])
         if request.method == "GET":
-            return cluster.describe(name, version, verb)
-        cluster.find(name, version)
+            return getattr(cluster.status, "metadata" if verb == "metadata" else "version_status")(name, version)
+        cluster.status.get_model(name, version)
         body = request.get_data(cache=False)
         if len(body) > MAX_BODY_BYTES:
             raise InvalidRequest(f"The body is larger than {MAX_BODY_BYTES // 2**20} MiB", 413)
         is_gzip = "gzip" in request.headers.get("Content-Encoding", "")
-        return Response(cluster.ask(name, verb, (body, is_gzip), version), mimetype="application/json")
+        query = request.query_string.decode("latin-1")
+        answer = cluster.request(name, verb, HttpBody(body, is_gzip, query), version)
+        return Response(answer, mimetype=content_type(answer))
 
     @app.errorhandler(Exception)
     def refuse(error: Exception) -> tuple[dict, int, dict]:
         """Every error is JSON: ours, the framework's, and what nobody foresaw."""
         if isinstance(error, HTTPException):
             error = Error(f"{error.name}: {request.method} {request.path[:100]}", error.code or 500)
-        return cluster.refuse(error)
+        return cluster.status.error_response(error)
 
     app.start = start
     return app

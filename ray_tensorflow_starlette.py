@@ -18,10 +18,11 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route, WebSocketRoute
 from starlette.websockets import WebSocket, WebSocketDisconnect, WebSocketDisconnected
 
+from shared_graph.bodies import MAX_BODY_BYTES, HttpBody, content_type
 from shared_graph.cluster import Cluster
 from shared_graph.errors import Error, InvalidRequest
 from shared_graph.http_api import METHODS, match_path, parse_value
-from shared_graph.json_codec import MAX_BODY_BYTES, parse_json
+from shared_graph.json_codec import parse_json
 from shared_graph.logs import start_program
 from shared_graph.options import FRONT_END, Options
 
@@ -33,7 +34,7 @@ def create_app(options: Options | None = None) -> Starlette:
     @contextlib.asynccontextmanager
     async def lifespan(app: Starlette):
         nonlocal cluster
-        cluster = Cluster(options or Options.from_environment()).begin(asyncio.get_running_loop())
+        cluster = Cluster(options or Options.from_environment()).start_in_background(asyncio.get_running_loop())
         yield
         await asyncio.to_thread(cluster.close)
 
@@ -46,13 +47,15 @@ def create_app(options: Options | None = None) -> Starlette:
         return JSONResponse(health, 200 if health["status"] == "ready" else 503)
 
     async def metrics(request: Request) -> Response:
-        return Response(cluster.metrics(), media_type="text/plain; version=0.0.4")
+        return Response(cluster.status.metrics(), media_type="text/plain; version=0.0.4")
 
     async def rest(request: Request) -> Response:
         name, version, verb = match_path(request.method, request.scope["raw_path"].decode("latin-1"))
         if request.method == "GET":
-            return JSONResponse(cluster.describe(name, version, verb))
-        cluster.find(name, version)
+            return JSONResponse(
+                getattr(cluster.status, "metadata" if verb == "metadata" else "version_status")(name, version)
+            )
+        cluster.status.get_model(name, version)
         body = bytearray()
         async with asyncio.timeout(cluster.options.timeout_s):
             async for part in request.stream():
@@ -60,8 +63,10 @@ def create_app(options: Options | None = None) -> Starlette:
                 if len(body) > MAX_BODY_BYTES:
                     raise InvalidRequest(f"The body is larger than {MAX_BODY_BYTES // 2**20} MiB", 413)
         is_gzip = "gzip" in request.headers.get("Content-Encoding", "")
-        answer = await cluster.ask_async(name, verb, (bytes(body), is_gzip), version)
-        return Response(answer, media_type="application/json")
+        answer = await cluster.request_async(
+            name, verb, HttpBody(bytes(body), is_gzip, request.scope["query_string"].decode("latin-1")), version
+        )
+        return Response(answer, media_type=content_type(answer))
 
     async def push(socket: WebSocket) -> None:
         """Many requests at once on one WebSocket, each answered with its id as soon as it is done."""
@@ -75,9 +80,11 @@ def create_app(options: Options | None = None) -> Starlette:
                 if model is None:
                     text = json.dumps({"result": await cluster.add_async(document.get("value"))})
                 else:
-                    text = (await cluster.ask_async(str(model), "predict", (message, False))).decode(errors="replace")
+                    text = (await cluster.request_async(str(model), "predict", HttpBody(message))).decode(
+                        errors="replace"
+                    )
             except Error as error:
-                text = json.dumps(cluster.refuse(error)[0])
+                text = json.dumps(cluster.status.error_response(error)[0])
             await socket.send_text(f'{{"id": {json.dumps(identity)}, {text[1:]}')
             places.release()
 
@@ -99,7 +106,7 @@ def create_app(options: Options | None = None) -> Starlette:
             error = Error(f"{error.detail}: {request.method} {request.url.path[:100]}", error.status_code)
         elif isinstance(error, (TimeoutError, ClientDisconnect)):
             error = InvalidRequest("The body did not arrive within the deadline", 408)
-        return JSONResponse(*cluster.refuse(error))
+        return JSONResponse(*cluster.status.error_response(error))
 
     routes = [
         Route("/", add),

@@ -10,12 +10,30 @@ import numpy as np
 
 from shared_graph.errors import InvalidRequest, Unavailable
 
+_checkpoint: Callable[[float], None] | None = None  # in the process of the primary parameter server
+
+
+def checkpoint_with(checkpoint: Callable[[float], None]) -> None:
+    """Have every new sum saved by this, before it is assigned. It raises Unavailable where it cannot."""
+    global _checkpoint
+    _checkpoint = checkpoint
+
+
+def checkpoint_sum(total: np.ndarray) -> np.ndarray:
+    """Called by the adder's graph with the new sum before it is assigned: one that cannot be saved fails the run."""
+    try:
+        if _checkpoint:
+            _checkpoint(total.item())
+    except Unavailable as error:
+        raise RuntimeError(f"HTTP {error.status}: {error}") from None
+    return total
+
 
 def build_adder(tf):
     """The built-in model: a shared float64 sum to which values are added; each gets the sum right after its own add.
 
     Read, cumulative sum and assignment are one critical section of one ``session.run``, so that no other worker's add
-    slips between (tensorflow#6360). The new sum is checked, and kept, before it is assigned: a run that fails changes
+    slips between (tensorflow#6360). The new sum is checked, and saved, before it is assigned: a run that fails changes
     nothing, and no sum is answered that is not on disk. float64, because a float32 sum stops counting at 2**24.
     """
     value = tf.placeholder(tf.float64, [None], name="value")
@@ -24,15 +42,15 @@ def build_adder(tf):
     def add():
         sums = tf.cumsum(tf.concat([[total.read_value()], value], axis=0))
         sums = tf.debugging.check_numerics(sums, "the sum would not be finite")
-        kept = tf.numpy_function(keep_sum, [sums[-1]], tf.float64)  # runs in the parameter server, as the variable does
-        kept.set_shape([])
-        with tf.control_dependencies([total.assign(kept, read_value=False)]):
+        new = tf.numpy_function(checkpoint_sum, [sums[-1]], tf.float64)  # runs where the variable is
+        new.set_shape([])
+        with tf.control_dependencies([total.assign(new, read_value=False)]):
             return sums[1:]
 
     return {"serving_default": ({"value": value}, {"sum": tf.CriticalSection(shared_name="sum").execute(add)})}
 
 
-def finite(value: Any) -> float:
+def require_finite(value: Any) -> float:
     """Raises InvalidRequest unless the value is one finite number."""
     is_number = isinstance(value, (int, float, np.number)) and not isinstance(value, bool)
     if not is_number or not abs(value) <= sys.float_info.max:
@@ -41,20 +59,3 @@ def finite(value: Any) -> float:
 
 
 build_adder.atomic = True  # rows are applied in order, and a run that fails has changed nothing: so requests share runs
-_keep: Callable[[float], None] | None = None  # in the process of the first parameter server
-
-
-def keep_with(keep: Callable[[float], None]) -> None:
-    """Have every new sum kept by this, before it is assigned. It raises Unavailable where it cannot."""
-    global _keep
-    _keep = keep
-
-
-def keep_sum(total: np.ndarray) -> np.ndarray:
-    """Called by the adder's graph with the new sum before it is assigned: one that cannot be kept fails the run."""
-    try:
-        if _keep:
-            _keep(total.item())
-    except Unavailable as error:
-        raise RuntimeError(f"HTTP {error.status}: {error}") from None
-    return total

@@ -1,89 +1,187 @@
-"""What a worker does with a batch: decode, group, merge, run, split, encode. No Ray in it."""
+"""What a worker does with a batch: decode, group, merge, run, split, encode. No Ray in it, and no TensorFlow.
+
+Requests for one signature with rows of one shape are one group if they may share a run. A group whose run fails is
+halved until the bad request fails alone. Where it is not known yet whether a signature's requests may share runs, a
+group is run both ways and compared: what that shows is evidence, and others decide what follows from it.
+"""
 
 from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Hashable
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-from shared_graph.errors import DeadlineExceeded, Error, WorkerLost
-from shared_graph.graph import Graph
+from shared_graph.errors import DeadlineExceeded, Error, ModelError, WorkerLost
 from shared_graph.json_codec import plain
+from shared_graph.merging import answers_equal
 from shared_graph.models import Signature
 from shared_graph.rest_api import decode
+from shared_graph.wire import WireRequest
+
+MAX_SHARED_ROWS = 4096  # of one request: more of them gain nothing by company, which would have to wait for them
+TRIED_ROWS = 16  # of a group that is run both ways
+MAX_DECODED_BYTES = 64 * 2**20  # of arrays that wait for their run: small bodies may become large ones
+NOT_HALVED = (499, 502, 503, 504)  # a run that failed so would do so again for reasons that are not in the requests
 
 
-def answer_requests(
-    graph: Graph, requests: list[tuple], reply: Callable[[dict[int, Any]], Any], arrived: float
-) -> None:
-    """Decode, group, merge, run, split, encode; ``reply({index: answer or Error})`` as each group is done, for each
-    request once: those that came too late are not run.
+class RunnableGraph(Protocol):
+    """What is asked of a ``graph.Graph``."""
 
-    Requests for one signature with rows of one shape are one group if they may share a run. Raises ConnectionError.
-    """
-    refused: dict[int, Error] = {}
-    groups: dict[Any, list[tuple]] = {}
-    for index, (verb, body, seconds, is_repeated) in enumerate(requests):
+    signatures: dict[str, Signature]
+
+    def run(self, signature: str, feed: list[np.ndarray]) -> list[np.ndarray]: ...
+
+
+class Item(NamedTuple):
+    """A request that has been read."""
+
+    index: int
+    signature: Signature
+    feed: list[np.ndarray]
+    encode: Callable[[list[np.ndarray]], Any]
+    deadline: float
+    is_json: bool
+
+    @property
+    def rows(self) -> int:
+        return len(self.feed[0])
+
+    @property
+    def size(self) -> int:
+        return sum(array.size for array in self.feed)
+
+
+class BatchRunner:
+    """Answers one batch after another. ``reply({index: answer or Error})`` is called as each group is done, for each
+    request once; those that came too late are not run. ``observe(signature, agrees)`` is told what a run showed of
+    whether rows that share it have the answers that they have alone."""
+
+    def __init__(
+        self,
+        graph: RunnableGraph,
+        undecided: frozenset[str],
+        exact: bool,
+        observe: Callable[[str, bool], None],
+        clock: Callable[[], float] = time.monotonic,
+    ):
+        self._graph, self._undecided, self._exact = graph, undecided, exact
+        self._observe, self._clock = observe, clock
+
+    def answer(self, requests: list[WireRequest], reply: Callable[[dict[int, Any]], None], arrived: float) -> None:
+        """Raises ConnectionError when the parameter server has gone."""
+        refused: dict[int, Any] = {}
+        groups: dict[Hashable, list[Item]] = {}
+        held_bytes = 0
+        for index, (verb, body, left_s, is_repeated) in enumerate(requests):
+            try:
+                signature, feed, encode, is_json = decode(self._graph.signatures, verb, body)
+                if is_repeated and (signature.mutates_state or signature.runs_python):
+                    raise WorkerLost("A worker was lost; the change that was asked for may have been applied.")
+            except Error as error:
+                refused[index] = error.with_traceback(None)
+                continue
+            item = Item(index, signature, feed, encode, arrived + left_s, is_json)
+            groups.setdefault(self._group_of(item), []).append(item)
+            held_bytes += sum(64 * array.size if array.dtype == object else array.nbytes for array in feed)
+            if held_bytes > MAX_DECODED_BYTES:
+                self._answer_groups(groups, reply)
+                groups, held_bytes = {}, 0
+        if refused:
+            reply(refused)
+        self._answer_groups(groups, reply)
+
+    def _answer_groups(self, groups: dict[Hashable, list[Item]], reply: Callable[[dict[int, Any]], None]) -> None:
+        for group in sorted(groups.values(), key=lambda group: sum(item.size for item in group)):  # short ones first
+            self._answer_group(group, reply)
+
+    def _group_of(self, item: Item) -> Hashable:
+        may_share = item.signature.batchable or item.signature.name in self._undecided
+        if may_share and all(array.ndim and len(array) == item.rows <= MAX_SHARED_ROWS for array in item.feed):
+            return item.is_json, item.signature.name, *(array.shape[1:] for array in item.feed)
+        return item.index
+
+    def _answer_group(self, group: list[Item], reply: Callable[[dict[int, Any]], None]) -> None:
+        now = self._clock()
+        late = [item for item in group if now >= item.deadline]
+        due = [item for item in group if now < item.deadline]
+        if late:
+            reply({item.index: DeadlineExceeded("The deadline passed in the worker") for item in late})
+        if len(due) > 1 and due[0].signature.batchable:
+            self._answer_together(due, reply)
+        elif len(due) > 1 and due[0].signature.name in self._undecided:
+            self._answer_both_ways(due, reply)
+        else:
+            for item in due:
+                reply({item.index: self._answer_alone(item)})
+
+    def _answer_together(self, group: list[Item], reply: Callable[[dict[int, Any]], None]) -> None:
         try:
-            signature, feed, encode = decode(graph.signatures, verb, body)
-            if is_repeated and (signature.writes or signature.calls_out):
-                raise WorkerLost("A worker was lost; the change that was asked for may or may not have been applied.")
+            outputs = presentable(group[0], self._graph.run(group[0].signature.name, joined(group)))
         except Error as error:
-            refused[index] = error.with_traceback(None)
-            continue
-        is_merged = signature.merged and all(array.ndim and len(array) == len(feed[0]) for array in feed)
-        is_json = verb not in ("add", "arrays")
-        key = (is_json, signature.name, *(array.shape[1:] for array in feed)) if is_merged else (is_json, index)
-        groups.setdefault(key, []).append((index, signature, feed, encode, arrived + seconds))
-    if refused:
-        reply(refused)
+            if error.status in NOT_HALVED:
+                return reply({item.index: error for item in group})
+            outputs = None  # nothing has been changed: what writes shares runs only where that is so
+        if outputs is not None and all(output.shape[:1] == (sum(i.rows for i in group),) for output in outputs):
+            return reply({item.index: attempt(item.encode, part) for item, part in zip(group, split(group, outputs))})
+        if outputs is not None:  # rows of answers are not those of the requests
+            self._observe(group[0].signature.name, False)
+            for item in group:
+                reply({item.index: self._answer_alone(item)})
+            return
+        half = len(group) // 2
+        for part in (group[:half], group[half:]):
+            self._answer_group(part, reply)
 
-    def run_plain(signature: Signature, feed: list[np.ndarray]) -> list[np.ndarray]:
-        return list(map(plain, graph.run(signature.name, feed), signature.outputs))
+    def _answer_both_ways(self, group: list[Item], reply: Callable[[dict[int, Any]], None]) -> None:
+        alone, tried = [], []
+        for item in group:
+            try:
+                outputs = self._graph.run(item.signature.name, item.feed)
+            except ModelError as error:
+                reply({item.index: error.with_traceback(None)})
+                continue
+            reply({item.index: attempt(item.encode, presentable(item, outputs))})
+            if sum(other.rows for other in tried) + item.rows <= TRIED_ROWS:
+                alone.append(outputs)
+                tried.append(item)
+        if len(tried) > 1:
+            try:
+                together = self._graph.run(tried[0].signature.name, joined(tried))
+            except ModelError:
+                return
+            agrees = all(
+                len(output) == sum(item.rows for item in tried)
+                and answers_equal(output, np.concatenate(parts), self._exact)
+                for output, *parts in zip(together, *alone)
+            )
+            self._observe(tried[0].signature.name, agrees)
 
-    def run_arrays(signature: Signature, feed: list[np.ndarray]) -> list[np.ndarray]:
-        return graph.run(signature.name, feed)
-
-    for (is_json, *_), group in groups.items():
-        run = run_plain if is_json else run_arrays
-        now = time.monotonic()
-        due = [request[:-1] for request in group if now < request[-1]]
-        answers = run_merged(run, due) if len(due) > 1 else None
-        late = {index: DeadlineExceeded("The deadline passed in the worker") for index, *_, end in group if now >= end}
-        reply(late | (answers or {index: attempt(run_one, run, *one) for index, *one in due}))
+    def _answer_alone(self, item: Item) -> Any:
+        return attempt(lambda: item.encode(presentable(item, self._graph.run(item.signature.name, item.feed))))
 
 
-def run_one(run: Callable, signature: Signature, feed: list[np.ndarray], encode: Callable) -> Any:
-    return encode(run(signature, feed))
+def presentable(item: Item, outputs: list[np.ndarray]) -> list[np.ndarray]:
+    """For a whole batch at once, since numpy's calls are dear."""
+    return list(map(plain, outputs, item.signature.outputs)) if item.is_json else outputs
 
 
-def attempt(function: Callable, *arguments) -> Any:
+def joined(group: list[Item]) -> list[np.ndarray]:
+    """The rows of all, for each input."""
+    return list(map(np.concatenate, zip(*(item.feed for item in group))))
+
+
+def split(group: list[Item], outputs: list[np.ndarray]) -> list[list[np.ndarray]]:
+    """The rows of each."""
+    ends = list(itertools.accumulate(item.rows for item in group))
+    return [[output[end - item.rows : end] for output in outputs] for item, end in zip(group, ends)]
+
+
+def attempt(function: Callable, *arguments: Any) -> Any:
     """What it returns, or the Error that it raises."""
     try:
         return function(*arguments)
     except Error as error:
         return error.with_traceback(None)
-
-
-def run_merged(run: Callable, group: list[tuple]) -> dict[int, Any] | None:
-    """The answers of requests that share a run; None when each must have one of its own, so that a bad one fails alone.
-
-    Nothing has been changed then: a signature that writes is only merged when a run that fails changes nothing.
-    """
-    _, signature, _, _ = group[0]
-    feeds = [feed for _, _, feed, _ in group]
-    ends = list(itertools.accumulate(len(feed[0]) for feed in feeds))
-    try:
-        outputs = run(signature, list(map(np.concatenate, zip(*feeds))))
-    except Error:
-        return None
-    if any(output.shape[:1] != (ends[-1],) for output in outputs):
-        signature.merged = False
-        return None
-    return {
-        index: attempt(encode, [output[end - len(feed[0]) : end] for output in outputs])
-        for (index, _, feed, encode), end in zip(group, ends)
-    }

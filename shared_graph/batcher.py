@@ -1,214 +1,310 @@
-"""Gathers concurrent requests before they travel, and hands them to the workers round-robin."""
+"""Gathers concurrent requests before they travel, and hands them to the workers round-robin. No Ray, no TensorFlow.
+
+Whatever queued up while the last batches ran is the next batch. A queue is that of a signature, as far as it is known
+without reading the body. Queues take turns: one that was served goes behind all others. Lives in one event loop, whose
+time is the only one there is; nothing here waits.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import collections
-import contextlib
 import dataclasses
-import itertools
 import math
 import os
-import time
+import re
+from collections.abc import Callable
 from typing import Any
 
-from shared_graph.errors import DeadlineExceeded, Error, Unavailable, WorkerLost
-from shared_graph.models import Key, Model
-from shared_graph.options import PLACES, Options
-from shared_graph.wire import read_frame, to_frame
+from shared_graph.bodies import HttpBody
+from shared_graph.connection import QueueKey, Request, WorkerConnection
+from shared_graph.errors import DeadlineExceeded, Error, InvalidRequest, Unavailable, WorkerLost
+from shared_graph.models import ModelVersion, VersionChoice
+from shared_graph.options import MAX_BATCHES_IN_FLIGHT, Options
+from shared_graph.slots import Recent
+from shared_graph.wire import Answers
 
-
-class Line:
-    """The connection of this process to one life of a worker. ``closed`` is done when it is gone."""
-
-    def __init__(self, index: int, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, batcher: Batcher):
-        self.index = index
-        self.is_hung = False  # it gets no new work unless there is no other
-        self.trips: dict[int, dict[int, Request]] = {}  # what is not answered yet
-        self.writer, self._numbers = writer, itertools.count()
-        self.closed = asyncio.create_task(self._listen(reader, batcher))
-        batcher.add(self)
-
-    def send(self, key: Key, requests: list[Request]) -> None:
-        number, now = next(self._numbers), time.monotonic()
-        self.trips[number] = dict(enumerate(requests))
-        contents = [(request.verb, request.body, request.deadline - now, request.is_repeated) for request in requests]
-        self.writer.writelines(to_frame((number, key, contents)))
-
-    async def _listen(self, reader: asyncio.StreamReader, batcher: Batcher) -> None:
-        with contextlib.suppress(OSError, EOFError):
-            while True:
-                number, answers = await read_frame(reader)
-                trip = self.trips.get(number, {})
-                for index, answer in answers.items():
-                    if request := trip.pop(index, None):
-                        batcher.resolve(request, answer)
-                if not trip and self.trips.pop(number, None) is not None:
-                    batcher.dispatch()
-        self.writer.close()
-        batcher.remove(self)
-
-
-TRIP_BYTES = 2**25  # most that requests which travel together have together
-HELD_BYTES = 2**28  # most that all requests have which are not answered
-BUCKETS_S = (0.003, 0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, math.inf)  # of the histogram of answers
+MAX_BATCH_BYTES = 2**25  # of requests that travel together
+MAX_PENDING_BYTES = 2**28  # of all requests that are not answered, and of bodies that are still arriving
+SIGNATURE_HINT = re.compile(rb'"signature_name"\s*:\s*"([^"\\]{1,100})"|^(?:.*&)?signature_name=([^&]{1,100})')
+HINT_BYTES = 2000  # at each end of a body, in which the hint is looked for
+MAYBE = "a change that was asked for may or may not have been applied"
 
 
 @dataclasses.dataclass(eq=False, slots=True)
-class Request:
-    """One caller's request on its way to a worker, and ``future``, for which the caller waits."""
+class Queue:
+    """Requests that wait, the first one first."""
 
-    key: Key
-    model: Model
-    worker: int | None  # the one that is to do it, if it matters
-    verb: str
-    body: Any
-    future: asyncio.Future
-    size_bytes: int
-    deadline: float
-    timer: asyncio.TimerHandle | None = None  # that ends the wait at the deadline
-    is_repeated: bool = False  # a worker was lost that had it
+    requests: collections.deque[Request] = dataclasses.field(default_factory=collections.deque)
+    timer: asyncio.TimerHandle | None = None  # that looks again when it may be due
+
+    def set_timer(self, when: float, callback: Callable[[], None]) -> None:
+        if self.timer is None or self.timer.cancelled() or self.timer.when() > when:
+            self.stop_timer()
+            self.timer = asyncio.get_running_loop().call_at(when, callback)
+
+    def stop_timer(self) -> None:
+        if self.timer is not None:
+            self.timer.cancel()
+            self.timer = None
 
 
 class Batcher:
-    """Whatever queued up while the last batches ran is the next batch. Lives in one event loop; nothing here waits.
+    """Every request is answered once, at the latest when its deadline has passed. What a lost worker had to do runs
+    once more elsewhere, but for adds, and for what the worker may have been lost by."""
 
-    Requests for one model travel together, ``max_batch`` at most. Every request has its answer at the latest when its
-    deadline has passed. What a lost worker had to do runs once more elsewhere, but for adds.
-    """
-
-    def __init__(self, options: Options):
+    def __init__(self, options: Options, observe: Callable[[Request, float], None] = lambda request, seconds: None):
+        """``observe`` is told of each answer, and how long it took."""
         self.options = options
-        self.lines: list[Line] = []  # to the workers that can be called; whose turn it is comes first
-        self.held_bytes = 0  # of the requests that are not answered
-        self.answered: collections.Counter[tuple[str, str]] = collections.Counter()  # by model and verb
-        self.took: collections.Counter[float] = collections.Counter()  # by bucket
-        self.took_s = 0.0
-        self._queues = collections.defaultdict(collections.deque)  # by key and worker
+        self.connections: list[WorkerConnection] = []  # to workers that can be called; whose turn it is comes first
+        self.pending_bytes = 0
+        self.waiting = 0  # requests that are not sent yet
+        self._observe = observe
+        self._queues: dict[QueueKey, Queue] = {}  # whose turn it is comes first
+        self._recent = Recent()
         # while one runs, decoding the next one takes processor time from it where there is hardly any to spare
-        self.at_once = PLACES if os.cpu_count() > 2 else 1
+        self.max_concurrent_batches = MAX_BATCHES_IN_FLIGHT if os.cpu_count() > 2 else 1
+        self._answered_at = -math.inf  # when a caller last got a result
         self._is_due, self._closed = False, None
 
-    @property
-    def waiting(self) -> int:
-        """Requests that are not sent yet."""
-        return sum(map(len, self._queues.values()))
+    # -- requests ------------------------------------------------------------------------------------------------------
 
-    async def submit(self, key: Key, model: Model, verb: str, body: Any, worker: int | None = None) -> Any:
-        """The answer to a request, which waits in its queue first. Raises Error."""
+    async def submit(
+        self,
+        name: str,
+        choice: VersionChoice,
+        version: ModelVersion,
+        verb: str,
+        body: Any,
+        worker: int | None = None,
+        is_patient: bool = False,
+    ) -> Any:
+        """The answer to a request, which waits in its queue first; one that ``is_patient`` has its deadline only from
+        when it is sent. Raises Error."""
         if self._closed:
             raise self._closed.with_traceback(None)
-        if self.waiting >= self.options.max_queue or self.held_bytes > HELD_BYTES:
+        size_bytes = size_of(body)
+        if self.waiting >= self.options.max_queue:
             raise Unavailable(f"Too many requests are waiting already ({self.waiting}); try again later.")
-        loop, deadline = asyncio.get_running_loop(), time.monotonic() + self.options.timeout_s
-        request = Request(key, model, worker, verb, body, loop.create_future(), size_of(body), deadline)
-        request.timer = loop.call_later(self.options.timeout_s, self._end_wait, request)
-        self.held_bytes += request.size_bytes
-        self._queues[key, worker].append(request)
+        self.hold(size_bytes)
+        loop = asyncio.get_running_loop()
+        key, now = QueueKey(name, choice, hint_of(version, body), worker), loop.time()
+        request = Request(key, version, verb, body, loop.create_future(), size_bytes, now, is_patient)
+        self._set_deadline(request, now)
+        self._enqueue(request)
+        self._recent.note(key, now)
         if not self._is_due:
             self._is_due = True
             loop.call_soon(self.dispatch)  # after all that is ready in this turn of the loop
-        return await request.future
+        try:
+            return await request.future
+        except asyncio.CancelledError:
+            if not request.is_sent:
+                self.resolve(request, None)
+                self.dispatch()  # which drops it from its queue
+            raise
+
+    def hold(self, size_bytes: int) -> None:
+        """Count bytes that are kept for a request. Raises Unavailable when there are too many."""
+        if self.pending_bytes + size_bytes > MAX_PENDING_BYTES and self.pending_bytes:
+            raise Unavailable("Too many requests are waiting already, with too many bytes; try again later.")
+        self.pending_bytes += size_bytes
+
+    def release(self, size_bytes: int) -> None:
+        self.pending_bytes -= size_bytes
 
     def resolve(self, request: Request, answer: Any) -> None:
         """Give a caller the answer, unless there is one or nobody waits for it any more."""
-        self.held_bytes, request.size_bytes = self.held_bytes - request.size_bytes, 0
-        request.timer.cancel()
+        self.release(request.size_bytes)
+        request.size_bytes = 0
+        if request.timer is not None:
+            request.timer.cancel()
         if request.future.done():
             return
         if isinstance(answer, Exception):
             return request.future.set_exception(answer)
         request.future.set_result(answer)
-        seconds = time.monotonic() - request.deadline + self.options.timeout_s
-        self.answered[request.key[0], request.verb] += 1
-        self.took[next(end for end in BUCKETS_S if seconds <= end)] += 1
-        self.took_s += seconds
+        self._answered_at = asyncio.get_running_loop().time()
+        self._observe(request, self._answered_at - request.begun)
 
-    def add(self, line: Line) -> None:
-        self.lines.insert(0, line)
-        self.dispatch()
+    def _enqueue(self, request: Request, first: bool = False) -> None:
+        queue = self._queues.setdefault(request.key, Queue()).requests
+        queue.appendleft(request) if first else queue.append(request)
+        request.is_sent = False
+        self.waiting += 1
 
-    def remove(self, line: Line) -> None:
-        """It is gone. What it had runs once more elsewhere, or is answered with why it cannot."""
-        if line in self.lines:
-            self.lines.remove(line)
-        for request in reversed([request for trip in line.trips.values() for request in trip.values()]):
-            if request.verb == "add" or request.is_repeated:
-                why = "a change that was asked for may or may not have been applied"
-                self.resolve(request, WorkerLost(f"Worker {line.index} was lost; {why}."))
-            else:
-                request.is_repeated = True
-                self._queues[request.key, request.worker].appendleft(request)
-        line.trips.clear()
-        self.dispatch()
+    def _dequeue(self, queue: Queue) -> Request:
+        self.waiting -= 1
+        return queue.requests.popleft()
 
-    def close(self, error: Error | None) -> None:
-        """Answer all that is left, and whatever comes, with this; until called with None."""
-        self._closed = error
-        under_way = [trip.values() for line in self.lines for trip in line.trips.values()]
-        for request in itertools.chain(*self._queues.values(), *under_way) if error else ():
-            self.resolve(request, error)
-        self.dispatch()  # which drops what has its answer
+    def _set_deadline(self, request: Request, now: float) -> None:
+        if request.timer is not None:
+            request.timer.cancel()
+        request.deadline = now + self.options.timeout_s
+        request.timer = asyncio.get_running_loop().call_at(request.deadline, self._end_wait, request)
 
     def _end_wait(self, request: Request) -> None:
+        now = asyncio.get_running_loop().time()
+        if request.is_patient and not request.is_sent and self._answered_at > now - self.options.timeout_s:
+            return self._set_deadline(request, self._answered_at)  # others get on
         message = f"No answer within the deadline of {self.options.timeout_s:g} s"
-        self.resolve(request, DeadlineExceeded(f"{message}; a change that was asked for may have been applied."))
+        message += f"; {MAYBE}." if request.is_sent else "; it has not been sent to a worker, and changed nothing."
+        self.resolve(request, DeadlineExceeded(message))
         self.dispatch()  # which drops it from its queue
 
-    def dispatch(self) -> None:
-        """Send all batches that are due to workers that have a place. Models take turns, and so do workers."""
-        self._is_due, keys = False, collections.deque(self._queues)
-        while keys:
-            key = keys.popleft()
-            if batch := self._next_batch(*key):
-                line, requests = batch
-                self.lines.remove(line)
-                self.lines.append(line)
-                line.send(key[0], requests)
-                keys.append(key)
+    # -- workers -------------------------------------------------------------------------------------------------------
 
-    def _next_batch(self, key: Key, worker: int | None) -> tuple[Line, list[Request]] | None:
-        """What of this queue is to be sent now, and to whom; if it is due, and there is a place for it."""
-        queue = self._queues[key, worker]
-        while queue and queue[0].future.done():  # nobody waits for it any more
-            self.resolve(queue.popleft(), None)
-        if not queue:
-            del self._queues[key, worker]
-            return None
-        model = queue[0].model
-        lines = [line for line in self.lines if worker in (None, line.index)]
-        lines = [line for line in lines if not line.is_hung] or lines
-        lines = [line for line in lines if len(line.trips) < PLACES]
-        if not lines:
-            return None
-        is_one_run, count = model.merged and self.options.placement == "shared", len(queue)
-        if not is_one_run:  # all workers get their part
-            count = -(-count // sum(PLACES - len(line.trips) for line in lines))
-        under_way = [
-            next(iter(trip.values())) for line in self.lines if not line.is_hung for trip in line.trips.values()
-        ]
-        if model.merged and count < self.options.max_batch:
-            early_s = queue[0].deadline - self.options.timeout_s + self.options.batch_wait_ms / 1000 - time.monotonic()
-            if early_s > 0:
-                asyncio.get_running_loop().call_later(early_s, self.dispatch)
-                return None
-            if is_one_run and [other.key for other in under_way].count(key) >= self.at_once:  # more would be smaller
-                return None
-        if model.calls_out and sum(other.model.calls_out for other in under_way) >= PLACES * len(self.lines) - 1:
-            return None  # what it waits for may need a place, too
+    def add(self, connection: WorkerConnection) -> None:
+        self.connections.insert(0, connection)
+        self.dispatch()
+
+    def remove(self, connection: WorkerConnection) -> None:
+        """It is gone. What it had runs once more elsewhere, or is answered with why it cannot."""
+        if connection in self.connections:
+            self.connections.remove(connection)
+        lost = [request for _, batch in connection.in_flight.values() for request in batch.values()]
+        connection.in_flight.clear()
+        for request in reversed(lost):
+            if request.future.done():
+                self.resolve(request, None)
+            elif connection.was_ended:
+                why = "did not answer any more and was ended"
+                self.resolve(request, WorkerLost(f"Worker {connection.index} {why}; {MAYBE}."))
+            elif self._closed or request.verb == "add" or request.is_repeated:
+                self.resolve(request, WorkerLost(f"Worker {connection.index} was lost; {MAYBE}."))
+            else:
+                request.is_repeated = True
+                self._enqueue(request, first=True)
+        self.dispatch()
+
+    def receive(self, connection: WorkerConnection, message: Answers) -> None:
+        """What a worker has answered of a batch."""
+        key, batch = connection.in_flight.get(message.batch_id, (None, {}))
+        for index, answer in message.answers.items():
+            if request := batch.pop(index, None):
+                self.resolve(request, answer)
+        if key is not None and not batch:
+            del connection.in_flight[message.batch_id]
+            connection.slots.give_back(key)
+            self.dispatch()
+
+    def close(self, error: Error | None) -> None:
+        """Answer all that waits, and whatever comes, with this; until called with None. What was sent may have been
+        applied."""
+        self._closed = error
+        if error is None:
+            return self.dispatch()
+        for request in [request for queue in self._queues.values() for request in queue.requests]:
+            self.resolve(request, error)
+        for connection in self.connections:
+            for _, batch in connection.in_flight.values():
+                for request in batch.values():
+                    self.resolve(request, WorkerLost(f"{str(error).rstrip('.')}; {MAYBE}."))
+        self.dispatch()  # which drops what has its answer
+
+    # -- whose turn it is ----------------------------------------------------------------------------------------------
+
+    def dispatch(self) -> None:
+        """Send all batches that are due to workers that have a slot. Queues take turns, and so do workers."""
+        self._is_due, is_any_sent = False, True
+        while is_any_sent:
+            is_any_sent = False
+            for key in list(self._queues):
+                queue = self._queues[key]
+                while queue.requests and queue.requests[0].future.done():  # nobody waits for it any more
+                    self.resolve(self._dequeue(queue), None)
+                if not queue.requests:
+                    self._queues.pop(key).stop_timer()
+                elif batch := self._next_batch(key, queue):
+                    self._send(key, queue, *batch)
+                    is_any_sent = True
+
+    def _send(self, key: QueueKey, queue: Queue, connection: WorkerConnection, count: int) -> None:
+        now, requests = asyncio.get_running_loop().time(), self._take(queue, count)
+        self._queues.pop(key)
+        if queue.requests:
+            self._queues[key] = queue  # behind all others
+        else:
+            queue.stop_timer()
+        for request in requests:
+            if request.is_patient:
+                self._set_deadline(request, now)
+            request.is_sent = True
+        try:
+            connection.send(key, requests, now)
+        except Exception as error:  # there is no end to what pickling raises
+            for request in requests:
+                self.resolve(request, InvalidRequest(f"The request cannot be sent to a worker: {error}"))
+            return
+        self.connections.remove(connection)
+        self.connections.append(connection)
+
+    def _take(self, queue: Queue, count: int) -> list[Request]:
         requests, size_bytes = [], 0
-        while queue and len(requests) < min(count, self.options.max_batch) and size_bytes < TRIP_BYTES:
-            request = queue.popleft()
+        while queue.requests and len(requests) < count and size_bytes < MAX_BATCH_BYTES:
+            request = self._dequeue(queue)
             if request.future.done():
                 self.resolve(request, None)
             else:
                 size_bytes += request.size_bytes
                 requests.append(request)
-        return lines[0], requests
+        return requests
+
+    def _next_batch(self, key: QueueKey, queue: Queue) -> tuple[WorkerConnection, int] | None:
+        """To which worker how many requests of this queue are to be sent now; if that is due, and one has a slot."""
+        version, now = queue.requests[0].version, asyncio.get_running_loop().time()
+        candidates = self._candidates(key, version)
+        if not candidates:
+            return None
+        alone_at = self._recent.alone_at(key, now)
+        free = [c for c in candidates if c.slots.may_take(key, alone_at <= now)]
+        if not free:
+            if any(c.slots.free for c in candidates):
+                queue.set_timer(alone_at, self.dispatch)
+            return None
+        is_one_run, count = bool(version.loaded.batchable) and self.options.placement == "shared", len(queue.requests)
+        if not is_one_run:  # all workers get their part
+            count = -(-count // sum(c.slots.free for c in candidates))
+        if version.loaded.batchable and count < self.options.max_batch:
+            due_at = queue.requests[0].begun + self.options.batch_wait_ms / 1000
+            if due_at > now:
+                queue.set_timer(due_at, self.dispatch)
+                return None
+            under_way = sum(c.slots.taken[key] for c in self.connections if not c.is_hung)
+            if is_one_run and under_way >= self.max_concurrent_batches:
+                return None  # more batches would be smaller ones
+        if version.loaded.runs_python and self._remote_calls() >= MAX_BATCHES_IN_FLIGHT * len(self.connections) - 1:
+            return None  # what it waits for may need a slot, too
+        return free[0], min(count, self.options.max_batch)
+
+    def _candidates(self, key: QueueKey, version: ModelVersion) -> list[WorkerConnection]:
+        found = [c for c in self.connections if key.worker in (None, c.index)]
+        found = [c for c in found if c.index not in version.missing_on] or found
+        return [c for c in found if not c.is_hung] or found
+
+    def _remote_calls(self) -> int:
+        batches = [batch for c in self.connections for _, batch in c.in_flight.values()]
+        return sum(next(iter(batch.values())).version.loaded.runs_python for batch in batches if batch)
+
+
+def hint_of(version: ModelVersion, body: Any) -> str:
+    """The signature that is asked for, as far as it is seen without reading a body: for whose turn it is, no more."""
+    signatures = version.loaded.metadata["signature_def"]["signature_def"]
+    if len(signatures) == 1:
+        return ""
+    if isinstance(body, HttpBody):
+        content = body.content
+        ends = (content,) if len(content) <= 2 * HINT_BYTES else (content[:HINT_BYTES], content[-HINT_BYTES:])
+        match = next(filter(None, map(SIGNATURE_HINT.search, [*ends, body.query.encode()])), None)
+        hint = (match[1] or match[2]).decode(errors="replace") if match else ""
+    else:
+        hint = body[0] if isinstance(body, tuple) else ""
+    return hint if hint in signatures else ""
 
 
 def size_of(body: Any) -> int:
     """Roughly the bytes that travel: an HTTP body's, or those of arrays."""
-    first, second = body if isinstance(body, tuple) else (b"", 0)
-    arrays = second.values() if isinstance(second, dict) else [second]
-    return len(first) + sum(getattr(array, "nbytes", 0) for array in arrays)
+    if isinstance(body, HttpBody):
+        return len(body.content) + len(body.query)
+    arrays = body[1] if isinstance(body, tuple) else 0
+    return sum(getattr(array, "nbytes", 0) for array in (arrays.values() if isinstance(arrays, dict) else [arrays]))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import glob
 import json
 import os
 import struct
@@ -14,7 +15,8 @@ from typing import Any
 import numpy as np
 
 from shared_graph.errors import ModelError, Unavailable, first_sentence
-from shared_graph.models import ADDER_SOURCE, Arrays, ModelSource, objects
+from shared_graph.model_source import ADDER_SOURCE, ModelSource
+from shared_graph.models import Arrays, object_array
 
 
 class Checkpoints:
@@ -30,9 +32,10 @@ class Checkpoints:
         self._marker = os.path.join(folder, f".run-{run}")
         try:
             with open(self._marker) as marker:
-                self._kept = marker.read().splitlines()
-            self._lock = os.open(os.path.join(folder, ".lock"), os.O_WRONLY | os.O_CREAT)
+                self._checkpointed = marker.read().splitlines()
+            self._lock = open(os.path.join(folder, ".lock"), "w")  # noqa: SIM115  (held until it is closed)
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # until this process ends, however it does
+            self._remove_what_others_left(run)
         except BlockingIOError:
             raise Unavailable(f"The checkpoint folder {folder} is in use by another program.") from None
         except OSError as error:
@@ -45,14 +48,14 @@ class Checkpoints:
         name = "adder.sum" if source == ADDER_SOURCE else f"{source.name}.{source.version}.npz"
         return os.path.join(self.folder, name)
 
-    def keep(self, source: ModelSource, weights: Arrays) -> None:
-        plain = {
+    def save(self, source: ModelSource, weights: Arrays) -> None:
+        arrays = {
             f"variables/{name}": value if value.dtype != object else np.array(value + b".", "S")
             for name, value in weights.items()
-        }  # numpy strips zeros from the end of a text
-        self._write_first(self.path(source), lambda file: np.savez(file, **plain))
+        }  # numpy strips zeros from the end of a string
+        self._write_first(self.path(source), lambda file: np.savez(file, **arrays))
 
-    def keep_sum(self, total: float) -> None:
+    def save_sum(self, total: float) -> None:
         """The adder's, twice over; for each batch, and so in place once there is a file: that takes a hundredth of the
         time, and so few bytes are in one sector of the disk, which is written as a whole or not at all."""
         record, path = struct.pack("<dd", total, total), self.path(ADDER_SOURCE)
@@ -76,7 +79,7 @@ class Checkpoints:
                     return {
                         name.removeprefix("variables/"): array
                         if array.dtype.kind != "S"
-                        else objects(text[:-1] for text in array.flat).reshape(array.shape)
+                        else object_array(text[:-1] for text in array.flat).reshape(array.shape)
                         for name, array in np.load(file).items()
                     }
                 record = file.read()
@@ -84,30 +87,46 @@ class Checkpoints:
                     raise ValueError("it is not one number twice")
                 return {"sum": np.frombuffer(record)[0]}
         except Exception as error:  # there is no end to what numpy and zipfile raise
-            if isinstance(error, FileNotFoundError) and os.path.basename(path) not in self._kept:
+            if isinstance(error, FileNotFoundError) and os.path.basename(path) not in self._checkpointed:
                 return {}
             raise ModelError(
                 f"The checkpoint {path} is damaged or gone ({first_sentence(error)}): put a good one"
                 " there, or remove it and start the program anew."
             ) from None
 
-    def remember(self, key: str, find: Callable[[], Any]) -> Any:
-        """``find()``, found once for each key and folder."""
-        path = os.path.join(self.folder, f".{key}.json")
-        with contextlib.suppress(OSError, ValueError), open(path) as file:
-            return json.load(file)
-        found = find()
-        self._write_aside(path, lambda file: file.write(json.dumps(found).encode()))
-        return found
+    def stamp(self, source: ModelSource) -> str:
+        """Another one when other weights have been saved."""
+        with contextlib.suppress(OSError):
+            status = os.stat(self.path(source))
+            return f"{status.st_size} {status.st_mtime_ns}"
+        return ""
+
+    def cached(self, key: str, find: Callable[[], Any]) -> Any:
+        """``find()``, as JSON has it, found once for each key and folder; of the last hundred keys."""
+        path, known = os.path.join(self.folder, ".cached.json"), {}
+        with contextlib.suppress(OSError, ValueError, TypeError), open(path) as file:
+            known = dict(json.load(file))
+        if key not in known:
+            known[key] = find()
+            recent = dict(list(known.items())[-100:])
+            with contextlib.suppress(Unavailable):
+                self._write_atomically(path, lambda file: file.write(json.dumps(recent).encode()))
+        return known[key]
+
+    def _remove_what_others_left(self, run: str) -> None:
+        for pattern in (".run-*", ".loading-*", ".merged-*"):
+            for path in glob.glob(os.path.join(glob.escape(self.folder), pattern)):
+                if run not in os.path.basename(path):
+                    os.remove(path)
 
     def _write_first(self, path: str, write: Callable[[Any], Any]) -> None:
         """Write it aside; from now on it has to be there when this run's parameter server comes back."""
-        self._write_aside(path, write)
-        if os.path.basename(path) not in self._kept:
-            self._kept.append(os.path.basename(path))
-            self._write_aside(self._marker, lambda file: file.write("\n".join(self._kept).encode()))
+        self._write_atomically(path, write)
+        if os.path.basename(path) not in self._checkpointed:
+            self._checkpointed.append(os.path.basename(path))
+            self._write_atomically(self._marker, lambda file: file.write("\n".join(self._checkpointed).encode()))
 
-    def _write_aside(self, path: str, write: Callable[[Any], Any]) -> None:
+    def _write_atomically(self, path: str, write: Callable[[Any], Any]) -> None:
         with naming_file(path):
             with open(path + ".new", "wb") as file:
                 write(file)

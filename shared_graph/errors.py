@@ -1,8 +1,20 @@
-"""What can go wrong, as one tree; each message is one sentence that says what happened and what to do."""
+"""What can go wrong, as one tree; each message is one sentence that says what happened and what to do.
+
+Error 500
+├── OptionError          an option has a value that is not allowed
+├── InvalidRequest 400   the request can never succeed as it is
+├── Unavailable 503      not now, but perhaps soon
+│   └── ActorUnavailable   an actor's process is gone; Ray starts it anew, or (``is_final``) never will
+├── WorkerLost 502       a change that was asked for may have been applied
+├── DeadlineExceeded 504 the answer did not come in time
+└── ModelError 500       the model itself failed, with the status that TensorFlow Serving has for its error
+"""
 
 from __future__ import annotations
 
+import contextlib
 import re
+from collections.abc import Iterator
 
 
 class Error(Exception):
@@ -13,6 +25,9 @@ class Error(Exception):
     def __init__(self, message: str, status: int | None = None):
         super().__init__(message.encode(errors="replace").decode())  # JSON may have brought half a surrogate pair
         self.status = status or self.status
+
+    def __reduce__(self):
+        return type(self), (str(self), self.status)
 
 
 class OptionError(Error):
@@ -31,6 +46,12 @@ class Unavailable(Error):
     status = 503
 
 
+class ActorUnavailable(Unavailable):
+    """An actor could not be called. ``is_final``: Ray does not start it anew; else it does."""
+
+    is_final = False
+
+
 class WorkerLost(Error):
     """A worker or its parameter server went away meanwhile; a change that was asked for may have been applied."""
 
@@ -47,8 +68,37 @@ class ModelError(Error):
     """The model itself failed: on this request, or when it was loaded."""
 
 
+NOISE = (
+    "From /job:",
+    "[[",
+    "Graph execution error:",
+    "Detected at node",
+    "Node:",
+    "Traceback",
+    "File ",
+    "Original stack",
+)
+
+
 def first_sentence(error: BaseException | str) -> str:
     """A message without what TensorFlow puts around it: "From /job:...", the nodes, the traces."""
-    lines = [line.strip() for line in str(error).splitlines()]
-    lines = [line for line in lines if line and not line.startswith(("From /job:", "[[", "Graph execution error:"))]
-    return re.sub(r"\s*\[\[.*?\]\]", "", lines[0]) if lines else type(error).__name__
+    lines = [line.strip() for line in str(error)[:10_000].splitlines()]
+    lines = [line for line in lines if line and not line.startswith(NOISE)]
+    if not lines:
+        return type(error).__name__
+    line = re.sub(r"\{\{function_node [^}]*\}\} ?", "", lines[0])  # TensorFlow tells it once for each level
+    return re.sub(r" ?\[\[[^\]]*\]\]", "", line)[:1000]
+
+
+@contextlib.contextmanager
+def as_own_errors(what: str) -> Iterator[None]:
+    """Errors of others become one of ours, made of text, so that no process has to import what raised them."""
+    try:
+        yield
+    except Error:
+        raise
+    except Exception as error:
+        failure = Error(f"{what}: {type(error).__name__}: {first_sentence(error)}")
+    else:
+        return
+    raise failure

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import hashlib
 import importlib
-import itertools
 import logging
 import re
 import threading
@@ -15,7 +13,17 @@ from typing import Any
 import numpy as np
 
 from shared_graph.errors import ModelError, first_sentence
-from shared_graph.models import ADDER, ADDER_SOURCE, Key, ModelSource, Signature, TensorSpec
+from shared_graph.graph_definition import (
+    ITERATOR,
+    describe_signature,
+    memory_graph,
+    name_python_functions,
+    operations_behind,
+    prepare_nodes,
+    without_numbers,
+)
+from shared_graph.model_source import ADDER, ADDER_SOURCE, ModelSource
+from shared_graph.models import Arrays
 from shared_graph.options import Options
 from shared_graph.tensorflow_runtime import server_config, session_config
 from shared_graph.variables import TensorFlowVariables
@@ -27,58 +35,65 @@ class Graph:
     """A model's graph in one process: ``connect`` it to where it runs, ``restore`` it where it is held, then ``run``.
 
     All operations are made here, once; then the graph is finalized (tensorflow#4151). The device rule, for task
-    ``home`` of ``tasks`` parameter servers: a graph of one's own runs at home, and its variables are spread over all of
-    them; a SavedModel is at home as a whole. A mirror (``tasks`` 0) is on this process's own device.
+    ``ps_task`` of ``ps_tasks`` parameter servers: a graph of one's own runs on it, and its variables are spread over
+    all of them; a SavedModel is there as a whole. A mirror (``ps_tasks`` 0) is on this process's own device.
     """
 
-    def __init__(self, tf, source: ModelSource, home: int = 0, tasks: int = 1):
+    def __init__(
+        self,
+        tf,
+        source: ModelSource,
+        ps_task: int = 0,
+        ps_tasks: int = 1,
+        folder: str | None = None,
+        tokens: list[str] | None = None,
+    ):
+        """``folder``: from where a SavedModel is read, by default the source's. ``tokens``: what the process that runs
+        the graph calls the Python functions in it, by default this process."""
         from tensorflow.python.saved_model import loader_impl
 
-        self.source, self.home, self.atomic, self.session, self._callables = source, home, False, None, {}
-        self.kept: int | None = None  # a fingerprint of its variables as they were kept last
-        self._loader = loader_impl.SavedModelLoader(source.folder) if source.folder else None
-        meta_graph = (
-            self._build(tf)
-            if self._loader is None
-            else copy.deepcopy(self._loader.get_meta_graph_def_from_tags(["serve"]))
-        )
-        self._definitions = dict(sorted(meta_graph.signature_def.items()))
+        self.source, self.ps_task, self.is_mirror, self.atomic = source, ps_task, not ps_tasks, False
+        self.session, self._callables, self._initializers = None, None, []
+        self.checkpointed: int | None = None  # a fingerprint of its variables as they were written last
+        self._loader = loader_impl.SavedModelLoader(folder or source.folder) if source.folder else None
+        meta_graph = self._read() if self._loader else self._build(tf)
         prepare_nodes(meta_graph, container=f"{source.name}/{source.version}".encode().hex())
-        self.fingerprint = hashlib.sha256(meta_graph.SerializeToString(deterministic=True)).hexdigest()
+        self.tokens = name_python_functions(meta_graph.graph_def, tokens)
+        self._definitions = dict(sorted(meta_graph.signature_def.items()))
 
-        device = f"/job:ps/task:{home}" if tasks else None
-        if source.function and tasks > 1:
-            device = tf.train.replica_device_setter(tasks, worker_device=device)
-        self.graph, self.signatures, self._ends, outputs = tf.Graph(), {}, {}, []
-        with self.graph.as_default(), tf.device(device):
+        device = f"/job:ps/task:{ps_task}" if ps_tasks else None
+        spread = tf.train.replica_device_setter(ps_tasks, worker_device=device) if ps_tasks > 1 else device
+        self.graph, self.signatures, self._feeds_and_fetches, outputs = tf.Graph(), {}, {}, []
+        with self.graph.as_default(), tf.device(spread if source.function else device):
             self._saver = tf.train.import_meta_graph(meta_graph)
             for name, definition in self._definitions.items():
-                infos = [*definition.inputs.values(), *definition.outputs.values()]
-                if not definition.outputs or not all(info.name and info.dtype for info in infos):
-                    continue  # an operation to be run at the start, or a tensor that is not dense
-                feed, fetch = (
-                    {key: self.graph.get_tensor_by_name(side[key].name) for key in sorted(side)}
-                    for side in (definition.inputs, definition.outputs)
+                if not definition.outputs:
+                    continue  # an operation to be run at the start
+                signature, feeds, fetches = describe_signature(
+                    tf, self.graph, meta_graph.graph_def, name, definition, self.atomic
                 )
-                types = operation_types(tf, meta_graph.graph_def, [tensor.op.name for tensor in fetch.values()])
-                self.signatures[name] = Signature(
-                    name,
-                    *(
-                        {key: tensor_spec(tensor, side[key].tensor_shape) for key, tensor in tensors.items()}
-                        for side, tensors in ((definition.inputs, feed), (definition.outputs, fetch))
-                    ),
-                    method=definition.method_name,
-                    writes=any(map(STATE_CHANGING.fullmatch, types)),
-                    calls_out=not self.atomic and any(map(PYTHON_FUNCTION.fullmatch, types)),
-                )
-                outputs.extend(fetch.values())
-                # an output may be an input itself, or another output, and TensorFlow fetches neither
-                self._ends[name] = [t.name for t in feed.values()], [tf.identity(t).name for t in fetch.values()]
+                self.signatures[name] = signature
+                if signature.refusal is None:
+                    outputs.extend(fetches)
+                    # an output may be an input itself, or another output, and TensorFlow fetches neither
+                    self._feeds_and_fetches[name] = [t.name for t in feeds], [tf.identity(t).name for t in fetches]
             self.variables = TensorFlowVariables(outputs)
-            self._free, self._allocate = memory_operations(tf, self.graph)
+            self._probe = tf.no_op(name="probe")
+            self._initialized = [
+                tf.raw_ops.VarIsInitializedOp(resource=v.outputs[0])
+                if v.type == "VarHandleOp"
+                else tf.raw_ops.IsVariableInitialized(ref=v.outputs[0])
+                for v in self.variables.operations
+            ]
         self.graph.finalize()
-        self.writes = any(signature.writes for signature in self.signatures.values())
-        self.calls_out = any(signature.calls_out for signature in self.signatures.values())
+        self._memory = memory_graph(tf, self.graph, device)
+        self._outputs = [tensor.op for tensor in outputs]
+        self.fingerprint = self._fingerprint(tf, meta_graph)
+        self.mutates_state = any(signature.mutates_state for signature in self.signatures.values())
+        self.runs_python = any(signature.runs_python for signature in self.signatures.values())
+
+    def _read(self):
+        return copy.deepcopy(self._loader.get_meta_graph_def_from_tags(["serve"]))
 
     def _build(self, tf):
         """Call the user's function, in a graph of its own, and describe what it made as a SavedModel would."""
@@ -93,67 +108,122 @@ class Graph:
             for signature, sides in function(tf).items():
                 infos = [
                     {
-                        key: tf.saved_model.build_tensor_info(tf.convert_to_tensor(value))  # of a variable: its value
+                        key: tensor_info(tf, f"signature {signature!r}: {kind} {key!r}", value)
                         for key, value in side.items()
                     }
-                    for side in sides
+                    for kind, side in zip(("input", "output"), sides)
                 ]
                 definition = tf.saved_model.build_signature_def(*infos, tf.saved_model.PREDICT_METHOD_NAME)
                 meta_graph.signature_def[signature].CopyFrom(definition)
             initializers = tf.global_variables_initializer(), tf.local_variables_initializer(), tf.tables_initializer()
-            self._initializer = tf.group(*initializers, name="initialize_all").name
+            self._initializers = [tf.group(initializer).name for initializer in initializers]
             meta_graph.graph_def.CopyFrom(self._builder.as_graph_def())
         return meta_graph
 
-    def connect(self, tf, addresses: list[str], options: Options, timeout_s: float = 0) -> None:
+    def _fingerprint(self, tf, meta_graph) -> str:
+        """Of the graph that answers; of a function's not what only initializes, which may be random."""
+        if self._loader:
+            return hashlib.sha256(meta_graph.SerializeToString(deterministic=True)).hexdigest()
+        names = sorted({operation.name for operation in self._outputs})
+        graph_def = without_numbers(tf.graph_util.extract_sub_graph(meta_graph.graph_def, names))
+        return hashlib.sha256(graph_def.SerializeToString(deterministic=True)).hexdigest()
+
+    def connect(self, tf, addresses: list[str], options: Options) -> None:
         """Make the session, on the parameter servers at these addresses or in this process, and a callable for each
         signature."""
         from tensorflow.core.protobuf.config_pb2 import CallableOptions
 
         self.disconnect()
-        target = f"grpc://{addresses[self.home]}" if addresses else ""
-        config = session_config(tf, addresses, timeout_s) if addresses else server_config(tf, options, self.calls_out)
-        self.session = self.variables.sess = tf.Session(target, self.graph, config)
+        self._target = f"grpc://{addresses[self.ps_task]}" if addresses else ""
+        self._config = session_config(tf, addresses) if addresses else server_config(tf, options, self.runs_python)
+        session = tf.Session(self._target, self.graph, self._config)
         # half the time of session.run, and no check against static shapes; make_callable is session.run in disguise
-        self._callables = {
-            name: self.session._make_callable_from_options(CallableOptions(feed=feed, fetch=fetch))
-            for name, (feed, fetch) in self._ends.items()
+        callables = {
+            name: session._make_callable_from_options(CallableOptions(feed=feeds, fetch=fetches))
+            for name, (feeds, fetches) in self._feeds_and_fetches.items()
         }
+        self.session, self._callables = session, callables
+        self.variables.set_session(session)
 
     def disconnect(self) -> None:
         """Leave the session behind, to a thread, since its end may wait for a server that is gone."""
         left = [self.session, self._callables]
-        self.session = self.variables.sess = self._callables = None
+        self.session = self._callables = None
+        self.variables.set_session(None)
         if any(left):
             threading.Thread(target=left.clear, daemon=True).start()
 
-    def free(self) -> None:
+    def cancel_runs(self, tf, addresses: list[str], options: Options) -> None:
+        """End what runs, as far as its kernels let themselves be ended, and go on in another session."""
+        session = self.session
+        self.connect(tf, addresses, options)
+        session.close()
+
+    def free(self, tf) -> None:
         """Give the memory of the variables and tables back."""
-        if self.session:
-            self.session.run(self._free)
+        graph, free, _ = self._memory
+        is_local, session = self.session is not None and not self._target, self.session
         self.disconnect()
+        if session is not None and not is_local:  # else it goes with the session
+            with tf.Session(self._target, graph, self._config) as own:
+                own.run(free)
 
     def run(self, signature: str, feed: list[np.ndarray]) -> list[np.ndarray]:
         """The one ``session.run``: arrays in the order of the sorted input names to arrays in that of the outputs.
 
         Raises ModelError with the HTTP status that fits, or ConnectionError when the parameter server has gone.
         """
+        session, callables = self.session, self._callables
+        if callables is None:
+            raise ConnectionError("there is no connection to it")
         try:
-            outputs, failure = self._callables[signature](*feed), None
+            outputs, failure, code = callables[signature](*feed), None, None
         except Exception as error:
-            failure = failure_of(error)
-        if failure:
-            raise failure  # out here, where it does not hold the session: its end would wait for its server
-        return [np.array(output, object) if isinstance(output, bytes) else np.asarray(output) for output in outputs]
+            failure, code = failure_of(error), getattr(error, "error_code", None)
+        if failure is None:
+            return [np.array(output, object) if isinstance(output, bytes) else np.asarray(output) for output in outputs]
+        # out here, where it does not hold the session: its end would wait for its server
+        if code == CANCELLED and self.session is not session and not self.signatures[signature].mutates_state:
+            return self.run(signature, feed)  # see cancel_runs
+        if code in PERHAPS_DISCONNECTED and not self._is_connected(session):
+            raise ConnectionError(str(failure))
+        raise failure
 
-    def restore(self, variables: bool = True) -> None:
-        """Put the variables' (unless they come from elsewhere) and tables' first values in place."""
-        self.session.run(self._allocate)
-        if self._loader is None:
-            return self.session.run(self.graph.get_operation_by_name(self._initializer))
-        if variables:
+    def _is_connected(self, session) -> bool:
+        """ABORTED and UNAVAILABLE may be the model's own, too."""
+        try:
+            session.run(self._probe)
+        except Exception:
+            return False
+        return True
+
+    def restore(self, tf, weights: Arrays) -> None:
+        """Put the first values of the variables and tables in place; ``weights`` beat those of the files, and a mirror
+        has all of its weights from there. Raises ModelError when something behind an output has no value then."""
+        graph, _, allocate = self._memory
+        if allocate and self._target:
+            with tf.Session(self._target, graph, self._config) as own:
+                own.run(allocate)
+        initializers = [self.graph.get_operation_by_name(name) for name in self._initializers]
+        if initializers:  # in this order: a table may be made from a variable
+            self.session.run(initializers[0])
+        elif not self.is_mirror:
             self._loader.restore_variables(self.session, self._saver)
-        self._loader.run_init_ops(self.session, ["serve"])
+        self.variables.set_weights(weights)
+        for initializer in initializers[1:]:
+            self.session.run(initializer)
+        if self._loader:
+            self._loader.run_init_ops(self.session, ["serve"])
+        self._check_initialized(initializers)
+
+    def _check_initialized(self, initializers: list) -> None:
+        states = self.session.run(self._initialized)
+        lost = [op.name for op, is_there in zip(self.variables.operations, states) if not is_there]
+        if initializers:
+            made = {op.inputs[1].op for op in operations_behind(initializers) if op.type == "MakeIterator"}
+            lost += [op.name for op in operations_behind(self._outputs) if op.type in ITERATOR and op not in made]
+        if lost:
+            raise ModelError(f"nothing initializes {', '.join(map(repr, lost[:5]))}, which an output needs")
 
     def metadata(self) -> dict[str, Any]:
         from google.protobuf import json_format
@@ -163,70 +233,18 @@ class Graph:
         return {"signature_def": {"signature_def": definitions}}
 
 
-def prepare_nodes(meta_graph, container: str) -> None:
-    """Make a graph's nodes, those of its functions included, ready to be imported beside other models'."""
-    from tensorflow.python.framework import op_def_registry
-
-    inputs = {info.name.partition(":")[0] for d in meta_graph.signature_def.values() for info in d.inputs.values()}
-    functions, tables = meta_graph.graph_def.library.function, {}
-    for node in itertools.chain(meta_graph.graph_def.node, *(function.node_def for function in functions)):
-        node.device = ""  # of the machine that saved it (tensorflow#4011)
-        definition = op_def_registry.get(node.op)
-        attributes = {attribute.name for attribute in definition.attr} if definition else ()
-        if node.name in inputs and node.op in ("Placeholder", "PlaceholderV2"):
-            node.attr["shape"].shape.Clear()  # like TensorFlow Serving, we leave the judgement to the kernels
-            node.attr["shape"].shape.unknown_rank = True
-        if "container" in attributes:  # else equal names in two models would be one variable
-            own = node.attr["container"].s
-            node.attr["container"].s = container.encode() + (b"/" + own if own else b"")
-        shared_name = node.attr["shared_name"].s if "shared_name" in attributes else b""
-        if re.fullmatch(rb"hash_table_[0-9a-f-]{36}", shared_name):  # random: else each process had a table of its own
-            node.attr["shared_name"].s = tables.setdefault(shared_name, b"hash_table_%d" % len(tables))
-        if "use_locking" in attributes:  # else two runs at once lose updates
-            node.attr["use_locking"].b = True
-
-
-def memory_operations(tf, graph) -> tuple[list, list]:
-    """What gives back the memory of a graph's variables and tables; and what has to come before they are restored:
-    reference variables cannot be removed, only be made empty."""
-    free, allocate = [], []
-    holders = [operation for operation in graph.get_operations() if operation.outputs and not operation.inputs]
-    for holder in holders:
-        with tf.colocate_with(holder):
-            if holder.type in ("VariableV2", "Variable"):
-                dtype, shape = holder.get_attr("dtype"), tf.TensorShape(holder.get_attr("shape"))
-                nothing, zeros = tf.zeros([0], dtype), tf.zeros(shape, dtype)
-                free.append(tf.raw_ops.Assign(ref=holder.outputs[0], value=nothing, validate_shape=False).op)
-                allocate.append(tf.raw_ops.Assign(ref=holder.outputs[0], value=zeros, validate_shape=False).op)
-            elif holder.outputs[0].dtype == tf.resource and "container" in holder.node_def.attr:
-                free.append(tf.raw_ops.DestroyResourceOp(resource=holder.outputs[0], ignore_lookup_error=True))
-    return free, allocate
-
-
-# Operations that change what a later run sees
-STATE_CHANGING = re.compile(
-    r"Assign\w*|(Resource)?(Sparse)?Apply\w+|ResourceScatter\w+|Scatter(Add|Sub|Mul|Div|Min|Max|Update|Nd\w+)"
-    r"|ResourceStridedSliceAssign|(Resource)?CountUpTo|LookupTable(Insert|Import|Remove)\w*|(Queue|Barrier|Stack)\w+"
-    r"|(Map)?(Uns|S)tage|Rng\w+|Stateful(Standard|Uniform|Truncated|Random)\w+|WriteFile"
-)
-PYTHON_FUNCTION = re.compile(r"(Eager)?PyFunc(Stateless)?")
-
-
-def operation_types(tf, graph_def, names: list[str]) -> set[str]:
-    """The types of these operations and of all that they depend on, those within called functions included."""
-    functions = {function.signature.name: function.node_def for function in graph_def.library.function}
-    nodes = list(tf.graph_util.extract_sub_graph(graph_def, names).node)
-    for node in nodes:  # which grow meanwhile
-        called = [f.name for attribute in node.attr.values() for f in [attribute.func, *attribute.list.func]]
-        for name in [node.op, *called]:
-            nodes.extend(functions.pop(name, ()))
-    return {node.op for node in nodes}
-
-
-def tensor_spec(tensor, declared) -> TensorSpec:
-    """The declared shape, and the dtype that the tensor has: there are SavedModels that declare another one."""
-    shape = None if declared.unknown_rank else tuple(None if d.size < 0 else d.size for d in declared.dim)
-    return TensorSpec(np.dtype(tensor.dtype.as_numpy_dtype).name, shape)
+def tensor_info(tf, what: str, value):
+    """Of a variable: its value."""
+    kind = type(value).__name__
+    if kind in ("SparseTensor", "SparseTensorValue"):
+        raise ModelError(f"{what} is a SparseTensor; give its indices, values and dense_shape")
+    if "RaggedTensor" in kind:
+        raise ModelError(f"{what} is a RaggedTensor; give its flat_values and row_splits, or to_tensor() of it")
+    try:
+        tensor = tf.convert_to_tensor(value)
+    except (TypeError, ValueError) as error:
+        raise ModelError(f"{what} is no tensor: {first_sentence(error)}") from None
+    return tf.saved_model.build_tensor_info(tensor)
 
 
 # tensorflow::error::Code to HTTP status, as TensorFlow Serving has it; any other is 500
@@ -245,35 +263,30 @@ HTTP_STATUS = {
     14: 503,
     16: 401,
 }
-DISCONNECTED = (4, 10, 14)  # what a run fails with when its parameter server is gone, or another one is in its place
+CANCELLED, PERHAPS_DISCONNECTED = 1, (10, 14)
 
 
-def failure_of(error: Exception) -> ModelError | ConnectionError:
+def failure_of(error: Exception) -> ModelError:
     """What a run raises when TensorFlow raised this. Our own Python functions in graphs fail with "HTTP 503: why"."""
     if ours := re.search(r"RuntimeError: HTTP (\d{3}): (.*)", str(error)):
         return ModelError(ours[2], int(ours[1]))
-    code, message = getattr(error, "error_code", None), first_sentence(error)
-    return ConnectionError(message) if code in DISCONNECTED else ModelError(message, HTTP_STATUS.get(code, 500))
-
-
-def build_graph(tf, options: Options, source: ModelSource, is_mirror: bool = False) -> Graph:
-    """A version's graph, under the same device rule in every process."""
-    index = [ADDER, *(model.name for model in options.model)].index(source.name)
-    home = 0 if source.function else index % options.parameter_servers
-    return Graph(tf, source, home, 0 if is_mirror else options.parameter_servers)
-
-
-def build_functions(tf, options: Options, mirrors: bool = False) -> dict[Key, Graph]:
-    """The graphs of functions, in the same order in every process: TensorFlow numbers the Python functions in them, and
-    a parameter server runs what has the same number there."""
-    graphs = {}
-    for source in [ADDER_SOURCE, *options.model]:
-        with contextlib.suppress(Exception):  # which comes again when the model is loaded
-            if source.function:
-                is_mirror = mirrors and is_mirrored(options, source)
-                graphs[source.name, source.version] = build_graph(tf, options, source, is_mirror)
-    return graphs
+    return ModelError(first_sentence(error), HTTP_STATUS.get(getattr(error, "error_code", None), 500))
 
 
 def is_mirrored(options: Options, source: ModelSource) -> bool:
     return options.placement == "mirrored" and source != ADDER_SOURCE
+
+
+_building = threading.Lock()
+
+
+def build_graph(tf, options: Options, source: ModelSource, is_mirror: bool = False, **origin: Any) -> Graph:
+    """A version's graph, under the same device rule in every process."""
+    index = [ADDER, *(model.name for model in options.model)].index(source.name)
+    ps_task = 0 if source.function else index % options.parameter_servers
+    is_alone = _building.acquire(timeout=10)  # imports in two threads may block each other; but none waits for ever
+    try:
+        return Graph(tf, source, ps_task, 0 if is_mirror else options.parameter_servers, **origin)
+    finally:
+        if is_alone:
+            _building.release()

@@ -5,9 +5,9 @@ from __future__ import annotations
 import re
 import urllib.parse
 
-from shared_graph.adder import finite
+from shared_graph.adder import require_finite
 from shared_graph.errors import InvalidRequest
-from shared_graph.models import Version
+from shared_graph.models import VersionChoice
 
 PATHS = {  # case-insensitive but for the method's name; as sent, still percent-encoded
     "POST": re.compile(
@@ -18,7 +18,7 @@ PATHS = {  # case-insensitive but for the method's name; as sent, still percent-
 METHODS = ["GET", "HEAD", "POST", "PUT", "DELETE", "PATCH", "OPTIONS", "TRACE"]  # all but two of which are malformed
 
 
-def match_path(method: str, path: str) -> tuple[str, Version, str]:
+def match_path(method: str, path: str) -> tuple[str, VersionChoice, str]:
     """Model; version, label or None: the latest; status, metadata, predict, classify or regress. Or InvalidRequest."""
     if path in ("/", "/health", "/metrics"):
         raise InvalidRequest(f"{path} answers GET, not {method}", 405)
@@ -47,4 +47,4 @@ def parse_value(query: str, http_version: str = "1.1") -> float:
         raise InvalidRequest("value must be given once, in a query string that can be parsed") from None
     if len(value) > 100 or not re.fullmatch(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?", value, re.A | re.I):
         raise InvalidRequest(f"value must be one finite number, not {value[:100]!r}")
-    return finite(float(value))
+    return require_finite(float(value))

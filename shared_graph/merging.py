@@ -1,9 +1,15 @@
-"""Which signatures may share runs, found by trying them; and their first, slow, run."""
+"""Which signatures may share runs, found by trying them; and their first, slow, run.
+
+Not a matter of course: a softmax over the batch, its mean or its length are other numbers in other company. Matrix
+products of several rows add in another order than those of one, and so differ in the last digits: that is allowed,
+unless ``--exact``.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import logging
+from typing import NamedTuple
 
 import numpy as np
 
@@ -15,25 +21,47 @@ from shared_graph.options import Options
 log = logging.getLogger(__name__)
 
 
-def find_merged(graph: Graph, options: Options) -> list[str]:
-    """The signatures of which several requests may share a run."""
-    return [
-        name
-        for name, signature in graph.signatures.items()
-        if signature.inputs
-        and not signature.calls_out
-        and all(spec.has_rows for spec in [*signature.inputs.values(), *signature.outputs.values()])
-        and (graph.atomic if signature.writes else _rows_are_independent(graph, signature, options))
-    ]
+class Verdict(NamedTuple):
+    """Names of signatures."""
+
+    batchable: tuple[str, ...] = ()  # rows of several requests may share a run
+    undecided: tuple[str, ...] = ()  # random rows were refused: to be tried on real ones
 
 
-def _rows_are_independent(graph: Graph, signature: Signature, options: Options) -> bool:
-    """Is each row's answer the same, whatever rows it shares a run with? Tried on random rows.
+def find_batchable(graph: Graph, options: Options) -> Verdict:
+    """The signatures of which several requests may share a run, with the weights that there are."""
+    found: dict[bool | None, list[str]] = {True: [], False: [], None: []}
+    for name, signature in graph.signatures.items():
+        found[
+            may_share(signature, graph.atomic) and (signature.mutates_state or try_rows(graph, signature, options))
+        ].append(name)
+    if graph.mutates_state and not graph.atomic and found[True]:
+        found[True] = _with_other_weights(graph, found[True], options)
+    return Verdict(tuple(found[True]), tuple(found[None]))
 
-    Not a matter of course: a softmax over the batch, its mean or its length are other numbers in other company.
-    Matrix products of several rows add in another order than those of one, and so differ in the last digits: that
-    is allowed, unless ``--exact``; many sizes then, since kernels are picked by shape.
-    """
+
+def may_share(signature: Signature, atomic: bool) -> bool:
+    """As far as its description tells."""
+    specs = [*signature.inputs.values(), *signature.outputs.values()]
+    is_safe = atomic if signature.mutates_state else not signature.runs_python
+    return bool(signature.inputs) and is_safe and all(spec.has_rows for spec in specs)
+
+
+def _with_other_weights(graph: Graph, names: list[str], options: Options) -> list[str]:
+    """Those that share runs also with other weights, for a model that changes them when it runs."""
+    weights, random = graph.variables.get_weights(), np.random.default_rng(0)
+    floats = {name: value for name, value in weights.items() if value.dtype.kind == "f"}
+    other = {name: random.standard_normal(value.shape).astype(value.dtype) for name, value in floats.items()}
+    graph.variables.set_weights(other)
+    try:
+        return [name for name in names if try_rows(graph, graph.signatures[name], options) is not False]
+    finally:
+        graph.variables.set_weights(floats)
+
+
+def try_rows(graph: Graph, signature: Signature, options: Options) -> bool | None:
+    """Is each row's answer the same, whatever rows it shares a run with? Tried on random rows, with many sizes where
+    every bit counts, since kernels are picked by shape. None: random rows are refused."""
     sizes = [2, 3, 5, 8, 13, 16, 32, options.max_batch] if options.exact else [2, 8, 16]
     sample = sample_rows(signature, max(sizes))
     try:
@@ -41,10 +69,12 @@ def _rows_are_independent(graph: Graph, signature: Signature, options: Options) 
         for size in sizes:
             together = graph.run(signature.name, [array[:size] for array in sample])
             for result, *singles in zip(together, *alone[:size]):
-                if len(result) != size or not same(result[:8], np.concatenate(singles), options.exact):
+                if len(result) != size or not answers_equal(result[:8], np.concatenate(singles), options.exact):
                     return False
-    except Exception as error:  # it does not like our random rows, and we cannot know what it likes
-        log.info("model %s: %r is not merged: %s", graph.source.name, signature.name, first_sentence(error))
+    except ModelError as error:  # it does not like our random rows, and we cannot know what it likes
+        log.info("model %s: %r is not batched yet: %s", graph.source.name, signature.name, first_sentence(error))
+        return None
+    except (ValueError, TypeError):  # rows of answers that do not fit together
         return False
     return True
 
@@ -52,7 +82,7 @@ def _rows_are_independent(graph: Graph, signature: Signature, options: Options) 
 def warm_up(graph: Graph) -> None:
     """The first run of a signature is slow (tensorflow/serving#385): do it early, changing nothing."""
     for signature in graph.signatures.values():
-        if not signature.calls_out and (not signature.writes or graph.atomic):
+        if signature.refusal is None and not signature.runs_python and (not signature.mutates_state or graph.atomic):
             with contextlib.suppress(ModelError):  # a sample that the model refuses has warmed it up as well
                 graph.run(signature.name, sample_rows(signature, 0 if graph.atomic else 1))
 
@@ -75,7 +105,7 @@ def sample_rows(signature: Signature, rows: int) -> list[np.ndarray]:
     return arrays
 
 
-def same(a: np.ndarray, b: np.ndarray, exact: bool) -> bool:
+def answers_equal(a: np.ndarray, b: np.ndarray, exact: bool) -> bool:
     """Are two answers equal: floats to rounding, relative to the largest number of their row, all else exactly?"""
     if a.shape != b.shape or a.dtype == object or a.dtype.kind in "biu":
         return np.array_equal(a, b)

@@ -1,81 +1,34 @@
-"""What every process says of a model: where it comes from, its versions and signatures, its arrays."""
+"""What every process says of a model: its versions and signatures, what is served of them, and its arrays."""
 
 from __future__ import annotations
 
-import collections
 import dataclasses
-import glob
-import os
-import re
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from shared_graph.errors import InvalidRequest
+from shared_graph.model_source import ModelSource
+from shared_graph.wire import ProcessInfo
 
-ADDER = "adder"
+VersionChoice = int | str | None  # a version, a label, or None: the latest
+Arrays = dict[str, np.ndarray]  # by name
 
 
-class ModelSource(NamedTuple):
-    """Where a served model comes from: a SavedModel's folder, or a function that builds a graph."""
+class ModelKey(NamedTuple):
+    """A version of a model, of all that are served."""
 
     name: str
-    version: int | None  # None: the folder has numbered versions, which come and go
-    folder: str | None = None
-    function: str | None = None  # "module:function"
+    version: int
 
     def __str__(self) -> str:
-        return f"{self.name} ({self.folder or self.function})"
-
-    def versions(self) -> dict[int, ModelSource]:
-        """What can be loaded at the moment."""
-        if self.version is not None:
-            return {self.version: self}
-        names = {path.partition("/")[0] for path in glob.glob("*/saved_model.pb*", root_dir=self.folder)}
-        return {
-            int(name): ModelSource(self.name, int(name), os.path.join(self.folder, name))
-            for name in names
-            if name.isdecimal()
-        }
-
-    def labels(self) -> dict[str, int]:
-        """The symbolic links ``stable -> 123`` beside the versions."""
-        links = glob.glob("*", root_dir=self.folder) if self.version is None else ()
-        targets = {link: os.path.basename(os.path.realpath(os.path.join(self.folder, link))) for link in links}
-        return {link: int(target) for link, target in targets.items() if target.isdecimal() and not link.isdecimal()}
-
-
-def model_source(value) -> ModelSource:
-    """Parse ``[NAME=]DIR`` or ``[NAME=]module:function``."""
-    if isinstance(value, ModelSource):
-        return value
-    name, where = re.fullmatch(r"(?:([\w.-]+)=)?(.*)", str(value), re.S).groups()
-    if re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", where) and not os.path.isdir(where):
-        return ModelSource(name or where.partition(":")[2], 1, function=where)
-    if not where or not os.path.isdir(where):
-        raise ValueError("a folder that exists, or module:function, with an optional NAME= before it")
-    parent, base = os.path.split(os.path.abspath(where))
-    if glob.glob("saved_model.pb*", root_dir=where):  # perhaps one version of several, named outright
-        is_version = base.isdecimal()
-        name = name or (os.path.basename(parent) if is_version else base)
-        return ModelSource(name, int(base) if is_version else 1, os.path.abspath(where))
-    source = ModelSource(name or base, None, os.path.abspath(where))
-    if not source.versions():
-        raise ValueError("a folder with a saved_model.pb in it, or in one of its folders that are named by a number")
-    return source
-
-
-def model_sources(values) -> tuple[ModelSource, ...]:
-    values = values.split(",") if isinstance(values, str) else values if isinstance(values, (list, tuple)) else [values]
-    sources = tuple(map(model_source, values))
-    [(name, count)] = collections.Counter([ADDER, *(source.name for source in sources)]).most_common(1)
-    if count > 1:
-        raise ValueError(f"one model for each name, but {name!r} stands for two (NAME=... gives another name)")
-    return sources
+        return f"{self.name} version {self.version}"
 
 
 class TensorSpec(NamedTuple):
+    """What goes into a signature, or comes out of it, under one name."""
+
     dtype: str  # numpy's name for it; "object": strings, as bytes
     shape: tuple[int | None, ...] | None  # None is a free axis
 
@@ -92,43 +45,128 @@ class Signature:
     inputs: dict[str, TensorSpec]
     outputs: dict[str, TensorSpec]
     method: str  # tensorflow/serving/predict, /classify or /regress
-    writes: bool  # running it changes variables: it is never run twice for one request
-    calls_out: bool  # it runs Python functions, such as remote_predict: it may wait for what only another place can do
-    merged: bool = False  # rows of several requests may share one run
+    mutates_state: bool  # running it changes variables: it is never run twice for one request
+    runs_python: bool  # such as remote_predict: it may wait for what only another place can do
+    batchable: bool = False  # rows of several requests may share one run
+    refusal: str | None = None  # why it cannot be run at all
 
 
-class Model(NamedTuple):
+class LoadedVersion(NamedTuple):
+    """What loading a version on the parameter server has found out about it."""
+
+    metadata: dict[str, Any]  # its SignatureDefs as proto3 JSON
+    fingerprint: str  # of its graph
+    tokens: tuple[str, ...]  # what the parameter server calls the Python functions in it
+    batchable: tuple[str, ...]  # the signatures of which several requests may share one run
+    undecided: tuple[str, ...]  # those of which that is to be found out from real requests
+    runs_python: bool
+    weights_id: str  # another one whenever weights have been set
+
+
+class ModelVersion(NamedTuple):
     """A version of a served model as everybody but its graph knows it."""
 
     source: ModelSource
-    state: str  # LOADING, AVAILABLE, UNLOADING or END, as TensorFlow Serving has them; MOVING: wait for another version
-    error: str | None = None  # why it could not be loaded
-    metadata: dict[str, Any] | None = None  # its SignatureDefs as proto3 JSON, when the parameter server has loaded it
-    merged: tuple[str, ...] = ()  # the signatures of which several requests may share one run
-    calls_out: bool = False
-    weights: str | None = None  # which ones, of a mirror
+    state: str  # LOADING, AVAILABLE, UNLOADING or END, as TensorFlow Serving has them
+    error: str | None = None  # why it is not served, or not by every worker
+    loaded: LoadedVersion | None = None  # when the parameter server has it
+    missing_on: tuple[int, ...] = ()  # the workers that do not have it, while others do
 
     @property
     def version(self) -> int:
         return self.source.version
 
+    @property
+    def key(self) -> ModelKey:
+        return ModelKey(self.source.name, self.source.version)
 
-Version = int | str | None  # a version, a label, or None: the latest
-Key = tuple[str, Version]  # what is asked for: a model's name, and that
-Arrays = dict[str, np.ndarray]  # by name
-ADDER_SOURCE = ModelSource(ADDER, 1, function="shared_graph.adder:build_adder")
+
+class Snapshot(NamedTuple):
+    """All that is served at one moment; a later one has a higher number."""
+
+    snapshot_id: int = 0
+    versions: dict[ModelKey, ModelVersion] = {}  # noqa: RUF012  (never changed: each snapshot has dicts of its own)
+    pointers: dict[tuple[str, str | None], int | None] = {}  # noqa: RUF012  what labels and the latest (None) stand
+    # for; None: for another version in a moment, and who asks waits for it
+
+    def find(self, name: str, choice: VersionChoice) -> ModelVersion | None:
+        """What is asked for, if it is served; where a pointer just moves, what it stood for is not known."""
+        version = choice if isinstance(choice, int) else self.pointers.get((name, choice))
+        found = self.versions.get(ModelKey(name, version)) if version is not None else None
+        return found if found and found.loaded else None
+
+
+class WorkerReport(NamedTuple):
+    """What a worker has, told to the parameter server whenever it changes."""
+
+    index: int
+    life: str  # of the worker
+    settled: dict[str, int]  # by model: the last snapshot of which it has done all for that model but bring versions up
+    ready: dict[ModelKey, str]  # the versions that it has, and with which weights, by their id
+    failed: dict[ModelKey, str]  # those that it could not bring up, and why
+
+
+class ServerInfo(NamedTuple):
+    """What the first parameter server tells of one life of it."""
+
+    process: ProcessInfo
+    incarnation: str  # another one in each life
+    folder: str  # in which variables are kept
+    addresses: list[str]  # of the TensorFlow servers
+    snapshot: Snapshot
+
+
+def not_found(name: str, choice: VersionChoice) -> InvalidRequest:
+    """In TensorFlow Serving's words."""
+    if isinstance(choice, str):
+        return InvalidRequest(f"Unrecognized servable version label: {choice}")
+    which = f"Latest({name})" if choice is None else f"Specific({name}, {choice})"
+    return InvalidRequest(f"Servable not found for request: {which}", 404)
+
+
+PLAIN_TYPES = {str, bytes, np.str_, np.bytes_, int, float, bool, type(None)}
+
+
+def as_arrays(inputs: Any) -> Any:
+    """Arrays by name, or one array, of what another process can unpickle: numbers, strings or bytes.
+
+    Raises InvalidRequest.
+    """
+    if isinstance(inputs, dict):
+        return {str(name): _as_array(f"input {name!r}", value) for name, value in inputs.items()}
+    return _as_array("the input", inputs)
+
+
+def _as_array(what: str, value: Any) -> np.ndarray:
+    try:
+        array = np.asarray(value)
+    except ValueError:
+        raise InvalidRequest("An input is ragged: all its rows must have the same shape") from None
+    if array.dtype.hasobject:
+        kinds = {type(element) for element in array.ravel().tolist()} if array.dtype == object else {array.dtype}
+        if strange := kinds - PLAIN_TYPES:
+            kind = getattr(strange.pop(), "__name__", "a structure")
+            raise InvalidRequest(f"{what} takes numbers, strings or bytes, not objects ({kind})")
+    return array
 
 
 def to_array(what: str, value: Any, dtype: np.dtype) -> np.ndarray:
-    """Cast without loss of kind: ints to floats, not floats to ints; text to bytes. Raises InvalidRequest."""
+    """Cast without loss of kind: ints to floats, not floats to ints; strings to bytes. Raises InvalidRequest."""
     array = np.asarray(value)
+    if dtype == object:
+        if array.size and array.dtype.kind not in "OSU":
+            raise InvalidRequest(f"{what} takes strings or bytes, not {array.dtype}")
+        try:
+            flat = [v.encode() if isinstance(v, str) else v for v in array.astype(object).ravel().tolist()]
+        except UnicodeEncodeError:
+            raise InvalidRequest(
+                f"{what} has a string with half of a surrogate pair, which UTF-8 does not have"
+            ) from None
+        if not all(isinstance(v, bytes) for v in flat):
+            raise InvalidRequest(f"{what} takes strings or bytes, not {array.dtype}")
+        return object_array(flat).reshape(array.shape)
     if array.dtype.kind == "V" and array.itemsize == dtype.itemsize:  # bfloat16, which numpy's files do not know
         array = array.view(dtype)
-    if dtype == object:
-        flat = [v.encode() if isinstance(v, str) else v for v in array.astype(object).ravel().tolist()]
-        if not all(isinstance(v, bytes) for v in flat):
-            raise InvalidRequest(f"{what} takes text or bytes, not {array.dtype}")
-        return objects(flat).reshape(array.shape)
     if array.dtype == dtype:
         return array
     if not (np.can_cast(array.dtype, dtype, "same_kind") or array.size == 0):
@@ -140,22 +178,6 @@ def to_array(what: str, value: Any, dtype: np.dtype) -> np.ndarray:
     return result
 
 
-def objects(values: Iterable[Any]) -> np.ndarray:
+def object_array(values: Iterable[Any]) -> np.ndarray:
     """A vector of these, whatever they are."""
     return np.fromiter(values, object)
-
-
-def not_found(name: str, version: Version) -> InvalidRequest:
-    if isinstance(version, str):
-        return InvalidRequest(f"Unrecognized servable version label: {version}")
-    which = f"Latest({name})" if version is None else f"Specific({name}, {version})"
-    return InvalidRequest(f"Servable not found for request: {which}", 404)
-
-
-def as_arrays(inputs: Any) -> Any:
-    """Arrays by name, or one array. Raises InvalidRequest."""
-    try:
-        is_named = isinstance(inputs, dict)
-        return {name: np.asarray(value) for name, value in inputs.items()} if is_named else np.asarray(inputs)
-    except ValueError:
-        raise InvalidRequest("An input is ragged: all its rows must have the same shape") from None

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from typing import Any
 
 from shared_graph.errors import OptionError
-from shared_graph.models import ModelSource, model_sources
+from shared_graph.model_source import ModelSource, model_sources
 
 FRONT_END, COMMAND = "front end", "command"
 
@@ -165,4 +165,7 @@ class Options:
         return texts
 
 
-PLACES = 2  # batches that a front end sends a worker at once: one runs while the next one is decoded
+MAX_BATCHES_IN_FLIGHT = (
+    2  # that a front end sends a worker at once, and that run there: one runs while the next one is decoded
+)
+REMOTE_CALLS_AT_ONCE = 16  # in a worker, of models that call out, perhaps to each other

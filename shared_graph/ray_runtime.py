@@ -1,44 +1,108 @@
-"""Starts Ray; finds and calls actors."""
+"""Starts Ray, once for all clusters of a process; finds, calls and ends actors.
+
+After its end, any call of Ray's would start another one with Ray's defaults, behind our back: so nobody else calls it.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import glob
 import os
 import secrets
 import shutil
+import signal
 import sys
 import tempfile
+import threading
+from collections.abc import Awaitable, Iterator
+from concurrent.futures import Future
 from typing import Any
 
 import ray
 from ray._private import ray_constants
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from shared_graph.errors import Unavailable, first_sentence
+from shared_graph.errors import ActorUnavailable, Error, Unavailable, first_sentence
 from shared_graph.options import Options
+from shared_graph.wire import ProcessInfo
+
+# -- actors ------------------------------------------------------------------------------------------------------------
 
 
-def about_this_actor() -> dict[str, Any]:
-    return {
-        "pid": os.getpid(),
-        "node": ray.get_runtime_context().get_node_id(),
-        "gpus": ray.get_gpu_ids(),
-        "cuda_visible_devices": os.environ.get("CUDA_VISIBLE_DEVICES"),
-    }
+class Actor:
+    """An actor, whose methods are called by name and awaited."""
+
+    def __init__(self, handle: Any):
+        self._handle = handle
+
+    async def call(self, method: str, *arguments: Any) -> Any:
+        """What the method returns. Raises the Error that it raised, or ActorUnavailable."""
+        _check_ray()
+        reference = getattr(self._handle, method).remote(*arguments)
+        try:
+            return await reference
+        except asyncio.CancelledError:
+            if ray.is_initialized():
+                ray.cancel(reference)  # else its coroutine would wait in the actor for ever
+            raise
+        except ray.exceptions.RayTaskError as error:
+            failure = error.cause if isinstance(error.cause, Error) else Error(first_sentence(error))
+        except ray.exceptions.RayError as error:
+            failure = ActorUnavailable(first_sentence(error))
+            failure.is_final = isinstance(error, ray.exceptions.ActorDiedError)
+        raise failure.with_traceback(None)
+
+    def end(self) -> None:
+        """For good: Ray does not start it anew."""
+        _check_ray()
+        ray.kill(self._handle)
 
 
-async def find_actor(name: str, namespace: str):
-    """Raises ValueError when there is none."""
-    return await asyncio.to_thread(ray.get_actor, name, namespace)
+def _check_ray() -> None:
+    if not ray.is_initialized():
+        raise ActorUnavailable("Ray has ended.")
 
 
-async def call(reference):
-    """The value of a Ray call; an error of ours arrives as it was raised."""
+async def find_actor(name: str, namespace: str) -> Actor:
+    """Raises ActorUnavailable when there is none."""
+    _check_ray()
     try:
-        return await reference
-    except ray.exceptions.RayTaskError as error:
-        raise error.cause if isinstance(error.cause, Exception) else error from None
+        return Actor(await asyncio.to_thread(ray.get_actor, name, namespace))
+    except ValueError:
+        raise ActorUnavailable(f"There is no {name}.") from None
 
+
+def this_actor() -> Actor:
+    return Actor(ray.get_runtime_context().current_actor)
+
+
+def this_process() -> ProcessInfo:
+    """Of an actor."""
+    node, gpus = ray.get_runtime_context().get_node_id(), ray.get_gpu_ids()
+    return ProcessInfo(os.getpid(), node, gpus, os.environ.get("CUDA_VISIBLE_DEVICES"))
+
+
+def node_address() -> str:
+    return ray.util.get_node_ip_address()
+
+
+async def kill_process(process: ProcessInfo) -> None:
+    """End the process of an actor that hears nothing, on its own node; Ray by itself would leave it as it is."""
+    _check_ray()
+    if process.node == ray.get_runtime_context().get_node_id():
+        return _kill(process.pid)
+    there = NodeAffinitySchedulingStrategy(process.node, soft=False)
+    with contextlib.suppress(ray.exceptions.RayError):  # the node is gone as well
+        await ray.remote(num_cpus=0, scheduling_strategy=there)(_kill).remote(process.pid)
+
+
+def _kill(pid: int) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, signal.SIGKILL)
+
+
+# -- Ray itself --------------------------------------------------------------------------------------------------------
 
 # For the Ray that we start.
 RAY_SETTINGS = {
@@ -54,45 +118,122 @@ RAY_SETTINGS = {
     "enable_metrics_collection": False,
     "event_stats": False,
 }
+_lock = threading.Lock()
+_users = 0  # clusters that hold the Ray that we have started
+_ended = threading.Event()  # set when none does any more
+_owner: threading.Thread | None = None  # Ray's processes end with the thread that has started them
 
 
 @contextlib.contextmanager
-def ray_runtime(options: Options):
-    """Ray for as long as the block runs: the cluster at ``options.address``, one that runs in this process already, or
-    a local one of our own that listens on 127.0.0.1 alone and leaves no process and no file behind."""
-    if ray.is_initialized():
-        yield
-        return
-    here = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))  # the package's parent
-    paths = [here, *(path or os.getcwd() for path in sys.path if not path.startswith((sys.prefix, sys.base_prefix)))]
-    variables = {"PYTHONPATH": os.pathsep.join(dict.fromkeys(paths))}  # actors find modules where this process does
-    folder, where, is_clustered = None, {"address": options.address}, ray_constants.ENABLE_RAY_CLUSTER
+def ray_runtime(options: Options) -> Iterator[None]:
+    """Ray for as long as the block runs: one that runs in this process already, be it the user's or another cluster's,
+    else the cluster at ``options.address``, or a local one of our own. Raises Unavailable."""
+    global _users, _owner, _ended
+    with _lock:
+        if _users == 0 and ray.is_initialized():  # not ours to end
+            is_ours = False
+        else:
+            is_ours = True
+            if _users == 0:
+                started, _ended = Future(), threading.Event()
+                _owner = threading.Thread(target=_own_ray, args=[options, started, _ended], daemon=True)
+                _owner.start()
+                try:
+                    started.result()
+                except Exception:
+                    _owner.join()
+                    raise
+            _users += 1
     try:
-        if not options.address:
-            temporary = tempfile.gettempdir()
-            folder = tempfile.mkdtemp(prefix="ray_tensorflow_", dir=temporary if len(temporary) < 18 else "/tmp")
-            if shutil.disk_usage(folder).free < 2**20:  # Ray would try for ever
-                raise Unavailable(f"Less than 1 MiB is free in {os.path.dirname(folder)}: make room, or set TMPDIR.")
-            variables["KERAS_HOME"] = os.path.join(folder, "keras")  # else Keras makes a folder at home
-            os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-            if not os.environ.get("RAY_AUTH_TOKEN_PATH"):  # else it is written to the home folder
-                os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
-            ray_constants.ENABLE_RAY_CLUSTER = False  # of several nodes: nothing else keeps all of Ray on 127.0.0.1
-            where = {
-                "address": "local",
-                "num_cpus": options.threads,
-                "include_dashboard": False,
-                "object_store_memory": 80 * 2**20,
-                "_temp_dir": os.path.join(folder, "r"),  # with room for sockets
-                "_system_config": dict(RAY_SETTINGS),
-            }  # to which Ray adds this folder
-        ray.init(runtime_env={"env_vars": variables}, log_to_driver=False, logging_level="CRITICAL", **where)
+        yield
+    finally:
+        if is_ours:
+            with _lock:
+                _users -= 1
+                if _users == 0:
+                    _ended.set()
+                    _owner.join()
+
+
+def _own_ray(options: Options, started: Future, ended: threading.Event) -> None:
+    try:
+        with joined_ray(options) if options.address else local_ray(options):
+            started.set_result(None)
+            ended.wait()
+    except Exception as error:
+        if not started.done():
+            why = f"Ray could not be started: {first_sentence(error)}"
+            started.set_exception(error if isinstance(error, Error) else Unavailable(why))
+
+
+def variables_of_actors() -> dict[str, str]:
+    """So that actors find modules where this process does."""
+    parent = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+    paths = [parent, *(path or os.getcwd() for path in sys.path if not path.startswith((sys.prefix, sys.base_prefix)))]
+    return {"PYTHONPATH": os.pathsep.join(dict.fromkeys(paths))}
+
+
+@contextlib.contextmanager
+def joined_ray(options: Options) -> Iterator[None]:
+    """A connection to the Ray cluster at ``options.address``."""
+    try:
+        start_ray(variables_of_actors(), address=options.address)
         yield
     except ConnectionError as error:
         reason = f"{first_sentence(error)} (if it wants a token, set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN)"
         raise Unavailable(f"No Ray cluster answers at {options.address!r}: {reason}") from None
     finally:
         ray.shutdown()
+
+
+@contextlib.contextmanager
+def local_ray(options: Options) -> Iterator[None]:
+    """A Ray of our own that listens on 127.0.0.1 alone and leaves no process and no file behind."""
+    temporary, is_clustered = tempfile.gettempdir(), ray_constants.ENABLE_RAY_CLUSTER
+    folder = tempfile.mkdtemp(prefix="ray_tensorflow_", dir=temporary if len(temporary) < 18 else "/tmp")  # for sockets
+    try:
+        if shutil.disk_usage(folder).free < 2**20:  # Ray would try for ever
+            raise Unavailable(f"Less than 1 MiB is free in {os.path.dirname(folder)}: make room, or set TMPDIR.")
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        if not os.environ.get("RAY_AUTH_TOKEN_PATH"):  # else it is written to the home folder
+            os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+        ray_constants.ENABLE_RAY_CLUSTER = False  # of several nodes: nothing else keeps all of Ray on 127.0.0.1
+        start_ray(
+            variables_of_actors() | {"KERAS_HOME": os.path.join(folder, "keras")},  # else Keras makes a folder at home
+            address="local",
+            num_cpus=options.threads,
+            include_dashboard=False,
+            object_store_memory=80 * 2**20,
+            _temp_dir=os.path.join(folder, "r"),
+            _system_config=dict(RAY_SETTINGS),  # to which Ray adds this folder
+        )
+        yield
+    finally:
+        ray.shutdown()
         ray_constants.ENABLE_RAY_CLUSTER = is_clustered
-        if folder:
-            shutil.rmtree(folder, ignore_errors=True)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def start_ray(variables: dict[str, str], **where: Any) -> None:
+    ray.init(runtime_env={"env_vars": variables}, log_to_driver=False, logging_level="CRITICAL", **where)
+
+
+def watch_ray() -> Awaitable[str]:
+    """What of the Ray that this process has started has ended, as soon as it has: everything else goes with it."""
+    loop = asyncio.get_running_loop()
+    ended = loop.create_future()
+    for name, pid in _ray_processes():
+        with contextlib.suppress(ProcessLookupError):
+            descriptor = os.pidfd_open(pid)
+            loop.add_reader(descriptor, lambda name=name: ended.done() or ended.set_result(name))
+            ended.add_done_callback(lambda _, d=descriptor: (loop.remove_reader(d), os.close(d)))
+    return ended
+
+
+def _ray_processes() -> Iterator[tuple[str, int]]:
+    for path in glob.glob("/proc/self/task/*/children"):
+        with contextlib.suppress(OSError), open(path) as file:
+            for pid in map(int, file.read().split()):
+                with open(f"/proc/{pid}/comm") as comm:
+                    if (name := comm.read().strip()) in ("raylet", "gcs_server"):
+                        yield name, pid

@@ -11,7 +11,7 @@ import urllib.parse
 import numpy as np
 
 from shared_graph.errors import DeadlineExceeded, Error, InvalidRequest, ModelError, Unavailable, first_sentence
-from shared_graph.json_codec import json_text, parse_tensor, plain
+from shared_graph.json_codec import json_text, load, parse_tensor, plain
 from shared_graph.models import Arrays
 from shared_graph.tensorflow_runtime import import_tensorflow
 
@@ -93,9 +93,9 @@ def call_remote(
     if inputs.keys() != signature["inputs"].keys() or dtypes.keys() - signature["outputs"].keys():
         there = [sorted(signature[side]) for side in ("inputs", "outputs")]
         raise InvalidRequest(f"aliases {sorted(inputs)} and {sorted(dtypes)} do not fit {there[0]} and {there[1]}")
-    columns = ", ".join(f"{json.dumps(name)}: {json_text(plain(array, '_bytes'))}" for name, array in inputs.items())
-    body = f'{{"signature_name": {json.dumps(signature_name)}, "inputs": {{{columns}}}}}'.encode()
-    outputs = json.loads(request_http(address, "POST", f"{path}:predict", body, deadline))["outputs"]
+    columns = {name: plain(array, "_bytes") for name, array in inputs.items()}
+    body = json_text({"signature_name": signature_name, "inputs": columns})
+    outputs = load(request_http(address, "POST", f"{path}:predict", body, deadline))["outputs"]
     named = outputs if len(signature["outputs"]) > 1 else dict.fromkeys(signature["outputs"], outputs)
     return [parse_tensor(name, named[name], dtype) for name, dtype in dtypes.items()]
 

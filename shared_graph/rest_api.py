@@ -1,56 +1,113 @@
-"""TensorFlow Serving's REST contract: bodies to arrays, and arrays to answers. Workers do both."""
+"""TensorFlow Serving's REST contract: bodies to arrays, and arrays to answers. Workers do both.
+
+The libraries that read and write are two modules below: ``json_codec``, and ``npy_codec`` for bodies that are files.
+"""
 
 from __future__ import annotations
 
-import json
+import math
+import operator
+import urllib.parse
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
+from shared_graph.bodies import MAX_BODY_BYTES, HttpBody, is_array_file, unpack
 from shared_graph.errors import InvalidRequest
-from shared_graph.json_codec import SLICE, json_text, parse_json, parse_string, parse_tensor, shown
-from shared_graph.models import Signature, objects, to_array
+from shared_graph.json_codec import json_text, parse_json, parse_string, parse_tensor, shown, string_problem
+from shared_graph.models import Arrays, Signature, object_array, to_array
+from shared_graph.npy_codec import read_arrays, write_arrays
 from shared_graph.tensorflow_runtime import import_tensorflow
 
+MAX_CAST_BYTES = 2 * MAX_BODY_BYTES  # of an array from a file, as the dtype that its input wants
 
-def decode(signatures: dict[str, Signature], verb: str, body: Any) -> tuple[Signature, list[np.ndarray], Callable]:
-    """A request's signature, its array for each input, and what makes its outputs the answer: those of ``Graph.run``
-    for the verbs "add" and "arrays", else what ``plain`` makes of them. Raises InvalidRequest.
 
-    ``body`` is a float for the verb "add", a signature's name and the inputs for "arrays", else the body that came over
-    HTTP, and whether it is gzip.
+class Decoded(NamedTuple):
+    """A request that can be run, alone or with others."""
+
+    signature: Signature
+    feed: list[np.ndarray]  # one for each input, in the signature's order
+    encode: Callable[[list[np.ndarray]], Any]  # the answer from its outputs, or from its rows of a merged run's outputs
+    is_json: bool  # ``encode`` takes what ``json_codec.plain`` makes of a run's outputs, not the outputs themselves
+
+
+def decode(signatures: dict[str, Signature], verb: str, body: Any) -> Decoded:
+    """Raises InvalidRequest.
+
+    ``body`` is a float for the verb "add", a signature's name and the inputs for "arrays", else a ``HttpBody``.
     """
     if verb == "add":
-        return signatures["serving_default"], [np.array([body])], lambda outputs: float(outputs[0][0])
-    document = parse_json(*body) if verb != "arrays" else {"signature_name": body[0]}
-    name = document.get("signature_name", "")
-    if not isinstance(name, str):
-        raise InvalidRequest(f"signature_name must be a text, not {shown(name)}")
-    signature = signatures.get(name or "serving_default")
-    if signature is None:
-        raise InvalidRequest(f'Serving signature name: "{name or "serving_default"}" not found in signature def')
+        feed = [np.array([body])]
+        return Decoded(signatures["serving_default"], feed, lambda outputs: float(outputs[0][0]), False)
     if verb == "arrays":
-        return signature, feed_of(signature, body[1]), lambda outputs: dict(zip(signature.outputs, outputs))
+        signature = find_signature(signatures, body[0])
+        return Decoded(signature, feed_of(signature, body[1]), lambda outputs: by_name(signature, outputs), False)
+    content, is_gzip, query = HttpBody(*body)
+    content = unpack(content) if is_gzip else content
+    if verb == "predict" and is_array_file(content):
+        signature = find_signature(signatures, signature_in(query))
+        feed = feed_of(signature, read_arrays(content), MAX_CAST_BYTES)
+        return Decoded(signature, feed, lambda outputs: write_arrays(by_name(signature, outputs)), False)
+    document = parse_json(content)
+    signature = find_signature(signatures, document.get("signature_name", ""))
     if verb == "predict":
         is_row, feed = parse_predict(document, signature)
-        return signature, feed, lambda outputs: encode_predict(signature, is_row, outputs)
+        return Decoded(signature, feed, lambda outputs: encode_predict(signature, is_row, outputs), True)
     if signature.method != f"tensorflow/serving/{verb}" or list(signature.inputs) != ["inputs"]:
         raise InvalidRequest(
             f"Signature {signature.name!r} is not for {verb}: its method is {signature.method!r}"
             f" and its inputs are {list(signature.inputs)}"
         )
     examples = parse_examples(document)
-    return signature, [examples], lambda outputs: encode_results(signature, verb, len(examples), outputs)
+    return Decoded(signature, [examples], lambda outputs: encode_results(signature, verb, len(examples), outputs), True)
 
 
-def feed_of(signature: Signature, inputs: Any) -> list[np.ndarray]:
+def find_signature(signatures: dict[str, Signature], name: Any) -> Signature:
+    if not isinstance(name, str):
+        raise InvalidRequest(f"signature_name must be a string, not {shown(name)}")
+    signature = signatures.get(name or "serving_default")
+    if signature is None:
+        raise InvalidRequest(f'Serving signature name: "{name or "serving_default"}" not found in signature def')
+    if signature.refusal:
+        raise InvalidRequest(signature.refusal)
+    return signature
+
+
+def signature_in(query: str) -> str:
+    """The ``signature_name`` of a query string, "" if there is none."""
+    try:
+        names = urllib.parse.parse_qs(query, max_num_fields=100, errors="strict").get("signature_name", [""])
+    except ValueError:
+        names = []
+    if len(names) != 1:
+        raise InvalidRequest("signature_name must be given once, in a query string that can be parsed")
+    return names[0]
+
+
+def by_name(signature: Signature, outputs: list[np.ndarray]) -> Arrays:
+    return dict(zip(signature.outputs, outputs))
+
+
+def feed_of(signature: Signature, inputs: Any, most_bytes: float = math.inf) -> list[np.ndarray]:
+    """Arrays, one or by name, as the signature's inputs, each at most so large. Raises InvalidRequest."""
     if not isinstance(inputs, dict) and len(signature.inputs) == 1:
         inputs = dict.fromkeys(signature.inputs, inputs)
     if not isinstance(inputs, dict) or inputs.keys() != signature.inputs.keys():
-        given = sorted(map(str, inputs)) if isinstance(inputs, dict) else "one array"
+        given = f"{sorted(map(str, inputs))!s:.200}" if isinstance(inputs, dict) else "one array"
         raise InvalidRequest(f"Signature {signature.name!r} takes the inputs {sorted(signature.inputs)}, not {given}")
-    return [to_array(f"input {name!r}", inputs[name], np.dtype(spec.dtype)) for name, spec in signature.inputs.items()]
+    feed = []
+    for name, spec in signature.inputs.items():
+        dtype = np.dtype(spec.dtype)
+        if np.size(inputs[name]) * dtype.itemsize > most_bytes:
+            raise InvalidRequest(
+                f"input {name!r} takes {dtype}, as which it is larger than {most_bytes >> 20} MiB", 413
+            )
+        feed.append(to_array(f"input {name!r}", inputs[name], dtype))
+    return feed
+
+
+# -- from JSON to arrays -----------------------------------------------------------------------------------------------
 
 
 def parse_predict(document: dict[str, Any], signature: Signature) -> tuple[bool, list[np.ndarray]]:
@@ -62,14 +119,13 @@ def parse_predict(document: dict[str, Any], signature: Signature) -> tuple[bool,
     value = document[where]
     if is_row and (not isinstance(value, list) or not value):
         raise InvalidRequest(f"instances: expected a list that is not empty, got {shown(value)}")
+    if is_row and any(spec.shape == () for spec in signature.outputs.values()):
+        raise InvalidRequest(f"Signature {signature.name!r} has an output that has no rows: ask for it by 'inputs'")
     first = value[0] if is_row else value
     if len(names) == 1 and (not isinstance(first, dict) or first.keys() == {"b64"}):
         columns = {where: value}
     elif is_row:
-        for i, row in enumerate(value):
-            if not isinstance(row, dict) or row.keys() != signature.inputs.keys():
-                raise InvalidRequest(f"instances[{i}]: expected an object of {names}, got {shown(row)}")
-        columns = {f"{name} of instances": [row[name] for row in value] for name in names}
+        columns = dict(zip([f"{name} of instances" for name in names], columns_of(value, names)))
     else:
         if not isinstance(value, dict) or not value.keys() >= signature.inputs.keys():
             raise InvalidRequest(f"inputs: expected an object of {names}, got {shown(value)}")
@@ -78,13 +134,24 @@ def parse_predict(document: dict[str, Any], signature: Signature) -> tuple[bool,
     return is_row, [parse_tensor(where, column, dtype) for (where, column), dtype in zip(columns.items(), dtypes)]
 
 
+def columns_of(rows: list[Any], names: list[str]) -> list[list[Any]]:
+    """A list for each name, of rows that are objects with exactly these names."""
+    if set(map(type, rows)) == {dict} and set(map(len, rows)) == {len(names)}:
+        try:
+            return [list(map(operator.itemgetter(name), rows)) for name in names]
+        except KeyError:
+            pass
+    i = next(i for i, row in enumerate(rows) if not isinstance(row, dict) or row.keys() != set(names))
+    raise InvalidRequest(f"instances[{i}]: expected an object of {names}, got {shown(rows[i])}")
+
+
 def parse_examples(document: dict[str, Any]) -> np.ndarray:
     """Serialized ``tf.train.Example`` protos, an object array [n]; a common context comes before each."""
     examples, context = document.get("examples"), document.get("context", {})
     if not isinstance(examples, list) or not examples:
         raise InvalidRequest(f"examples: expected a list that is not empty, got {shown(examples)}")
     before = serialize_example("context", context)
-    return objects(before + serialize_example(f"examples[{i}]", example) for i, example in enumerate(examples))
+    return object_array(before + serialize_example(f"examples[{i}]", example) for i, example in enumerate(examples))
 
 
 def serialize_example(where: str, features: Any) -> bytes:
@@ -98,46 +165,43 @@ def serialize_example(where: str, features: Any) -> bytes:
             take = {"bytes_list": parse_string, "float_list": float, "int64_list": int}[kind]
             getattr(example.features.feature[name], kind).value.extend(map(take, values))
         except (TypeError, ValueError):  # what protobuf does not take, or of several kinds
-            expected = "numbers or texts, all of one kind"
+            problems = (string_problem(v) for v in values if parse_string(v) is None)
+            expected = next(filter(None, problems), "numbers or strings, all of one kind")
             raise InvalidRequest(f"{where}.{name}: expected {expected}, got {shown(value)}") from None
     return example.SerializeToString()
 
 
+# -- from arrays to JSON -----------------------------------------------------------------------------------------------
+
+
 def encode_predict(signature: Signature, is_row: bool, outputs: list[np.ndarray]) -> bytes:
+    """Outputs as ``plain`` makes them: one as its bare value, several by name, in row format one object a row."""
     names, rows = list(signature.outputs), outputs[0].shape[:1]
     if is_row and (not rows or any(output.shape[:1] != rows for output in outputs)):
         shapes = [list(output.shape) for output in outputs]
         raise InvalidRequest(f"Outputs {names} of shapes {shapes} have not one row for each instance")
-    if len(names) == 1:
-        text = json_text(outputs[0])
-    elif is_row:
-        step, texts = max(1, SLICE * rows[0] // max(1, sum(output.size for output in outputs))), []
-        for i in range(0, rows[0], step):
-            columns = [output[i : i + step].tolist() for output in outputs]
-            texts.append(json.dumps([dict(zip(names, row)) for row in zip(*columns)], ensure_ascii=False)[1:-1])
-        text = "[" + ", ".join(texts) + "]"
-    else:
-        text = "{" + ", ".join(f"{json.dumps(name)}: {json_text(output)}" for name, output in zip(names, outputs)) + "}"
-    text = f'{{"{"predictions" if is_row else "outputs"}": {text}}}'
-    return text.encode("utf-8", "surrogateescape")  # strings that are not UTF-8 pass as they are
+    value: Any = outputs[0]
+    if len(names) > 1:
+        value = [dict(zip(names, row)) for row in zip(*map(rows_of, outputs))] if is_row else dict(zip(names, outputs))
+    return json_text({"predictions" if is_row else "outputs": value})
+
+
+def rows_of(array: np.ndarray) -> list[Any]:
+    return array.tolist() if array.dtype == object else list(array)
 
 
 def encode_results(signature: Signature, verb: str, examples: int, outputs: list[np.ndarray]) -> bytes:
     """Classify: [label, score] for each class of each example; regress: one number each."""
-    named, shapes = dict(zip(signature.outputs, outputs)), {output.shape for output in outputs}
+    named, shapes = by_name(signature, outputs), {output.shape for output in outputs}
     if verb == "regress" and named.keys() == {"outputs"} and shapes <= {(examples,), (examples, 1)}:
-        return f'{{"results": {json_text(named["outputs"].reshape(-1))}}}'.encode()
+        return json_text({"results": named["outputs"].reshape(-1)})
     shape = next(iter(shapes))
-    if (
-        verb == "regress"
-        or not named.keys() <= {"classes", "scores"}
-        or len(shapes) > 1
-        or (len(shape) != 2 or shape[0] != examples)
-    ):
+    is_table = len(shapes) == 1 and len(shape) == 2 and shape[0] == examples
+    if verb == "regress" or not named.keys() <= {"classes", "scores"} or not is_table:
         expected = "'outputs' [n]" if verb == "regress" else "'classes', 'scores' or both, [n, classes]"
         raise InvalidRequest(f"To {verb} {examples} examples there must be {expected}, not {list(named)} {shapes}")
     columns = [
-        named.get(name, np.full(shape, default)).tolist() for name, default in (("classes", ""), ("scores", 0.0))
+        rows_of(named.get(name, np.full(shape, default, object)))
+        for name, default in (("classes", ""), ("scores", 0.0))
     ]
-    results = [list(map(list, zip(*row))) for row in zip(*columns)]
-    return json.dumps({"results": results}, ensure_ascii=False).encode("utf-8", "surrogateescape")
+    return json_text({"results": [list(zip(*row)) for row in zip(*columns)]})

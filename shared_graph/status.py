@@ -1,15 +1,34 @@
-"""What this process knows of the cluster, and tells."""
+"""What this process knows of the cluster, and tells: actors, models, failures, counts."""
 
 from __future__ import annotations
 
+import collections
 import dataclasses
+import itertools
+import logging
+import math
+import threading
+import time
+from collections.abc import Callable
 from typing import Any
 
-from shared_graph.batcher import Line
+from shared_graph.batcher import Batcher
+from shared_graph.connection import Request, WorkerConnection
+from shared_graph.errors import Error, InvalidRequest, Unavailable
+from shared_graph.model_source import ADDER
+from shared_graph.models import ModelVersion, Snapshot, VersionChoice, not_found
+from shared_graph.options import Options
+from shared_graph.wire import ProcessInfo
+
+log = logging.getLogger(__name__)
+
+LATENCY_BUCKETS_S = (0.003, 0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, math.inf)  # of the histogram of answers
+LOADING_PATIENCE_S = 60.0  # for so long after its start a server with a model that is still loaded is not called ready
+CLOSED = "The server is shutting down."
 
 
 @dataclasses.dataclass(eq=False)
-class Member:
+class ActorStatus:
     """What this process knows of one actor."""
 
     kind: str  # "parameter server" or "worker"
@@ -17,10 +36,207 @@ class Member:
     state: str = "starting"  # ready, hung
     restarts: int = 0
     pid: int | None = None  # of its last life
-    about: dict[str, Any] = dataclasses.field(default_factory=dict)  # this life
-    edition: int = 0  # of what the first parameter server has
+    process: ProcessInfo | None = None  # of this life
+    trouble: str | None = None  # what it says is wrong
     actor: Any = None
-    line: Line | None = None  # to a worker
+    connection: WorkerConnection | None = None  # to a worker
 
     def __str__(self) -> str:
         return f"{self.kind} {self.index}"
+
+    def as_json(self) -> dict[str, Any]:
+        known = {"index": self.index, "state": self.state, "restarts": self.restarts}
+        if self.process:
+            known |= self.process._asdict() | {"trouble": self.trouble}
+        if self.connection:
+            known["in_flight"] = sum(len(batch) for _, batch in self.connection.in_flight.values())
+        return known
+
+
+class Status:
+    """Written in the home loop, read in any thread."""
+
+    def __init__(self, options: Options, on_over: Callable[[Error], object] = lambda error: None):
+        """``on_over`` is called when nothing will be served any more."""
+        self.options, self._on_over = options, on_over
+        self.batcher = Batcher(options, self._observe)
+        self.servers = [ActorStatus("parameter server", index) for index in range(options.parameter_servers)]
+        self.workers = [ActorStatus("worker", index) for index in range(options.workers)]
+        self.snapshot = Snapshot()
+        self.failure: Error | None = None  # why nothing is served, when that is not just for the moment
+        self.is_over = False  # and never will be any more
+        self._worker_since: float | None = None  # when the first worker was ready
+        self.changed = threading.Condition()
+        self._answers: collections.Counter[tuple[str, str]] = collections.Counter()  # by model and verb
+        self._seconds: collections.Counter[float] = collections.Counter()  # by bucket
+        self._seconds_sum = 0.0
+        self._errors: collections.Counter[int] = collections.Counter()  # by HTTP status
+
+    # -- what happens --------------------------------------------------------------------------------------------------
+
+    def apply_snapshot(self, snapshot: Snapshot) -> None:
+        """What the primary parameter server serves now."""
+        before, self.snapshot = self.snapshot, snapshot
+        for key, version in snapshot.versions.items():
+            old = before.versions.get(key)
+            if version.error and (old is None or version.error != old.error):
+                log.error("%s", version.error)
+        for (name, choice), number in snapshot.pointers.items():
+            last = before.pointers.get((name, choice))
+            if name != ADDER and number is not None and number != last:
+                log.info("model %s: %s is version %d", name, choice or "the latest", number)
+        self.notify()
+
+    def fail(self, error: Error, is_over: bool = False) -> None:
+        """Answer everything with this, until the parameter server is well; if ``is_over``, for ever."""
+        if str(error) != str(self.failure):
+            log.error("%s", error)
+        failure = error if isinstance(error, Unavailable) else Unavailable(str(error))
+        self.batcher.close(failure)
+        was_over, self.failure, self.is_over = self.is_over, error, is_over
+        self.notify()
+        if is_over and not was_over:
+            self._on_over(error)
+
+    def recover(self) -> None:
+        if not self.is_over:
+            self.failure = None
+            self.batcher.close(None)
+            self.notify()
+
+    def has_worker(self) -> None:
+        self._worker_since = self._worker_since or time.monotonic()
+
+    def notify(self) -> None:
+        with self.changed:
+            self.changed.notify_all()
+
+    def _observe(self, request: Request, seconds: float) -> None:
+        self._answers[request.key.model, request.verb] += 1
+        self._seconds[next(end for end in LATENCY_BUCKETS_S if seconds <= end)] += 1
+        self._seconds_sum += seconds
+
+    # -- what is served ------------------------------------------------------------------------------------------------
+
+    def get_model(self, name: str, choice: VersionChoice = None) -> ModelVersion:
+        """A served model's version, or what a label stands for, or the latest. Raises InvalidRequest in TensorFlow
+        Serving's words, or Unavailable."""
+        if failure := self.failure:  # a new one: the traceback of one that is raised again and again grows
+            raise Unavailable(str(failure))
+        if not self.snapshot.versions:
+            raise Unavailable("The server is starting; try again later.")
+        if self.snapshot.pointers.get((name, choice), 0) is None:  # it moves, and the request will wait for that
+            choice = max(key.version for key, its in self.snapshot.versions.items() if key.name == name and its.loaded)
+        version = self.snapshot.find(name, choice)
+        if version is None and choice is None and name in self.loading():
+            raise Unavailable(f"Model {name} is being loaded; try again later.")
+        if version is None:
+            raise not_found(name, choice)
+        return version
+
+    def is_ready(self, workers: int) -> bool:
+        """Are so many workers ready, and has each model been loaded, or failed?"""
+        return sum(worker.state == "ready" for worker in self.workers) >= workers and not self.loading()
+
+    def loading(self) -> set[str]:
+        """The models of which no version has been loaded yet, nor failed."""
+        settled = {name for name, _ in self.snapshot.pointers}
+        settled |= {key.name for key, version in self.snapshot.versions.items() if version.state == "END"}
+        return {source.name for source in self.options.model} - settled
+
+    def model_errors(self) -> list[str]:
+        """Why those models are not there of which no version is."""
+        there = {name for name, _ in self.snapshot.pointers}
+        return [its.error for key, its in self.snapshot.versions.items() if its.error and key.name not in there]
+
+    def metadata(self, name: str, choice: VersionChoice) -> dict[str, Any]:
+        """What TensorFlow Serving's REST API answers to GET .../metadata."""
+        version = self.get_model(name, choice)
+        spec = {"name": name, "signature_name": "", "version": str(version.version)}
+        return {"model_spec": spec, "metadata": version.loaded.metadata}
+
+    def version_status(self, name: str, choice: VersionChoice) -> dict[str, Any]:
+        """What TensorFlow Serving's REST API answers to GET for a model."""
+        number = self.get_model(name, choice).version if isinstance(choice, str) else choice
+        self.get_model(ADDER)
+        found = [v for key, v in self.snapshot.versions.items() if key.name == name and number in (None, key.version)]
+        if not found:
+            which = "any versions" if number is None else f"version {number}"
+            raise InvalidRequest(f"There is no such model (Could not find {which} of model {name})", 404)
+
+        def shown(version: ModelVersion) -> dict[str, Any]:
+            code = "UNKNOWN" if version.error else "OK"
+            status = {"error_code": code, "error_message": version.error or ""}
+            return {"version": str(version.version), "state": version.state, "status": status}
+
+        return {"model_version_status": [shown(its) for its in sorted(found, key=lambda its: -its.version)]}
+
+    # -- what is told --------------------------------------------------------------------------------------------------
+
+    def health(self) -> dict[str, Any]:
+        """What ``GET /health`` answers: status, parameter servers, workers, models; asks nobody, waits for nothing."""
+        status = "failed" if self.failure else "recovering" if self._worker_since else "starting"
+        if not self.failure and any(worker.state != "starting" for worker in self.workers):
+            is_new = time.monotonic() - (self._worker_since or 0) < LOADING_PATIENCE_S
+            status = "loading" if is_new and self.loading() else "ready"
+        return {
+            "status": status,
+            "error": self.failure and str(self.failure),
+            "parameter_servers": [server.as_json() for server in self.servers],
+            "workers": [worker.as_json() for worker in self.workers],
+            "models": self._models_as_json(),
+            "waiting": self.batcher.waiting,
+        }
+
+    def _models_as_json(self) -> dict[str, dict[str, Any]]:
+        names = dict.fromkeys(
+            [ADDER, *(source.name for source in self.options.model)] if self.snapshot.versions else []
+        )
+        models = {name: {"version": None, "merged": [], "labels": {}, "error": None} for name in names}
+        for (name, choice), number in self.snapshot.pointers.items():
+            version = self.snapshot.find(name, number) if number is not None else None
+            if choice is None and version:
+                models[name] |= {"version": number, "merged": list(version.loaded.batchable)}
+            elif choice is not None:
+                models[name]["labels"][choice] = number
+        for key, version in self.snapshot.versions.items():
+            if version.error:
+                models[key.name]["error"] = version.error
+        return models
+
+    def error_response(self, error: Exception) -> tuple[dict[str, str], int, dict[str, str]]:
+        """What a front end answers to a request that raised this: body, status and headers."""
+        if not isinstance(error, Error):
+            log.error("a request failed", exc_info=error)
+            error = Error("Internal error")
+        self._errors[error.status] += 1
+        return {"error": str(error)}, error.status, {"Retry-After": "1"} if error.status in (429, 503) else {}
+
+    def metrics(self) -> str:
+        """What ``GET /metrics`` answers: what this process has done, in Prometheus' text format."""
+        took = itertools.accumulate(self._seconds[end] for end in LATENCY_BUCKETS_S)
+        samples = {
+            ("answers_total", "counter"): [
+                (f'{{model="{model}",kind="{verb}"}}', count) for (model, verb), count in sorted(self._answers.items())
+            ]
+        }
+        samples["errors_total", "counter"] = [(f'{{code="{c}"}}', count) for c, count in sorted(self._errors.items())]
+        samples["answer_seconds", "histogram"] = [
+            *((f'_bucket{{le="{str(e).replace("inf", "+Inf")}"}}', c) for e, c in zip(LATENCY_BUCKETS_S, took)),
+            ("_sum", self._seconds_sum),
+            ("_count", self._seconds.total()),
+        ]
+        samples["waiting_requests", "gauge"] = [("", self.batcher.waiting)]
+        samples["model_version", "gauge"] = [
+            (f'{{model="{name}"}}', number)
+            for (name, choice), number in self.snapshot.pointers.items()
+            if choice is None and number is not None
+        ]
+        samples["restarts_total", "counter"] = [
+            (f'{{actor="{actor}"}}', actor.restarts) for actor in self.servers + self.workers
+        ]
+        lines = []
+        for (name, kind), values in samples.items():
+            lines.append(f"# TYPE ray_tensorflow_{name} {kind}")
+            lines.extend(f"ray_tensorflow_{name}{suffix} {value}" for suffix, value in values)
+        return "\n".join(lines) + "\n"

@@ -1,20 +1,203 @@
-"""Makes, watches and ends the actors."""
+"""Makes, watches and ends the actors: who lives. No Ray in it, and no TensorFlow: what it acts with is passed in.
+
+Ray starts anew what has died. This tells actors to have what the parameter server has, whenever one of them was away,
+and ends those that do not answer. Silence counts only while this loop itself was on time.
+"""
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
-import math
+import logging
 import os
-import signal
+import secrets
+import shutil
+import tempfile
+from collections.abc import Awaitable, Callable
+from typing import Any, Protocol
+
+from shared_graph.connection import WorkerConnection
+from shared_graph.errors import ActorUnavailable, Error, OptionError, Unavailable, first_sentence
+from shared_graph.options import Options
+from shared_graph.status import ActorStatus, Status
+from shared_graph.wire import ProcessInfo, WorkerInfo
+
+log = logging.getLogger(__name__)
+
+PING_S = 0.5  # between two looks at an actor
+SUSPECT_S = 1.5  # a worker that has not answered for so long gets no new work
+PATIENCE_S = {"worker": 4.0, "parameter server": 30.0}  # an actor that has not answered for so long is ended
+LONGEST_PAUSE_S = 30.0  # between two attempts to start what cannot start
 
 
-def kill_process(pid: int) -> None:
-    with contextlib.suppress(ProcessLookupError):
-        os.kill(pid, signal.SIGKILL)
+class CallableActor(Protocol):
+    """What is asked of a ``ray_runtime.Actor``."""
+
+    async def call(self, method: str, *arguments: Any) -> Any: ...
+
+    def end(self) -> None: ...
 
 
-def gpu_share(gpus: int, actors: int) -> float:
-    """How many GPUs each actor gets, such that all of them fit: whole ones, or a part of one."""
-    if not gpus:
-        return 0
-    return 1 if gpus >= actors else math.floor(10_000 / -(-actors // gpus)) / 10_000
+class Supervisor:
+    """``create(kind, index, *arguments)`` makes an actor, or finds it; ``kill`` ends a process; ``connect`` makes the
+    connection to a worker that has said where it is."""
+
+    def __init__(
+        self,
+        options: Options,
+        status: Status,
+        create: Callable[..., Awaitable[CallableActor]],
+        kill: Callable[[ProcessInfo], Awaitable[None]],
+        connect: Callable[[int, WorkerInfo], Awaitable[WorkerConnection]],
+    ):
+        self._options, self._status = options, status
+        self._create, self._kill, self._connect = create, kill, connect
+        self._run, self._folder = secrets.token_hex(8), None  # in which variables are saved
+        self._primary, self._is_shared = status.servers[0], False
+        self._server_ready, self._worker_ready = asyncio.Event(), asyncio.Event()  # once
+
+    async def run(self) -> None:
+        """Until it is cancelled."""
+        async with asyncio.TaskGroup() as tasks:
+            for actor in self._status.servers + self._status.workers:
+                tasks.create_task(self.supervise(actor))
+
+    async def supervise(self, actor: ActorStatus) -> None:
+        """Bring an actor up to date, and again whenever it, or the parameter server, was away."""
+        if actor.kind == "worker" and (actor.index or self._options.address):  # else beside the parameter server
+            await (self._worker_ready if actor.index else self._server_ready).wait()  # one that serves comes first
+        loop, pause_s, told = asyncio.get_running_loop(), PING_S, None
+        while True:
+            started = loop.time()
+            try:
+                await self._start(actor)
+                log.info("%s ready  pid %d  %.1f s", actor, actor.pid, loop.time() - started)
+                pause_s, told = PING_S, None
+                log.warning("%s lost  pid %d  %s", actor, actor.pid, await self.wait_until_lost(actor))
+            except OptionError as error:
+                self.remove_folder()
+                return self._status.fail(error, is_over=True)
+            except ActorUnavailable as error:
+                if error.is_final:  # a shared cluster that had ended; else Ray is starting it anew
+                    actor.actor = None
+            except Exception as error:
+                if (why := first_sentence(error)) != told:
+                    log.warning("%s could not start: %s", actor, why)
+                told, pause_s = why, min(2 * pause_s, LONGEST_PAUSE_S)
+                if isinstance(error, Error) and actor is self._primary:
+                    self._status.fail(error, is_over=not self._server_ready.is_set())
+                    if self._status.is_over:
+                        return
+            self.mark_lost(actor)
+            await asyncio.sleep(pause_s)
+
+    async def _start(self, actor: ActorStatus) -> None:
+        """Make it if there is none, call ``start``, and have what follows from it."""
+        if actor.actor is None:
+            arguments = [] if actor.kind == "worker" else [self._make_folder(), self._run]
+            actor.actor = await self._create(actor.kind, actor.index, *arguments)
+        info = await actor.actor.call("start", *([self._options.shared] if actor is self._primary else []))
+        if actor is self._primary:
+            if info.folder != self._folder:  # others made this cluster
+                self.remove_folder()
+            self._is_shared = bool(self._options.address)
+            self._status.apply_snapshot(info.snapshot)
+            self._status.recover()
+            self._server_ready.set()
+        elif actor.kind == "worker":
+            await self._server_ready.wait()
+            actor.connection = await self._connect(actor.index, info)
+            self._worker_ready.set()
+            self._status.has_worker()
+        actor.restarts += actor.pid not in (None, info.process.pid)
+        actor.state, actor.pid, actor.process, actor.trouble = "ready", info.process.pid, info.process, None
+        self._status.notify()
+
+    async def wait_until_lost(self, actor: ActorStatus) -> str:
+        """Why an actor was lost, as soon as it is. One that is silent is ended, whereupon Ray starts it anew."""
+        death, ping, silent_s = asyncio.ensure_future(watch_death(actor.actor)), None, 0.0
+        signs = [death, *([actor.connection.closed] if actor.connection else [])]
+        loop = asyncio.get_running_loop()
+        try:
+            while not any(sign.done() for sign in signs):
+                known = self._status.snapshot.snapshot_id if actor is self._primary else 0
+                ping = ping or asyncio.ensure_future(actor.actor.call("ping", known))
+                asked = loop.time()
+                await asyncio.wait([*signs, ping], timeout=PING_S, return_when=asyncio.FIRST_COMPLETED)
+                if ping.done() and not ping.exception():
+                    actor.trouble, snapshot = ping.result()
+                    ping, silent_s = None, 0.0
+                    self._set_hung(actor, False)
+                    if snapshot and actor is self._primary:
+                        self._status.apply_snapshot(snapshot)
+                    await asyncio.wait(signs, timeout=PING_S, return_when=asyncio.FIRST_COMPLETED)
+                elif ping.done():
+                    await asyncio.wait(signs, timeout=PING_S, return_when=asyncio.FIRST_COMPLETED)
+                    return "it cannot be called"
+                elif loop.time() - asked < 1.5 * PING_S:  # else it is this very loop that comes too late
+                    silent_s += PING_S
+                    self._set_hung(actor, silent_s > SUSPECT_S)
+                if silent_s > PATIENCE_S[actor.kind]:
+                    if actor.connection:
+                        actor.connection.was_ended = True
+                    await self._kill(actor.process)
+                    return f"it did not answer for {PATIENCE_S[actor.kind]:g} s"
+            return "its process is gone" if death.done() else "its connection was closed"
+        finally:
+            for future in filter(None, (death, ping)):
+                future.cancel() or future.cancelled() or future.exception()
+
+    def _set_hung(self, actor: ActorStatus, is_hung: bool) -> None:
+        if is_hung != (actor.state == "hung"):
+            actor.state = "hung" if is_hung else "ready"
+            log.warning("%s is %s  pid %d", actor, actor.state, actor.pid)
+        if actor.connection:
+            actor.connection.is_hung = is_hung
+
+    def mark_lost(self, actor: ActorStatus) -> None:
+        actor.state, actor.process, actor.trouble = "starting", None, None
+        for worker in [actor] if actor.kind == "worker" else self._status.workers:  # which have to connect anew
+            if worker.connection:
+                worker.connection.close()
+        actor.connection = None
+
+    async def disconnect(self) -> None:
+        """Close all connections to workers, and wait until that is done."""
+        closed = [worker.connection.closed for worker in self._status.workers if worker.connection]
+        self.mark_lost(self._primary)
+        await asyncio.gather(*closed)
+
+    async def end_actors(self) -> None:
+        """Save what is to be saved, and end the actors that are this cluster's alone."""
+        if self._server_ready.is_set():
+            with contextlib.suppress(Error, TimeoutError):
+                await asyncio.wait_for(self._primary.actor.call("checkpoint"), 10)
+        for actor in self._status.workers + self._status.servers:
+            if actor.actor is not None:
+                with contextlib.suppress(Error):
+                    await asyncio.to_thread(actor.actor.end)
+
+    # -- the folder ----------------------------------------------------------------------------------------------------
+
+    def _make_folder(self) -> str:
+        """Where variables are saved, ready for the parameter server (see Checkpoints)."""
+        try:
+            self._folder = self._folder or self._options.checkpoint_dir or tempfile.mkdtemp(prefix="ray_tensorflow_")
+            os.makedirs(self._folder, exist_ok=True)
+            with open(os.path.join(self._folder, f".run-{self._run}"), "a"):
+                pass
+        except OSError as error:
+            raise Unavailable(f"The folder for variables cannot be used: {error.filename}: {error.strerror}.") from None
+        return self._folder
+
+    def remove_folder(self) -> None:
+        """If it is ours alone."""
+        if self._folder and not self._options.checkpoint_dir and not self._is_shared:
+            shutil.rmtree(self._folder, ignore_errors=True)
+
+
+async def watch_death(actor: CallableActor) -> None:
+    """Returns when it is gone; such a call returns now and then, and is made again."""
+    with contextlib.suppress(Error):
+        while True:
+            await actor.call("death_watch")

@@ -8,7 +8,7 @@ import sys
 
 import ray
 
-from shared_graph.options import PLACES, Options
+from shared_graph.options import MAX_BATCHES_IN_FLIGHT, REMOTE_CALLS_AT_ONCE, Options
 
 
 def import_tensorflow():
@@ -29,31 +29,31 @@ def import_tensorflow():
     return tf
 
 
-def session_config(tf, addresses: list[str], timeout_s: float):
+def session_config(tf, addresses: list[str]):
     """The one session config: variables live on the ``ps`` tasks and are shared by all sessions made with it.
 
     The TF servers know nothing of each other; each session brings the cluster along. Without ``share_session_state``
-    each would get a private copy of the server's state. Without a timeout a run on a server that died would never end.
+    each would get a private copy of the server's state. No timeout: deadlines are kept outside of TensorFlow.
     """
     config = tf.ConfigProto(
         allow_soft_placement=True,
-        operation_timeout_in_ms=round(timeout_s * 1000),
         experimental=tf.ConfigProto.Experimental(share_session_state_in_clusterspec_propagation=True),
     )
     config.cluster_def.job.add(name="ps", tasks=dict(enumerate(addresses)))
     return config
 
 
-def server_config(tf, options: Options, calls_out: bool):
+def server_config(tf, options: Options, runs_python: bool):
     """Thread and GPU limits, for a server or a local session; a session on a server ignores them (tensorflow#4455).
 
-    Python functions that wait for another server get threads beside those that compute, else they wait for themselves;
-    and there is one in which a new version can be restored while others compute.
+    As many inter-op threads as there can be runs, else slow ones stop all others; Python functions that wait for
+    another server have more runs, else they wait for themselves; and there is one thread in which a new version can be
+    restored while others compute.
     """
-    waiting = PLACES * options.workers if calls_out else 0
+    runs = options.workers * (MAX_BATCHES_IN_FLIGHT + (REMOTE_CALLS_AT_ONCE if runs_python else 0))
     return tf.ConfigProto(
         intra_op_parallelism_threads=options.threads,
-        inter_op_parallelism_threads=options.threads + waiting + 1,
+        inter_op_parallelism_threads=options.threads + runs + 1,
         gpu_options=tf.GPUOptions(allow_growth=True),
         allow_soft_placement=True,
     )

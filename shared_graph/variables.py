@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import os
 
 import numpy as np
 
 from shared_graph.errors import InvalidRequest
+from shared_graph.graph_definition import VARIABLE, operations_behind
 from shared_graph.models import Arrays, to_array
 from shared_graph.tensorflow_runtime import import_tensorflow
 
@@ -26,7 +28,9 @@ class TensorFlowVariables:
         self.sess = sess
         self.variables, self.placeholders, self.assignment_nodes, self._values = {}, {}, {}, {}
         outputs = list(output) if isinstance(output, (list, tuple)) else [output]
-        found = variable_operations([getattr(o, "op", o) for o in outputs] + [v.op for v in input_variables or ()])
+        behind = operations_behind([getattr(o, "op", o) for o in outputs] + [v.op for v in input_variables or ()])
+        found = sorted((operation for operation in behind if operation.type in VARIABLE), key=lambda o: o.name)
+        self.operations = found  # which hold them, in the same order
         if not found:
             return
         graph, scopes = found[0].graph, [f"/{op.name}".rpartition("/")[0] for op in found]
@@ -34,14 +38,16 @@ class TensorFlowVariables:
         objects = {v.op.name: v for v in graph.get_collection(tf.GraphKeys.GLOBAL_VARIABLES)}
         for operation in found:
             name = operation.name[len(scope) + 1 :] if scope else operation.name
-            handle, dtype = operation.outputs[0], operation.get_attr("dtype")
+            handle, dtype, shape = operation.outputs[0], operation.get_attr("dtype"), operation.get_attr("shape")
             with graph.as_default(), tf.colocate_with(operation):
-                new = tf.placeholder(dtype, tf.TensorShape(operation.get_attr("shape")), name=f"Placeholder_{name}")
+                new = tf.placeholder(dtype, tf.TensorShape(shape), name=f"Placeholder_{name}")
                 if operation.type == "VarHandleOp":
                     value = tf.raw_ops.ReadVariableOp(resource=handle, dtype=dtype)
                     assign = tf.raw_ops.AssignVariableOp(resource=handle, value=new)
                 else:  # a reference variable of TensorFlow 1
-                    value, assign = tf.identity(handle), tf.raw_ops.Assign(ref=handle, value=new).op
+                    is_known = new.shape.is_fully_defined()  # else it takes the shape of what it is given
+                    value = tf.identity(handle)
+                    assign = tf.raw_ops.Assign(ref=handle, value=new, validate_shape=is_known).op
             self.variables[name] = objects.get(operation.name, handle)
             self.placeholders[name], self.assignment_nodes[name], self._values[name] = new, assign, value
 
@@ -50,7 +56,7 @@ class TensorFlowVariables:
 
     def get_flat_size(self) -> int:
         """How many numbers all variables have together."""
-        return sum(placeholder.shape.num_elements() for placeholder in self.placeholders.values())
+        return sum(math.prod(shape) for shape in self._shapes().values())
 
     def get_flat(self) -> np.ndarray:
         """All variables as one vector, in the order of their sorted names."""
@@ -61,10 +67,17 @@ class TensorFlowVariables:
         new_weights = np.asarray(new_weights)
         if new_weights.shape != (self.get_flat_size(),):
             raise InvalidRequest(f"flat weights must have the shape ({self.get_flat_size()},), not {new_weights.shape}")
-        ends = np.cumsum([placeholder.shape.num_elements() for placeholder in self.placeholders.values()])
-        parts = zip(np.split(new_weights, ends[:-1]), self.placeholders.items())
+        shapes, dtypes = self._shapes(), [p.dtype.as_numpy_dtype for p in self.placeholders.values()]
+        parts = np.split(new_weights, np.cumsum([math.prod(shape) for shape in shapes.values()])[:-1])
         # the vector has one dtype, but the variables may differ
-        self.set_weights({name: part.reshape(p.shape).astype(p.dtype.as_numpy_dtype) for part, (name, p) in parts})
+        self.set_weights({n: p.reshape(s).astype(d) for (n, s), p, d in zip(shapes.items(), parts, dtypes)})
+
+    def _shapes(self) -> dict[str, tuple[int, ...]]:
+        """Of a variable without a static shape: that of its value."""
+        return {
+            name: tuple(p.shape) if p.shape.is_fully_defined() else self._session().run(self._values[name]).shape
+            for name, p in self.placeholders.items()
+        }
 
     def get_weights(self) -> Arrays:
         """The variables' values by name; one at a time, since a protobuf has 2 GiB at most (tensorflow#2233)."""
@@ -77,8 +90,8 @@ class TensorFlowVariables:
             if name not in self.placeholders:
                 raise InvalidRequest(f"there is no variable {name!r}; there are {sorted(self.placeholders)}")
             placeholder, value = self.placeholders[name], np.asarray(value)
-            shape = tuple(placeholder.shape.as_list())
-            if value.shape != shape:
+            if not placeholder.shape.is_compatible_with(value.shape):
+                shape = tuple(placeholder.shape.as_list())
                 raise InvalidRequest(f"variable {name!r} has the shape {shape}, not {value.shape}")
             feeds[name] = to_array(f"variable {name!r}", value, np.dtype(placeholder.dtype.as_numpy_dtype))
             if feeds[name].nbytes >= 2**31 - 2**20:
@@ -92,15 +105,3 @@ class TensorFlowVariables:
         if self.sess is None:
             raise InvalidRequest("there is no session yet: give sess, or call set_session")
         return self.sess
-
-
-def variable_operations(operations: list) -> list:
-    """The operations that hold variables among these and all that they depend on, sorted by name."""
-    seen, stack = set(), list(operations)
-    while stack:
-        operation = stack.pop()
-        if operation is not None and operation not in seen:
-            seen.add(operation)
-            stack.extend([*(tensor.op for tensor in operation.inputs), *operation.control_inputs])
-    found = (operation for operation in seen if operation.type in ("VarHandleOp", "VariableV2", "Variable"))
-    return sorted(found, key=lambda operation: operation.name)

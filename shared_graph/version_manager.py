@@ -1,14 +1,275 @@
-"""Loads, switches and unloads the versions of models."""
+"""What is served: loads, switches and unloads the versions of models. No Ray in it, and no TensorFlow.
+
+A version goes through TensorFlow Serving's states: LOADING, AVAILABLE, UNLOADING, and END when it has failed. It is
+AVAILABLE when every worker that there is has it. What a label, or the latest, stands for moves in two steps: first
+every worker lets go of what it stood for, and lets who asks wait; only then they answer with the new one: so no client
+sees a version go back. Workers are told by snapshots, of which each has a number, and tell what they have by reports.
+"""
 
 from __future__ import annotations
 
-import glob
-import os
+import asyncio
+import contextlib
+import dataclasses
+import logging
+from collections.abc import Awaitable, Callable
+from typing import NamedTuple
 
-from shared_graph.models import ModelSource
+from shared_graph.errors import Error, InvalidRequest, ModelError, Unavailable, first_sentence
+from shared_graph.model_source import ModelSource
+from shared_graph.models import LoadedVersion, ModelKey, ModelVersion, Snapshot, WorkerReport, not_found
+
+log = logging.getLogger(__name__)
+
+BRING_UP_LIMIT_S = 150.0  # in which a worker has a new version, or says why not; it has shorter limits of its own
+EVIDENCE = 3  # so many observations decide whether the requests of a signature may share runs
 
 
-def stamp_of(source: ModelSource) -> list[tuple]:
-    """The files of a version, with their sizes and times."""
-    paths = glob.glob(f"{glob.escape(source.folder)}/**", recursive=True) if source.folder else ()
-    return [(path, os.path.getsize(path), os.path.getmtime(path)) for path in sorted(paths)]
+class Found(NamedTuple):
+    """What lies in a model's folder."""
+
+    versions: dict[int, ModelSource]
+    labels: dict[str, int]
+    files_seen: dict[int, list]  # of each version
+
+
+@dataclasses.dataclass(eq=False)
+class Version:
+    """One version of a model, from the moment at which it is tried until it is gone."""
+
+    source: ModelSource
+    state: str = "LOADING"
+    error: str | None = None
+    loaded: LoadedVersion | None = None
+
+    @property
+    def key(self) -> ModelKey:
+        return ModelKey(self.source.name, self.source.version)
+
+
+class VersionManager:
+    """Everything that it acts on is passed in: ``look`` into a model's folder, ``load`` and ``unload`` a version where
+    the variables are, ``publish`` a snapshot to the workers."""
+
+    def __init__(
+        self,
+        sources: list[ModelSource],
+        look: Callable[[ModelSource], Awaitable[Found]],
+        load: Callable[[ModelSource], Awaitable[LoadedVersion]],
+        unload: Callable[[ModelKey], Awaitable[None]],
+        publish: Callable[[Snapshot], None],
+    ):
+        self.sources = {source.name: source for source in sources}
+        self.snapshot = Snapshot()
+        self._look, self._load, self._unload, self._publish = look, load, unload, publish
+        self._versions: dict[ModelKey, Version] = {}
+        self._pointers: dict[tuple[str, str | None], int | None] = {}
+        self._reports: dict[int, WorkerReport] = {}  # of each worker that there is
+        self._files_seen: dict[ModelKey, list] = {}  # of versions that are not loaded, at the last look
+        self._failed_files: dict[ModelKey, list] = {}  # with which a version has failed
+        self._evidence: dict[tuple[ModelKey, str, bool], int] = {}
+        self._turns = {name: asyncio.Lock() for name in self.sources}  # one change of a model at a time
+        self._changed = asyncio.Event()
+
+    # -- what workers tell ---------------------------------------------------------------------------------------------
+
+    def report(self, report: WorkerReport) -> None:
+        self._reports[report.index] = report
+        self._update()
+
+    def worker_lost(self, index: int, life: str) -> None:
+        if (report := self._reports.get(index)) and report.life == life:
+            del self._reports[index]
+            self._update()
+
+    def observe(self, key: ModelKey, signature: str, weights_id: str, agrees: bool) -> None:
+        """What a run showed of whether requests for a signature may share runs. One run may be an accident, so that it
+        takes some; but before they have ever shared one, a single one speaks against it."""
+        version = self._versions.get(key)
+        if version is None or version.loaded is None or version.loaded.weights_id != weights_id:
+            return
+        loaded, is_undecided = version.loaded, signature in version.loaded.undecided
+        if not is_undecided and (agrees or signature not in loaded.batchable):
+            return
+        count = self._evidence[key, signature, agrees] = self._evidence.get((key, signature, agrees), 0) + 1
+        if count < EVIDENCE and (agrees or not is_undecided):
+            return
+        batchable = {*loaded.batchable, signature} if agrees else {*loaded.batchable} - {signature}
+        undecided = {*loaded.undecided} - {signature}
+        log.info("model %s: requests for %r %s runs", key, signature, "share" if agrees else "do not share")
+        version.loaded = loaded._replace(batchable=tuple(sorted(batchable)), undecided=tuple(sorted(undecided)))
+        self._update()
+
+    # -- what is to be served ------------------------------------------------------------------------------------------
+
+    async def reconcile(self, name: str, at_once: bool = False) -> None:
+        """Serve the highest version of a model that is there and can be loaded, and those that labels stand for. Unless
+        ``at_once``, files that still change are left alone until the next look. Raises Unavailable when the model's
+        folder cannot be looked into."""
+        async with self._turns[name]:
+            try:
+                found = await self._look(self.sources[name])
+            except OSError as error:
+                raise Unavailable(f"The folder of model {name} cannot be read: {error.strerror or error}") from None
+            aspired = {choice: version for (n, choice), version in self._pointers.items() if n == name}
+            aspired = {choice: aspired[choice] for choice in [None, *found.labels] if choice in aspired}
+            for version in sorted(found.versions, reverse=True):
+                if await self._ensure_loaded(found, version, at_once):
+                    aspired[None] = version
+                    break
+            for label, version in sorted(found.labels.items()):
+                if version in found.versions:
+                    if await self._ensure_loaded(found, version, at_once):
+                        aspired[label] = version
+                elif ModelKey(name, version) not in self._versions:
+                    why = f"The label {label!r} of model {name} stands for version {version}, which is not there."
+                    source = self.sources[name]._replace(version=version)
+                    self._versions[ModelKey(name, version)] = Version(source, "END", why)
+                    self._update()
+            await self._switch(name, aspired)
+            for version in [v for v in self._versions.values() if v.source.name == name]:
+                if version.loaded and version.source.version not in aspired.values():
+                    await self._drop(version, "UNLOADING")
+                if not version.loaded and version.source.version not in {*found.versions, *found.labels.values()}:
+                    self._forget(version)
+
+    async def change_weights(self, key: ModelKey, change: Callable[[], Awaitable[LoadedVersion]]) -> None:
+        """``change`` sets weights, and tells what is so with them. Meanwhile no two requests share a run, since that
+        was decided for other weights. When this returns each worker has the new ones, or is gone."""
+        async with self._turns.get(key.name, contextlib.nullcontext()):
+            version = self._versions[key]
+            if version.loaded is None:
+                raise not_found(*key)
+            before, version.loaded = version.loaded, version.loaded._replace(batchable=(), undecided=())
+            self._update()
+            await self._until_settled(key.name)
+            try:
+                version.loaded = await change()
+            except Exception:
+                version.loaded = before
+                raise
+            finally:
+                self._evidence = {k: count for k, count in self._evidence.items() if k[0] != key}
+                self._update()
+            await self._until(lambda: all(r.ready.get(key) in (None, version.loaded.weights_id) for r in self._all()))
+
+    async def _ensure_loaded(self, found: Found, number: int, at_once: bool) -> bool:
+        """Is this version loaded? If not it is tried, unless its files still change, or have failed as they are."""
+        source, files = found.versions[number], found.files_seen.get(number, [])
+        key = ModelKey(source.name, number)
+        version = self._versions.get(key)
+        if version and version.loaded:
+            return True
+        if not at_once:
+            last, self._files_seen[key] = self._files_seen.get(key), files
+            if last != files or self._failed_files.get(key) == files:
+                return False
+        version = self._versions[key] = Version(source)
+        self._update()
+        try:
+            version.loaded = await self._load(source)
+            self._update()
+            await self._until_brought_up(version)
+        except Exception as error:
+            self._failed_files[key] = files
+            why = str(error) if isinstance(error, Error) else f"{type(error).__name__}: {first_sentence(error)}"
+            prefix = "" if str(source) in why else f"Model {source} cannot be loaded: "
+            await self._drop(version, "END", prefix + why)
+            return False
+        self._failed_files.pop(key, None)
+        self._files_seen.pop(key, None)
+        return True
+
+    async def _until_brought_up(self, version: Version) -> None:
+        """Raises ModelError with what a worker says that could not."""
+        key = version.key
+
+        def failures() -> list[str]:
+            return [f"worker {r.index}: {r.failed[key]}" for r in self._all() if key in r.failed]
+
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(BRING_UP_LIMIT_S):
+                await self._until(lambda: failures() or all(key in report.ready for report in self._all()))
+        if missing := failures() or [f"worker {r.index} does not have it" for r in self._all() if key not in r.ready]:
+            raise ModelError(missing[0])
+
+    async def _switch(self, name: str, aspired: dict[str | None, int]) -> None:
+        """Let the latest and the labels stand for other versions, in two steps."""
+        now = {choice: version for (n, choice), version in self._pointers.items() if n == name}
+        if now == aspired:
+            return
+        others = {key: version for key, version in self._pointers.items() if key[0] != name}
+        moving = {c: v if now.get(c, v) == v else None for c, v in aspired.items()}
+        self._pointers = others | {(name, choice): version for choice, version in moving.items()}
+        self._update()
+        await self._until_settled(name)
+        others = {key: version for key, version in self._pointers.items() if key[0] != name}
+        self._pointers = others | {(name, choice): version for choice, version in aspired.items()}
+        self._update()
+
+    async def _drop(self, version: Version, state: str, error: str | None = None) -> None:
+        """Give back the memory of a version that is of no use any more, or has failed, when all on it is answered."""
+        version.state, version.error, version.loaded = state, error, None
+        self._update()
+        await self._until_settled(version.source.name)
+        await self._until(lambda: not any(version.key in report.ready for report in self._all()))
+        try:
+            await self._unload(version.key)
+        except Exception as failure:  # it must not hide why it was dropped
+            log.warning("model %s: its memory could not be given back: %s", version.key, first_sentence(failure))
+        if state != "END":
+            self._forget(version)
+
+    def _forget(self, version: Version) -> None:
+        self._versions.pop(version.key, None)
+        self._failed_files.pop(version.key, None)
+        self._files_seen.pop(version.key, None)
+        self._evidence = {k: count for k, count in self._evidence.items() if k[0] != version.key}
+        self._update()
+
+    # -- snapshots -----------------------------------------------------------------------------------------------------
+
+    def _all(self) -> list[WorkerReport]:
+        return list(self._reports.values())
+
+    def _update(self) -> None:
+        """Publish what there is now, if that is something else than before; and look again at what is waited for."""
+        versions = {key: self._described(version) for key, version in self._versions.items()}
+        if (versions, self._pointers) != self.snapshot[1:]:
+            self.snapshot = Snapshot(self.snapshot.snapshot_id + 1, versions, dict(self._pointers))
+            self._publish(self.snapshot)
+        self._changed.set()
+        self._changed = asyncio.Event()
+
+    def _described(self, version: Version) -> ModelVersion:
+        if version.loaded is None:
+            return ModelVersion(version.source, version.state, version.error)
+        missing = tuple(sorted(report.index for report in self._all() if version.key not in report.ready))
+        failed = [
+            f"Model {version.key}: worker {r.index}: {r.failed[version.key]}"
+            for r in self._all()
+            if version.key in r.failed
+        ]
+        version.state = "LOADING" if missing else "AVAILABLE"
+        return ModelVersion(version.source, version.state, next(iter(failed), None), version.loaded, missing)
+
+    async def _until(self, condition: Callable[[], object]) -> None:
+        while not condition():
+            await self._changed.wait()
+
+    async def _until_settled(self, name: str) -> None:
+        """Until each worker has done for this model what the last snapshot wants, or is gone."""
+        wanted = self.snapshot.snapshot_id
+        await self._until(lambda: all(report.settled.get(name, 0) >= wanted for report in self._all()))
+
+    def latest(self, name: str) -> ModelKey:
+        """Raises InvalidRequest, or Unavailable while another one takes its place."""
+        if (name, None) not in self._pointers:
+            raise not_found(name, None)
+        if (version := self._pointers[name, None]) is None:
+            raise Unavailable(f"Another version of model {name} is just being taken into use; try again.")
+        return ModelKey(name, version)
+
+    def check_known(self, name: str) -> None:
+        if name not in self.sources:
+            raise InvalidRequest(f"There is no model {name}", 404)

@@ -1,14 +1,58 @@
-"""Frames on a connection between a front end and a worker, both ends. One call of Ray's takes ten times the processor
-time of a message on a connection."""
+"""Frames on a connection between a front end and a worker, both ends, and what they hold.
+
+Not Ray's calls, since one of those takes ten times the processor time of a message on a connection.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import pickle
 import struct
-from typing import Any
+from typing import Any, NamedTuple
 
 LARGE_BYTES = 2**16  # an array of so many bytes goes beside the pickle, uncopied
+
+
+class WireRequest(NamedTuple):
+    """A request as it travels; ``rest_api.decode`` says what a verb's body is."""
+
+    verb: str
+    body: Any
+    left_s: float  # until its deadline
+    is_repeated: bool  # a worker was lost that had it
+
+
+class Batch(NamedTuple):
+    """From a front end: requests for one model."""
+
+    batch_id: int
+    key: tuple[str, int | str | None]  # its name; and version, label, or None: the latest
+    signature_hint: str  # for whose turn it is: the signature that is probably asked for
+    requests: list[WireRequest]
+
+
+class Answers(NamedTuple):
+    """From a worker: what some of a batch's requests came to, or the Error that they failed with, by their index."""
+
+    batch_id: int
+    answers: dict[int, Any]
+
+
+class ProcessInfo(NamedTuple):
+    """What an actor tells of the process that it is."""
+
+    pid: int
+    node: str  # Ray's id of the machine
+    gpus: list[int]
+    cuda_visible_devices: str | None
+
+
+class WorkerInfo(NamedTuple):
+    """What a worker that is ready tells: who shows the ``authkey`` at the ``address`` may send it batches."""
+
+    process: ProcessInfo
+    address: tuple[str, int]
+    authkey: bytes
 
 
 def to_frame(value: Any) -> list[Any]:

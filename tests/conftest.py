@@ -11,6 +11,7 @@ import http.client
 import inspect
 import json
 import os
+import selectors
 import shutil
 import signal
 import socket
@@ -46,6 +47,7 @@ def pytest_addoption(parser):
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "long: takes long, and runs with --long only")
+    config.addinivalue_line("markers", "simulated: runs in an event loop whose clock jumps")
 
 
 def pytest_collection_modifyitems(config, items):
@@ -55,11 +57,38 @@ def pytest_collection_modifyitems(config, items):
 
 
 def pytest_pyfunc_call(pyfuncitem):
-    """An asynchronous test runs in an event loop of its own."""
+    """An asynchronous test runs in an event loop of its own; a simulated one in a loop whose clock jumps."""
     if inspect.iscoroutinefunction(pyfuncitem.obj):
         arguments = {name: pyfuncitem.funcargs[name] for name in inspect.signature(pyfuncitem.obj).parameters}
-        asyncio.run(asyncio.wait_for(pyfuncitem.obj(**arguments), 60))
+        is_simulated = pyfuncitem.get_closest_marker("simulated")
+        with asyncio.Runner(loop_factory=JumpingLoop if is_simulated else None) as runner:
+            test = pyfuncitem.obj(**arguments)
+            runner.run(test if is_simulated else asyncio.wait_for(test, 60))
         return True
+
+
+class JumpingLoop(asyncio.SelectorEventLoop):
+    """An event loop whose clock jumps to the next timer whenever nothing is left to do. So hours pass in no time, and a
+    test decides what happens when."""
+
+    def __init__(self):
+        super().__init__(JumpingSelector(self))
+        self.now = 1000.0
+
+    def time(self) -> float:
+        return self.now
+
+
+class JumpingSelector(selectors.DefaultSelector):
+    def __init__(self, loop: JumpingLoop):
+        super().__init__()
+        self.loop = loop
+
+    def select(self, timeout: float | None = None) -> list:
+        if not (events := super().select(0)):
+            assert timeout is not None, "nothing will ever happen any more"
+            self.loop.now += timeout
+        return events
 
 
 def wait_until(condition, seconds: float = START_S, what: str = ""):

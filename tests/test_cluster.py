@@ -92,7 +92,7 @@ def test_a_caller_that_gives_up_harms_nobody(cluster):
         (({"x": [[1, 1, 1], [1]]}, "linear"), 400, "ragged"),
         (({"n": [1.5]}, "affine", "double"), 400, "int32"),
         (({"n": [2**40]}, "affine", "double"), 400, "int32"),
-        (({"word": [1]}, "words"), 400, "text"),
+        (({"word": [1]}, "words"), 400, "string"),
     ],
     ids=str,
 )
@@ -167,7 +167,7 @@ def lives():
                 runner.run(awaiting(way))
 
         async def home(way):  # as in Starlette: the cluster lives in the loop that runs
-            cluster = Cluster(workers=1).begin(asyncio.get_running_loop())
+            cluster = Cluster(workers=1).start_in_background(asyncio.get_running_loop())
             while cluster.health()["status"] != "ready":
                 await asyncio.sleep(0.05)
             try:

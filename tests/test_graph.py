@@ -8,8 +8,8 @@ import pytest
 
 from shared_graph.errors import ModelError
 from shared_graph.graph import Graph
-from shared_graph.merging import find_merged
-from shared_graph.models import ADDER_SOURCE, ModelSource
+from shared_graph.merging import find_batchable
+from shared_graph.model_source import ADDER_SOURCE, ModelSource
 from shared_graph.options import Options
 from shared_graph.tensorflow_runtime import import_tensorflow
 
@@ -44,7 +44,7 @@ def load(tf, address):
         graphs.append(graph := Graph(tf, source))
         graph.connect(tf, [address], Options())
         if restore:
-            graph.restore()
+            graph.restore(tf, {})
         return graph
 
     yield load
@@ -171,10 +171,10 @@ def minds_its_rows(tf):
 
 
 def test_signatures_share_runs_unless_they_look_across_their_batch_or_with_exact_differ_in_the_last_bit(load):
-    assert find_merged(load("test_graph:looks_across_its_batch"), Options()) == []
+    assert find_batchable(load("test_graph:looks_across_its_batch"), Options()).batchable == ()
     graph = load("test_graph:minds_its_rows")
-    assert set(find_merged(graph, Options())) == set(graph.signatures)
-    exact = set(find_merged(graph, Options(exact=True)))
+    assert set(find_batchable(graph, Options()).batchable) == set(graph.signatures)
+    exact = set(find_batchable(graph, Options(exact=True)).batchable)
     assert exact >= {"integer", "text", "boolean"} and "rounding" not in exact
 
 
@@ -193,7 +193,7 @@ def test_signatures_share_runs_unless_they_look_across_their_batch_or_with_exact
     ],
 )
 def test_models_share_runs_where_rows_are_told_apart_and_nothing_is_changed(load, models, name, merged):
-    assert set(find_merged(load(models.get(name, ADDER_SOURCE)), Options())) == merged
+    assert set(find_batchable(load(models.get(name, ADDER_SOURCE)), Options()).batchable) == merged
 
 
 # -- which signatures change state -------------------------------------------------------------------------------------
@@ -248,12 +248,14 @@ def variable_and_table(tf):
 
 
 @pytest.mark.parametrize(
-    "function, writes, calls_out", [(changes_state, True, []), (only_computes, False, ["calls python"])]
+    "function, writes, runs_python", [(changes_state, True, []), (only_computes, False, ["calls python"])]
 )
-def test_what_changes_state_and_what_calls_python_is_known(tf, function, writes, calls_out):
+def test_what_changes_state_and_what_calls_python_is_known(tf, function, writes, runs_python):
     signatures = Graph(tf, ModelSource("m", 1, function=f"test_graph:{function.__name__}")).signatures
-    assert {name: signature.writes for name, signature in signatures.items()} == dict.fromkeys(signatures, writes)
-    assert [name for name, signature in signatures.items() if signature.calls_out] == calls_out
+    assert {name: signature.mutates_state for name, signature in signatures.items()} == dict.fromkeys(
+        signatures, writes
+    )
+    assert [name for name, signature in signatures.items() if signature.runs_python] == runs_python
 
 
 def reference_counter(tf):

@@ -132,7 +132,7 @@ def test_a_model_that_cannot_be_loaded_is_404_and_its_status_tells_why_while_oth
         "counter": "example_models:counter",
     }
     models = [f"{name}={source}" for name, source in bad.items()]
-    cluster = Cluster(workers=1, placement="mirrored", model=[*models, "example_models:linear"]).begin()
+    cluster = Cluster(workers=1, placement="mirrored", model=[*models, "example_models:linear"]).start_in_background()
     with contextlib.closing(cluster):
         wait_until(lambda: cluster.health()["workers"][0]["state"] == "ready")
         assert cluster.health()["status"] == "ready"

@@ -10,7 +10,7 @@ import pytest
 from conftest import REPOSITORY
 
 from shared_graph.errors import OptionError
-from shared_graph.models import ADDER, ModelSource
+from shared_graph.model_source import ADDER, ModelSource
 from shared_graph.options import COMMAND, FRONT_END, Options
 
 DEFAULTS = {

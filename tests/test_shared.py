@@ -11,7 +11,7 @@ import pytest
 from conftest import OWNER, REPOSITORY, Server, good, processes, wait_until
 from test_survival import Clients, assert_counted_once, workers
 
-from shared_graph.supervisor import gpu_share
+from shared_graph.actors import gpu_share
 
 NODES = """
 import sys

@@ -22,7 +22,7 @@ from test_command import running, with_mounts
 from shared_graph.checkpoints import Checkpoints
 from shared_graph.cluster import Cluster
 from shared_graph.errors import Error, ModelError, Unavailable
-from shared_graph.models import ADDER_SOURCE, ModelSource
+from shared_graph.model_source import ADDER_SOURCE, ModelSource
 
 TIMEOUT_S = 20
 
@@ -199,8 +199,8 @@ def test_a_checkpoint_comes_back_but_cut_short_at_any_length_or_with_any_byte_ch
 ):
     assert checkpoints.load(source) == {}
     total = np.float64(0.1) * 3
-    checkpoints.keep_sum(total)
-    checkpoints.keep(MODEL, {"sum": total})
+    checkpoints.save_sum(total)
+    checkpoints.save(MODEL, {"sum": total})
     assert checkpoints.load(source) == {"sum": total}
     path = checkpoints.path(source)
     with open(path, "rb") as file:
@@ -219,7 +219,7 @@ def test_a_checkpoint_comes_back_but_cut_short_at_any_length_or_with_any_byte_ch
 
 def test_files_that_have_gone_are_not_taken_for_a_beginning(tmp_path):
     (tmp_path / ".run-1").touch()
-    Checkpoints(str(tmp_path), run="1", durable=True).keep(MODEL, {})
+    Checkpoints(str(tmp_path), run="1", durable=True).save(MODEL, {})
     again = Checkpoints(str(tmp_path), run="1", durable=True)
     os.remove(again.path(MODEL))
     assert again.load(ADDER_SOURCE) == {}

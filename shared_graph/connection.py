@@ -1,0 +1,84 @@
+"""The connection of a front end to a worker, and the requests that travel on it."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import itertools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from shared_graph.models import ModelVersion, VersionChoice
+from shared_graph.options import MAX_BATCHES_IN_FLIGHT
+from shared_graph.slots import Slots
+from shared_graph.wire import Answers, Batch, WireRequest, read_frame, to_frame
+
+
+class QueueKey(NamedTuple):
+    """Requests with the same key wait in one queue, and travel together."""
+
+    model: str
+    choice: VersionChoice
+    signature_hint: str
+    worker: int | None  # the one that is to do it, if it matters
+
+
+@dataclasses.dataclass(eq=False, slots=True)
+class Request:
+    """One caller's request on its way to a worker, and ``future``, for which the caller waits."""
+
+    key: QueueKey
+    version: ModelVersion
+    verb: str
+    body: Any
+    future: asyncio.Future
+    size_bytes: int
+    begun: float
+    is_patient: bool  # its deadline counts from when it is sent
+    deadline: float = 0.0
+    timer: asyncio.TimerHandle | None = None  # that ends the wait at the deadline
+    is_sent: bool = False
+    is_repeated: bool = False  # a worker was lost that had it
+
+
+class WorkerConnection:
+    """The connection of this process to one life of a worker. ``closed`` is done when it is gone."""
+
+    def __init__(
+        self,
+        index: int,
+        reader: asyncio.StreamReader,
+        writer: asyncio.StreamWriter,
+        receive: Callable[[WorkerConnection, Answers], None],
+        remove: Callable[[WorkerConnection], None],
+    ):
+        """``receive`` is called with each message that comes, ``remove`` when the connection is gone."""
+        self.index = index
+        self.is_hung = False  # it gets no new work unless there is no other
+        self.was_ended = False  # for silence: what it had may have been the reason, and is not run again
+        self.in_flight: dict[int, tuple[QueueKey, dict[int, Request]]] = {}  # by batch, what is not answered yet
+        self.slots = Slots(MAX_BATCHES_IN_FLIGHT)
+        self._writer, self._batch_ids = writer, itertools.count()
+        self.closed = asyncio.create_task(self._listen(reader, receive, remove))
+
+    def send(self, key: QueueKey, requests: list[Request], now: float) -> None:
+        """Raises whatever pickling raises; then nothing has been sent."""
+        batch_id = next(self._batch_ids)
+        contents = [WireRequest(r.verb, r.body, r.deadline - now, r.is_repeated) for r in requests]
+        frame = to_frame(Batch(batch_id, (key.model, key.choice), key.signature_hint, contents))
+        self.in_flight[batch_id] = key, dict(enumerate(requests))
+        self.slots.take(key)
+        self._writer.writelines(frame)
+
+    def close(self) -> None:
+        self._writer.close()
+
+    async def _listen(self, reader: asyncio.StreamReader, receive: Callable, remove: Callable) -> None:
+        try:
+            while True:
+                receive(self, await read_frame(reader))
+        except (OSError, EOFError):
+            pass
+        finally:
+            self._writer.close()
+            remove(self)

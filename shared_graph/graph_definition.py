@@ -1,0 +1,185 @@
+"""What is read from a graph's definition, and done to it, before it is run: no session here."""
+
+from __future__ import annotations
+
+import itertools
+import re
+from typing import Any
+
+import numpy as np
+
+from shared_graph.models import Signature, TensorSpec
+
+# Operations that change what a later run sees
+STATE_CHANGING = re.compile(
+    r"Assign\w*|(Resource)?(Sparse)?Apply\w+|ResourceScatter\w+|Scatter(Add|Sub|Mul|Div|Min|Max|Update|Nd\w+)"
+    r"|ResourceStridedSliceAssign|(Resource)?CountUpTo|LookupTable(Insert|Import|Remove)\w*|(Queue|Barrier|Stack)\w+"
+    r"|(Map)?(Uns|S)tage|Rng\w+|Stateful(Standard|Uniform|Truncated|Random)\w+|WriteFile"
+)
+PYTHON_FUNCTION = re.compile(r"(Eager)?PyFunc(Stateless)?")
+VARIABLE = ("VarHandleOp", "VariableV2", "Variable")
+ITERATOR = ("Iterator", "IteratorV2")
+
+
+def prepare_nodes(meta_graph, container: str) -> None:
+    """Make a graph's nodes, those of its functions included, ready to be imported beside other models'."""
+    from tensorflow.python.framework import op_def_registry
+
+    inputs = {info.name.partition(":")[0] for d in meta_graph.signature_def.values() for info in d.inputs.values()}
+    functions, tables = meta_graph.graph_def.library.function, {}
+    for node in itertools.chain(meta_graph.graph_def.node, *(function.node_def for function in functions)):
+        node.device = ""  # of the machine that saved it (tensorflow#4011)
+        definition = op_def_registry.get(node.op)
+        attributes = {attribute.name for attribute in definition.attr} if definition else ()
+        if node.name in inputs and node.op in ("Placeholder", "PlaceholderV2"):
+            node.attr["shape"].shape.Clear()  # like TensorFlow Serving, we leave the judgement to the kernels
+            node.attr["shape"].shape.unknown_rank = True
+        if "container" in attributes:  # else equal names in two models would be one variable
+            own = node.attr["container"].s
+            node.attr["container"].s = container.encode() + (b"/" + own if own else b"")
+        shared_name = node.attr["shared_name"].s if "shared_name" in attributes else b""
+        if re.fullmatch(rb"hash_table_[0-9a-f-]{36}", shared_name):  # random: else each process had a table of its own
+            node.attr["shared_name"].s = tables.setdefault(shared_name, b"hash_table_%d" % len(tables))
+        if "use_locking" in attributes:  # else two runs at once lose updates
+            node.attr["use_locking"].b = True
+
+
+def name_python_functions(graph_def, names: list[str] | None) -> list[str]:
+    """What the Python functions in a graph are called, in the order in which they appear in it: by tokens, which each
+    process gives out in the order in which it makes them. If ``names`` are given, they are called these from now on."""
+    nodes = itertools.chain(graph_def.node, *(function.node_def for function in graph_def.library.function))
+    nodes = [node for node in nodes if PYTHON_FUNCTION.fullmatch(node.op)]
+    tokens = list(dict.fromkeys(node.attr["token"].s.decode() for node in nodes))
+    if names is not None:
+        if len(names) != len(tokens):
+            raise ValueError(f"there are {len(tokens)} Python functions in it, and {len(names)} where it runs")
+        new = dict(zip(tokens, names))
+        for node in nodes:
+            node.attr["token"].s = new[node.attr["token"].s.decode()].encode()
+    return tokens
+
+
+def without_numbers(graph_def):
+    """The same for the same graph in each process: TensorFlow numbers functions in the order in which they are made."""
+    library = {function.signature.name: function for function in graph_def.library.function}
+    names: dict[str, str] = {}  # in the order in which they are called
+    nodes = list(graph_def.node)
+    for node in nodes:  # which grow meanwhile
+        for name in [key for key in node.attr if key.startswith("_")]:
+            del node.attr[name]
+        attributes = [attribute for _, attribute in sorted(node.attr.items())]
+        called = [f for attribute in attributes for f in [attribute.func, *attribute.list.func] if f.name]
+        for name in [node.op, *(f.name for f in called)]:
+            if name in library and name not in names:
+                names[name] = f"function {len(names)}"
+                nodes.extend(library[name].node_def)
+        node.op = names.get(node.op, node.op)
+        for f in called:
+            f.name = names.get(f.name, f.name)
+    name_python_functions(graph_def, [str(number) for number in range(len(name_python_functions(graph_def, None)))])
+    functions = [library[name] for name in names]
+    for function in functions:
+        function.signature.name = names[function.signature.name]
+        function.attr.clear()
+    graph_def.library.Clear()
+    graph_def.library.function.extend(functions)
+    return graph_def
+
+
+def operation_types(tf, graph_def, names: list[str]) -> set[str]:
+    """The types of these operations and of all that they depend on, those within called functions included."""
+    functions = {function.signature.name: function.node_def for function in graph_def.library.function}
+    nodes = list(tf.graph_util.extract_sub_graph(graph_def, names).node)
+    for node in nodes:  # which grow meanwhile
+        called = [f.name for attribute in node.attr.values() for f in [attribute.func, *attribute.list.func]]
+        for name in [node.op, *called]:
+            nodes.extend(functions.pop(name, ()))
+    return {node.op for node in nodes}
+
+
+def operations_behind(operations: list) -> set:
+    """These operations and all that they depend on."""
+    seen, stack = set(), list(operations)
+    while stack:
+        operation = stack.pop()
+        if operation is not None and operation not in seen:
+            seen.add(operation)
+            stack.extend([*(tensor.op for tensor in operation.inputs), *operation.control_inputs])
+    return seen
+
+
+def describe_signature(tf, graph, graph_def, name: str, definition, atomic: bool) -> tuple[Signature, list, list]:
+    """A signature, and the tensors that are fed and fetched, in the order of their sorted names. One that cannot be
+    run from here has the reason as its ``refusal``, and no tensors."""
+    sides = ("input", definition.inputs), ("output", definition.outputs)
+    signature = Signature(name, {}, {}, definition.method_name, mutates_state=False, runs_python=False)
+    for side, infos in sides:
+        for key, info in sorted(infos.items()):
+            if why := strange_tensor(tf, info):
+                signature.refusal = f"Signature {name!r} cannot be served: its {side} {key!r} {why}"
+                return signature, [], []
+    feeds, fetches = ({key: graph.get_tensor_by_name(infos[key].name) for key in sorted(infos)} for _, infos in sides)
+    types = operation_types(tf, graph_def, [tensor.op.name for tensor in fetches.values()])
+    signature.inputs = {key: tensor_spec(tensor, definition.inputs[key]) for key, tensor in feeds.items()}
+    signature.outputs = {key: tensor_spec(tensor, definition.outputs[key]) for key, tensor in fetches.items()}
+    signature.mutates_state = any(map(STATE_CHANGING.fullmatch, types))
+    signature.runs_python = not atomic and any(map(PYTHON_FUNCTION.fullmatch, types))
+    return signature, list(feeds.values()), list(fetches.values())
+
+
+def strange_tensor(tf, info) -> str | None:
+    """Why arrays of numbers, strings or truth values are not what this is."""
+    if kind := info.WhichOneof("encoding"):
+        if kind == "coo_sparse":
+            return "is a SparseTensor"
+        if kind == "composite_tensor":
+            return "is a composite tensor (ragged or sparse)"
+    try:
+        dtype = tf.as_dtype(info.dtype)
+        return (
+            f"is of type {dtype.name}"
+            if dtype.is_quantized or (np.dtype(dtype.as_numpy_dtype).kind == "V" and (dtype != tf.bfloat16))
+            else None
+        )
+    except (TypeError, KeyError, ValueError):
+        return "is of no type that has arrays"
+
+
+def tensor_spec(tensor, info) -> TensorSpec:
+    """The declared shape, and the dtype that the tensor has: there are SavedModels that declare another one."""
+    declared = info.tensor_shape
+    shape = None if declared.unknown_rank else tuple(None if d.size < 0 else d.size for d in declared.dim)
+    return TensorSpec(np.dtype(tensor.dtype.as_numpy_dtype).name, shape)
+
+
+def memory_graph(tf, graph, device: str | None) -> tuple[Any, list, list]:
+    """A graph of its own that gives back the memory of another one's variables and tables: it can be run when that one
+    cannot. And what has to be run before they are restored: reference variables cannot be removed, only be made empty.
+    """
+    holders = [
+        operation.node_def
+        for operation in graph.get_operations()
+        if operation.outputs
+        and not operation.inputs
+        and "container" in operation.node_def.attr
+        and (operation.type in VARIABLE or operation.outputs[0].dtype == tf.resource)
+    ]
+    own, free, allocate = tf.Graph(), [], []
+    with own.as_default(), tf.device(device):
+        definition = tf.GraphDef(node=holders, versions=graph.as_graph_def().versions)
+        for node in definition.node:
+            node.attr.pop("_class", None)  # colocated with what is not here
+        tf.import_graph_def(definition, name="")
+        for holder in own.get_operations():
+            with tf.colocate_with(holder):
+                if holder.type == "VarHandleOp" or holder.type not in VARIABLE:
+                    free.append(tf.raw_ops.DestroyResourceOp(resource=holder.outputs[0], ignore_lookup_error=True))
+                    continue
+                dtype, shape = holder.get_attr("dtype"), tf.TensorShape(holder.get_attr("shape"))
+                nothing = tf.zeros([0], dtype)
+                free.append(tf.raw_ops.Assign(ref=holder.outputs[0], value=nothing, validate_shape=False).op)
+                if shape.is_fully_defined():
+                    zeros = tf.zeros(shape, dtype)
+                    allocate.append(tf.raw_ops.Assign(ref=holder.outputs[0], value=zeros, validate_shape=False).op)
+    own.finalize()
+    return own, free, allocate

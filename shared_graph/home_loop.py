@@ -1,0 +1,131 @@
+"""The event loop in which all of a cluster's work is done, and the one way into it from threads and other loops."""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+import contextlib
+import os
+import threading
+from collections.abc import Callable, Coroutine
+from typing import Any
+
+import uvloop
+
+from shared_graph.errors import DeadlineExceeded, Error, InvalidRequest, Unavailable
+
+
+class HomeLoop:
+    """A loop that is given, or one in a thread of its own. What is run in it ends with it, at the latest.
+
+    ``why_over`` tells with what calls fail that come after the end.
+    """
+
+    def __init__(self, why_over: Callable[[], Error]):
+        self.loop: asyncio.AbstractEventLoop | None = None
+        self.is_over = False
+        self._why_over, self._closing = why_over, asyncio.Event()
+        self._thread: threading.Thread | None = None
+        self._home: int | None = None  # the thread of the loop, while it runs
+        self._calls: set[concurrent.futures.Future] = set()  # from elsewhere, that are not answered
+        self._lock, self._pid = threading.Lock(), os.getpid()
+
+    def start(
+        self,
+        home: asyncio.AbstractEventLoop | None,
+        main: Callable[[asyncio.Event], Coroutine],
+        around: Callable[[], contextlib.AbstractContextManager],
+        fail: Callable[[Exception], None],
+    ) -> bool:
+        """Run ``main(closing)`` in the loop, within the context ``around``, in the background; was that not so yet?
+        ``fail`` is called with what ends it too early."""
+        with self._lock:
+            if self._thread is not None or self.is_over:
+                return False
+            self.loop = home or uvloop.new_event_loop()
+            self._thread = threading.Thread(target=self._live, args=[home is None, main, around, fail], daemon=True)
+            self._thread.start()
+            return True
+
+    def stop(self) -> None:
+        """Returns when all has ended. Safe to call twice."""
+        self.check_elsewhere()
+        with self._lock:
+            self.is_over = True
+        if self._thread is None or self._home == threading.get_ident():  # whose loop has ended without us
+            return
+        with contextlib.suppress(RuntimeError):  # the loop is closed
+            self.loop.call_soon_threadsafe(self._closing.set)
+        interrupt = None
+        while self._thread.is_alive():
+            try:
+                self._thread.join()
+            except KeyboardInterrupt as error:  # a second one: nothing is to be left running
+                interrupt = error
+        if interrupt:
+            raise interrupt
+
+    def check_elsewhere(self) -> None:
+        """Raises InvalidRequest in the loop's own thread."""
+        if threading.get_ident() == self._home and self.loop.is_running():
+            raise InvalidRequest("close() in the cluster's own event loop would never return: use asyncio.to_thread.")
+
+    def run(self, call: Coroutine) -> concurrent.futures.Future:
+        """Run it in the loop, from elsewhere. Raises Error when that cannot be."""
+        with self._lock:
+            if refusal := self._refusal():
+                call.close()
+                raise refusal
+            future = asyncio.run_coroutine_threadsafe(call, self.loop)
+            self._calls.add(future)
+        future.add_done_callback(self._calls.discard)
+        return future
+
+    def result(self, call: Coroutine, timeout_s: float | None = None) -> Any:
+        try:
+            return self.run(call).result(timeout_s)
+        except concurrent.futures.TimeoutError:
+            raise DeadlineExceeded("No answer within the deadline.") from None
+
+    async def awaited(self, call: Coroutine) -> Any:
+        if threading.get_ident() == self._home:
+            return await call
+        return await asyncio.wrap_future(self.run(call))
+
+    def _refusal(self) -> Error | None:
+        if os.getpid() != self._pid:
+            return Unavailable("A forked process has no cluster: start one in it, or join one with --address.")
+        if self.is_over:
+            return self._why_over()
+        if self._thread is None:
+            return Unavailable("Nothing was started: call start(), or use 'with'.")
+        if threading.get_ident() == self._home:
+            what = "A blocking call in the cluster's own event loop would never return"
+            return InvalidRequest(f"{what}: await its twin, or use asyncio.to_thread.")
+        return None
+
+    def _live(self, is_own: bool, main: Callable, around: Callable, fail: Callable[[Exception], None]) -> None:
+        try:
+            with around():
+                if is_own:
+                    self.loop.run_until_complete(self._main(main))
+                else:
+                    asyncio.run_coroutine_threadsafe(self._main(main), self.loop).result()
+        except Exception as error:
+            if not self._closing.is_set():  # else it was ended on purpose while it started
+                fail(error)
+        finally:
+            with self._lock:
+                self.is_over = True
+            for future in list(self._calls):
+                with contextlib.suppress(concurrent.futures.InvalidStateError):
+                    future.set_exception(self._why_over())
+            if is_own:
+                self.loop.close()
+
+    async def _main(self, main: Callable) -> None:
+        self._home = threading.get_ident()
+        try:
+            await main(self._closing)
+        finally:
+            self._home = None

@@ -1,0 +1,152 @@
+"""Loads versions of models where the variables are, and saves their weights: what the version manager acts with."""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+import contextlib
+import functools
+import hashlib
+import json
+import pickle
+import secrets
+import zlib
+
+import numpy as np
+
+from shared_graph.adder import checkpoint_with
+from shared_graph.bundles import Bundle
+from shared_graph.checkpoints import Checkpoints
+from shared_graph.errors import InvalidRequest, ModelError, as_own_errors
+from shared_graph.graph import Graph, build_graph, is_mirrored
+from shared_graph.load_marks import LoadMarks
+from shared_graph.merging import Verdict, find_batchable
+from shared_graph.model_source import ADDER_SOURCE, ModelSource
+from shared_graph.models import Arrays, LoadedVersion, ModelKey
+from shared_graph.options import Options
+from shared_graph.tensorflow_runtime import import_tensorflow
+from shared_graph.threads import in_own_thread
+from shared_graph.version_manager import Found
+
+TRIAL_LIMIT_S = 60.0  # in which it is found out which signatures may share runs; else none does
+
+
+async def look(source: ModelSource) -> Found:
+    """Into a model's folder."""
+
+    def found() -> Found:
+        versions = source.versions()
+        return Found(versions, source.labels(), {number: its.files_seen() for number, its in versions.items()})
+
+    return await in_own_thread(found)
+
+
+class Loader:
+    """The graphs of the primary parameter server, on the TensorFlow servers at ``addresses``."""
+
+    def __init__(self, options: Options):
+        self._options, self.addresses = options, []
+        self._graphs: dict[ModelKey, Graph] = {}
+        self._loaded: set[ModelKey] = set()  # those of which the variables are in place
+        self.bundles: dict[ModelKey, Bundle] = {}
+        self._serial_executor = concurrent.futures.ThreadPoolExecutor(1)  # what is saved is saved in order
+
+    def open_folder(self, folder: str, run: str) -> None:
+        """Where variables are saved. Raises Unavailable."""
+        self._checkpoints = Checkpoints(folder, run, durable=self._options.checkpoint_dir is not None)
+        self._marks = LoadMarks(folder, run)
+        checkpoint_with(self._checkpoints.save_sum)
+
+    async def _in_turn(self, method, *arguments):
+        return await asyncio.get_running_loop().run_in_executor(self._serial_executor, method, *arguments)
+
+    async def get_weights(self, key: ModelKey) -> Arrays:
+        with as_own_errors(f"The weights of model {key} cannot be read"):
+            return await in_own_thread(self._graph(key).variables.get_weights)
+
+    async def set_weights(self, key: ModelKey, loaded: LoadedVersion, weights: Arrays) -> LoadedVersion:
+        """They are saved when this returns; what is so with them."""
+        with as_own_errors(f"The weights of model {key} cannot be set"):
+            graph = self._graph(key)
+            await self._in_turn(graph.variables.set_weights, weights)
+            await self._in_turn(self._checkpoint, graph)
+            verdict = await self._try_batchable(graph)
+        return loaded._replace(**verdict._asdict(), weights_id=secrets.token_hex(8))
+
+    async def checkpoint_all(self) -> None:
+        """Save the variables of the models that change them when they run."""
+        with as_own_errors("The variables cannot be saved"):
+            for key in list(self._loaded):
+                if self._graphs[key].mutates_state:
+                    await self._in_turn(self._checkpoint, self._graphs[key])
+
+    def _graph(self, key: ModelKey) -> Graph:
+        if (graph := self._graphs.get(key)) is None:
+            raise InvalidRequest(f"Model {key} is not loaded", 404)
+        return graph
+
+    async def load(self, source: ModelSource) -> LoadedVersion:
+        key = ModelKey(source.name, source.version)
+        files = await in_own_thread(source.files_seen)
+        async with self._marks.loading(key, files) if source != ADDER_SOURCE else contextlib.nullcontext():
+            graph = await in_own_thread(self._build_and_restore, key, source)
+            rule = f"{self._options.max_batch} {self._options.exact} {graph.fingerprint}"
+            weights = f"{json.dumps(files)} {self._checkpoints.stamp(source)}"
+            cached = functools.partial(
+                self._checkpoints.cached, hashlib.sha256(f"{rule} {weights}".encode()).hexdigest()
+            )
+            verdict = Verdict(*map(tuple, await self._try_batchable(graph, cached)))
+            if graph.mutates_state:
+                await self._in_turn(self._checkpoint, graph)
+        self._loaded.add(key)
+        return LoadedVersion(
+            graph.metadata(), graph.fingerprint, tuple(graph.tokens), *verdict, graph.runs_python, secrets.token_hex(8)
+        )
+
+    def _build_and_restore(self, key: ModelKey, source: ModelSource) -> Graph:
+        """In a thread of its own, which may take long."""
+        tf = import_tensorflow()
+        weights = self._checkpoints.load(source)
+        with contextlib.ExitStack() as stack:
+            origin = {}
+            if source.folder:
+                bundle = self.bundles[key] = Bundle(source, is_mirrored(self._options, source))
+                origin["folder"] = stack.enter_context(bundle.opened())
+            graph = build_graph(tf, self._options, source, **origin)
+            if is_mirrored(self._options, source) and graph.mutates_state:
+                raise ModelError("it changes its variables when it runs and cannot be mirrored: use --placement shared")
+            self._graphs[key] = graph
+            graph.connect(tf, self.addresses, self._options)
+            try:
+                graph.restore(tf, weights)
+            except InvalidRequest as error:
+                why = f"The checkpoint {self._checkpoints.path(source)} is not of this model: {error}"
+                raise ModelError(why) from None
+        return graph
+
+    async def _try_batchable(self, graph: Graph, cached=lambda find: find()) -> Verdict:
+        try:
+            async with asyncio.timeout(TRIAL_LIMIT_S):
+                return await in_own_thread(cached, functools.partial(find_batchable, graph, self._options))
+        except TimeoutError:  # random rows may be such that it never ends
+            graph.cancel_runs(import_tensorflow(), self.addresses, self._options)
+            return Verdict()
+
+    async def unload(self, key: ModelKey) -> None:
+        self.bundles.pop(key, None)
+        if graph := self._graphs.pop(key, None):
+            if graph.mutates_state and key in self._loaded:
+                await self._in_turn(self._checkpoint, graph)
+            self._loaded.discard(key)
+            await in_own_thread(graph.free, import_tensorflow())
+
+    def _checkpoint(self, graph: Graph) -> None:
+        """Save a model's variables, if they are not as they were saved last."""
+        if graph.source == ADDER_SOURCE:  # each run saves the sum, and no other add can come between
+            graph.run("serving_default", [np.zeros(1)])
+            return
+        weights = graph.variables.get_weights()
+        fingerprint = zlib.crc32(pickle.dumps(weights))
+        if graph.checkpointed != fingerprint:
+            self._checkpoints.save(graph.source, weights)
+            graph.checkpointed = fingerprint

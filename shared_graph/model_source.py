@@ -1,0 +1,160 @@
+"""Where a served model comes from: a SavedModel, a folder of numbered versions, or a function that builds a graph."""
+
+from __future__ import annotations
+
+import ast
+import collections
+import importlib.machinery
+import os
+import re
+from collections.abc import Iterator
+from typing import NamedTuple
+
+ADDER = "adder"
+SAVED_MODEL_FILES = ("saved_model.pb", "saved_model.pbtxt")
+
+
+class ModelSource(NamedTuple):
+    """A SavedModel's folder, or a function that builds a graph."""
+
+    name: str
+    version: int | None  # None: the folder has numbered versions, which come and go
+    folder: str | None = None
+    function: str | None = None  # "module:function"
+
+    def __str__(self) -> str:
+        return f"{self.name} ({self.folder or self.function})"
+
+    def versions(self) -> dict[int, ModelSource]:
+        """What can be loaded at the moment. Of 7 beside 007 the shorter one counts."""
+        if self.version is not None:
+            return {self.version: self}
+        with os.scandir(self.folder) as entries:
+            names = [entry.name for entry in entries if entry.name.isdecimal() and entry.name.isascii()]
+        paths = {int(name): os.path.join(self.folder, name) for name in sorted(names, key=len, reverse=True)}
+        return {n: ModelSource(self.name, n, path) for n, path in paths.items() if n < 2**63 and _has_saved_model(path)}
+
+    def labels(self) -> dict[str, int]:
+        """The symbolic links ``stable -> 123`` beside the versions; those that lead elsewhere are none."""
+        if self.version is not None:
+            return {}
+        with os.scandir(self.folder) as entries:
+            links = [entry.path for entry in entries if entry.is_symlink() and not entry.name.isdecimal()]
+        targets = {
+            os.path.basename(link): os.path.normpath(os.path.join(self.folder, os.readlink(link))) for link in links
+        }
+        here = (os.path.normpath(self.folder), os.path.realpath(self.folder))
+        return {
+            label: int(os.path.basename(target))
+            for label, target in targets.items()
+            if os.path.dirname(target) in here and os.path.basename(target).isdecimal()
+        }
+
+    def files_seen(self) -> list[tuple[str, int, float]]:
+        """The files of a version, with their sizes and times; a link that leads nowhere has none."""
+        return sorted(_files(self.folder, set())) if self.folder else []
+
+
+def _has_saved_model(folder: str) -> bool:
+    return any(os.path.isfile(os.path.join(folder, name)) for name in SAVED_MODEL_FILES)
+
+
+def _files(folder: str, seen: set[str]) -> Iterator[tuple[str, int, float]]:
+    """All below, through links as well, each folder once: links may lead in circles."""
+    if (real := os.path.realpath(folder)) in seen:
+        return
+    seen.add(real)
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if entry.is_dir():
+                yield from _files(entry.path, seen)
+            elif entry.is_file():
+                status = entry.stat()
+                yield entry.path, status.st_size, status.st_mtime
+            else:
+                yield entry.path, -1, 0.0
+
+
+ADDER_SOURCE = ModelSource(ADDER, 1, function="shared_graph.adder:build_adder")
+OTHER_FILES = {  # what people have instead of a SavedModel, and what to do with it
+    r".*\.(keras|h5|hdf5)": "a Keras model: call keras.models.load_model(FILE).export(DIR) and give the DIR",
+    r".*\.pb": "a frozen graph: write a function that calls tf.import_graph_def, and give it as module:function",
+    r".*\.(ckpt.*|index|meta|data-\d+-of-\d+)": "a checkpoint: write a function that builds the graph and calls"
+    " tf.train.init_from_checkpoint, and give it as module:function",
+}
+
+
+def model_source(value: object) -> ModelSource:
+    """Parse ``[NAME=]DIR`` or ``[NAME=]module:function``. Raises ValueError(what is allowed)."""
+    if isinstance(value, ModelSource):
+        return value
+    name, where = re.fullmatch(r"(?:([\w.-]+)=)?(.*)", str(value), re.S).groups()
+    if re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", where) and not os.path.isdir(where):
+        return ModelSource(name or where.partition(":")[2], 1, function=where)
+    if not where or not os.path.isdir(where):
+        for pattern, what in OTHER_FILES.items():
+            if re.fullmatch(pattern, where, re.S) and (os.path.isfile(where) or os.path.isfile(f"{where}.index")):
+                raise ValueError(f"a folder or a function, but that is {what}")
+        raise ValueError("a folder that exists, or module:function, with an optional NAME= before it")
+    parent, base = os.path.split(os.path.abspath(where))
+    if _has_saved_model(where):  # perhaps one version of several, named outright
+        is_version = base.isdecimal() and base.isascii()
+        name = name or (os.path.basename(parent) if is_version else base)
+        return ModelSource(name, int(base) if is_version else 1, os.path.abspath(where))
+    source = ModelSource(name or base, None, os.path.abspath(where))
+    if not source.versions():
+        raise ValueError("a folder with a saved_model.pb in it, or in one of its folders that are named by a number")
+    return source
+
+
+def model_sources(values: object) -> tuple[ModelSource, ...]:
+    values = values.split(",") if isinstance(values, str) else values if isinstance(values, (list, tuple)) else [values]
+    sources = tuple(map(model_source, values))
+    [(name, count)] = collections.Counter([ADDER, *(source.name for source in sources)]).most_common(1)
+    if count > 1:
+        raise ValueError(f"one model for each name, but {name!r} stands for two (NAME=... gives another name)")
+    return sources
+
+
+def what_is_wrong(source: ModelSource) -> str | None:
+    """What can be seen of a source that can never be loaded, without executing anything of the user's."""
+    if source.function:
+        return _function_fault(*source.function.split(":"))
+    faults = [_saved_model_fault(version.folder) for version in source.versions().values()]
+    return next(iter(faults), "there is no version in it any more") if all(faults) else None
+
+
+def _saved_model_fault(folder: str) -> str | None:
+    path = next(path for name in SAVED_MODEL_FILES if os.path.isfile(path := os.path.join(folder, name)))
+    try:
+        with open(path, "rb") as file:
+            head = file.read(1)
+    except OSError as error:
+        return f"{path} cannot be read: {error.strerror}"
+    if not head or (path.endswith(".pb") and head not in b"\x08\x12"):  # the tags of a SavedModel's two fields
+        return f"{path} is damaged: it is not a SavedModel"
+    return None
+
+
+def _function_fault(module: str, name: str) -> str | None:
+    if module == "__main__":
+        return (
+            "a function of the program itself, or of a notebook, is not seen by other processes: put it into a module"
+        )
+    path, spec = None, None
+    for end in (part.end() for part in re.finditer(r"[^.]+", module)):
+        spec = importlib.machinery.PathFinder.find_spec(module[:end], path)
+        if spec is None:
+            return f"there is no module {module[:end]!r} on the path"
+        path = spec.submodule_search_locations
+    if not spec.origin or not spec.origin.endswith(".py"):
+        return None
+    try:
+        with open(spec.origin, "rb") as file:
+            nodes = list(ast.walk(ast.parse(file.read())))
+    except (OSError, SyntaxError, ValueError) as error:
+        return f"the module {module!r} cannot be read: {error}"
+    names = {
+        getattr(node, "asname", None) or getattr(node, "name", None) or getattr(node, "id", None) for node in nodes
+    }
+    return None if names & {name, "*", "__getattr__"} else f"the module {module!r} has no {name!r}"

@@ -1,0 +1,208 @@
+"""What a worker has of what the parameter server serves: brings versions up, follows snapshots, and reports."""
+
+from __future__ import annotations
+
+import asyncio
+import collections
+import contextlib
+import functools
+import logging
+from collections.abc import Callable, Coroutine
+from typing import Any
+
+from shared_graph.bundles import fetched_bundle
+from shared_graph.errors import ActorUnavailable, Error, ModelError, first_sentence
+from shared_graph.graph import Graph, build_graph, is_mirrored
+from shared_graph.merging import warm_up
+from shared_graph.models import LoadedVersion, ModelKey, ServerInfo, Snapshot, WorkerReport
+from shared_graph.options import Options
+from shared_graph.ray_runtime import Actor
+from shared_graph.tensorflow_runtime import import_tensorflow
+from shared_graph.threads import in_own_thread
+
+log = logging.getLogger(__name__)
+
+BUILD_LIMIT_S = 90.0  # in which a version is built and connected, else it has failed
+WARM_UP_LIMIT_S = 30.0  # in which its first runs are done, else it is used without them
+RETRY_S = (1.0, 30.0)  # the first and the longest pause before a version that has failed here is tried again
+
+
+class Replica:
+    """Of one life of the parameter server, to which ``server`` is the way. What several requests may no longer share,
+    or is no longer answered, is so at once when a snapshot says it; the rest as soon as it can be. ``left`` is called
+    when the parameter server is gone: then nothing is answered from here any more."""
+
+    def __init__(self, index: int, life: str, options: Options, server: Actor, info: ServerInfo, left: Callable):
+        self.index, self.options, self.server = index, options, server
+        self.incarnation, self.addresses = info.incarnation, info.addresses
+        self.snapshot = Snapshot()
+        self.graphs: dict[ModelKey, Graph] = {}  # that can be run
+        self.failed: dict[ModelKey, str] = {}
+        self.runs: dict[str, set[asyncio.Future]] = collections.defaultdict(set)  # by model
+        self.is_left = False
+        self._life, self._left = life, left
+        self._weights: dict[ModelKey, str] = {}  # the id of those that a graph has
+        self._settled: dict[str, int] = {}
+        self._bringing_up: set[ModelKey] = set()
+        self._changed = asyncio.Event()
+        self._revision = self._reported = 0  # how often something has changed, and when that was reported
+        self._tasks: set[asyncio.Task] = set()
+        self._reporting = asyncio.Lock()
+        self._keep_task(self._watch_server())
+
+    def changed(self) -> Coroutine:
+        """To be awaited until something else is answered than at this call."""
+        return self._changed.wait()
+
+    def leave(self) -> None:
+        """The parameter server is gone. What still runs fails, since it waits for that."""
+        if not self.is_left:
+            self.is_left = True
+            for graph in self.graphs.values():
+                graph.disconnect()
+            for task in self._tasks - {asyncio.current_task()}:
+                task.cancel()
+            self._notify()
+            self._left()
+
+    async def catch_up(self, snapshot: Snapshot, patience_s: float) -> None:
+        """Have what is in it, as far as that can be had soon; and report from now on what there is."""
+        self.apply(snapshot)
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(patience_s):
+                while self._bringing_up - self.failed.keys():
+                    await self._changed.wait()
+        await self._report()
+        self._keep_task(self._keep_reporting())
+
+    def apply(self, snapshot: Snapshot) -> None:
+        """Begin to have what is in it."""
+        if snapshot.snapshot_id <= self.snapshot.snapshot_id or self.is_left:
+            return
+        before, self.snapshot = self.snapshot, snapshot
+        for key, version in snapshot.versions.items():
+            if version.loaded is None:
+                continue
+            if key in self.graphs:
+                self._set_batchable(key, version.loaded)
+                if not is_mirrored(self.options, version.source):
+                    self._weights[key] = version.loaded.weights_id
+            if key not in self._bringing_up and self._weights.get(key) != version.loaded.weights_id:
+                self._bringing_up.add(key)
+                self._keep_task(self._bring_up(key))
+        for name in {key.name for key in [*before.versions, *snapshot.versions, *self.graphs]}:
+            self._keep_task(self._settle(name, snapshot, part_of(name, before) != part_of(name, snapshot)))
+        self.failed = {key: why for key, why in self.failed.items() if key in snapshot.versions}
+        self._notify()
+
+    def _set_batchable(self, key: ModelKey, loaded: LoadedVersion) -> None:
+        for name, signature in self.graphs[key].signatures.items():
+            signature.batchable = name in loaded.batchable
+
+    async def _settle(self, name: str, snapshot: Snapshot, is_other: bool) -> None:
+        """Wait for what runs by the rules of before; then drop what is no longer served."""
+        if is_other and (runs := list(self.runs[name])):
+            await asyncio.wait(runs)
+        for key in [key for key in self.graphs if key.name == name]:
+            version = self.snapshot.versions.get(key)
+            if version is None or version.loaded is None:
+                self.graphs.pop(key).disconnect()
+                self._weights.pop(key, None)
+        self._settled[name] = max(self._settled.get(name, 0), snapshot.snapshot_id)
+        self._notify()
+
+    async def _bring_up(self, key: ModelKey) -> None:
+        """Have a version that the parameter server has loaded, or say why not. Other versions do not wait for it."""
+        pause_s, longest_s = RETRY_S
+        while (version := self.snapshot.versions.get(key)) and version.loaded is not None:
+            if self._weights.get(key) == version.loaded.weights_id:
+                break
+            try:
+                async with asyncio.timeout(BUILD_LIMIT_S):
+                    await self._build(key, version.loaded)
+                self._weights[key] = version.loaded.weights_id
+                self.failed.pop(key, None)
+                self._notify()
+            except Exception as error:  # a version that others have may be in use, and so is tried again
+                self.failed[key] = "it took too long" if isinstance(error, TimeoutError) else first_sentence(error)
+                self._notify()
+                await asyncio.sleep(pause_s)
+                pause_s = min(2 * pause_s, longest_s)
+        self._bringing_up.discard(key)
+        self._notify()
+
+    async def _build(self, key: ModelKey, loaded: LoadedVersion) -> None:
+        """Build, connect and warm up; or give a mirror other weights."""
+        tf, source = import_tensorflow(), self.snapshot.versions[key].source
+        is_mirror = is_mirrored(self.options, source)
+        weights = await self.server.call("get_weights", *key) if is_mirror else {}
+        if key in self.graphs:
+            return await in_own_thread(self.graphs[key].variables.set_weights, weights)
+        async with contextlib.AsyncExitStack() as stack:
+            origin: dict[str, Any] = {"tokens": None if is_mirror else list(loaded.tokens)}
+            if source.folder:
+                read = functools.partial(self.server.call, "read_bundle", key)
+                origin["folder"] = await stack.enter_async_context(fetched_bundle(read))
+            build = functools.partial(build_graph, tf, self.options, source, is_mirror, **origin)
+            graph = await in_own_thread(build)
+            if graph.fingerprint != loaded.fingerprint:
+                raise ModelError("its graph is not the one that the parameter server has built: is it the same code?")
+            await in_own_thread(graph.connect, tf, [] if is_mirror else self.addresses, self.options)
+            if is_mirror:
+                await in_own_thread(graph.restore, tf, weights)
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(WARM_UP_LIMIT_S):
+                await in_own_thread(warm_up, graph)
+        self.graphs[key] = graph
+        self._set_batchable(key, loaded)
+
+    # -- reports -------------------------------------------------------------------------------------------------------
+
+    def _notify(self) -> None:
+        self._revision += 1
+        self._changed.set()
+        self._changed = asyncio.Event()
+
+    async def _report(self) -> None:
+        async with self._reporting:
+            self._reported = self._revision
+            ready = {key: self._weights[key] for key in self.graphs if key in self._weights}
+            report = WorkerReport(self.index, self._life, dict(self._settled), ready, dict(self.failed))
+            self.apply(await self.server.call("report", report))
+
+    async def _keep_reporting(self) -> None:
+        """Whenever something has changed."""
+        with contextlib.suppress(ActorUnavailable):
+            while True:
+                if self._reported == self._revision:
+                    await self._changed.wait()
+                await self._report()
+
+    def observe(self, key: ModelKey, signature: str, weights_id: str, agrees: bool) -> None:
+        """Tell what a run showed of whether requests for a signature may share runs."""
+        self._keep_task(self._observe(key, signature, weights_id, agrees))
+
+    async def _observe(self, *observation: Any) -> None:
+        with contextlib.suppress(ActorUnavailable):
+            await self.server.call("observe", *observation)
+
+    async def _watch_server(self) -> None:
+        with contextlib.suppress(Error):
+            while True:
+                await self.server.call("death_watch")
+        self.leave()
+
+    def _keep_task(self, coroutine: Any) -> None:
+        task = asyncio.get_running_loop().create_task(coroutine)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+
+def part_of(name: str, snapshot: Snapshot) -> tuple[dict, dict]:
+    """What of a snapshot says how requests for a model are answered."""
+    versions = {
+        key: (version.loaded.batchable, version.loaded.undecided)
+        for key, version in snapshot.versions.items()
+        if key.name == name and version.loaded is not None
+    }
+    return versions, {pointer: version for pointer, version in snapshot.pointers.items() if pointer[0] == name}

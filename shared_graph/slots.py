@@ -1,0 +1,99 @@
+"""Whose turn it is where many share a few slots: in front ends for what workers are sent, in workers for what runs.
+
+One key is one kind of work, such as a signature of a model. A slow kind must not stop a fast one: the last slot is kept
+for a kind that has none, unless nobody else has asked lately.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import collections
+from collections.abc import Hashable
+
+RECENT_S = 3.0  # for so long after it has asked a kind of work counts as somebody who may need a slot
+
+
+class Recent:
+    """Which kinds of work have asked lately."""
+
+    def __init__(self):
+        self._asked: dict[Hashable, float] = {}  # in the order of the times
+
+    def note(self, key: Hashable, now: float) -> None:
+        self._asked.pop(key, None)
+        self._asked[key] = now
+
+    def alone_at(self, key: Hashable, now: float) -> float:
+        """From when on nobody else counts; ``now`` or earlier if that is so already."""
+        while self._asked and (oldest := next(iter(self._asked.items())))[1] + RECENT_S < now:
+            del self._asked[oldest[0]]
+        latest = next((asked for other, asked in reversed(self._asked.items()) if other != key), -RECENT_S)
+        return latest + RECENT_S
+
+
+class Slots:
+    """A few slots, and who has them."""
+
+    def __init__(self, count: int):
+        self.count, self.taken = count, collections.Counter[Hashable]()
+
+    @property
+    def free(self) -> int:
+        return self.count - self.taken.total()
+
+    def may_take(self, key: Hashable, is_alone: bool) -> bool:
+        """May this kind have another slot?"""
+        free = self.free
+        return free > 1 or (free == 1 and (is_alone or key not in self.taken))
+
+    def take(self, key: Hashable) -> None:
+        self.taken[key] += 1
+
+    def give_back(self, key: Hashable) -> None:
+        self.taken[key] -= 1
+        if not self.taken[key]:
+            del self.taken[key]
+
+
+class Gate:
+    """Lets so many in at once, in the order in which they came, but for those who may not have another slot yet."""
+
+    def __init__(self, count: int):
+        self._slots, self._recent = Slots(count), Recent()
+        self._waiting: list[tuple[Hashable, asyncio.Future]] = []
+        self._timer: asyncio.TimerHandle | None = None
+
+    async def enter(self, key: Hashable) -> None:
+        loop = asyncio.get_running_loop()
+        self._recent.note(key, loop.time())
+        self._waiting.append((key, entered := loop.create_future()))
+        self._let_in()
+        try:
+            await entered
+        except asyncio.CancelledError:
+            if entered.done() and not entered.cancelled():
+                self.leave(key)
+            raise
+
+    def leave(self, key: Hashable) -> None:
+        self._slots.give_back(key)
+        self._let_in()
+
+    def _let_in(self) -> None:
+        loop = asyncio.get_running_loop()
+        if self._timer:
+            self._timer.cancel()
+            self._timer = None
+        left = []
+        for key, entered in self._waiting:
+            if entered.done():
+                continue
+            alone_at = self._recent.alone_at(key, loop.time())
+            if self._slots.may_take(key, alone_at <= loop.time()):
+                self._slots.take(key)
+                entered.set_result(None)
+                continue
+            left.append((key, entered))
+            if self._slots.free and self._timer is None:
+                self._timer = loop.call_at(alone_at, self._let_in)
+        self._waiting = left

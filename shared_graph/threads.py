@@ -1,0 +1,34 @@
+"""A thread for each thing that may never end: none of them can use up a pool that others need."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import threading
+from collections.abc import Callable
+from typing import Any
+
+
+async def in_own_thread(function: Callable, *arguments: Any) -> Any:
+    """What the function returns, or raises. If the wait for it is cancelled it goes on, and nobody hears of it."""
+    loop = asyncio.get_running_loop()
+    future = loop.create_future()
+
+    def finish(result: Any, error: BaseException | None) -> None:
+        if future.done():
+            return
+        if error is None:
+            future.set_result(result)
+        else:
+            future.set_exception(error)
+
+    def run() -> None:
+        try:
+            outcome = function(*arguments), None
+        except Exception as error:
+            outcome = None, error
+        with contextlib.suppress(RuntimeError):  # the loop is closed
+            loop.call_soon_threadsafe(finish, *outcome)
+
+    threading.Thread(target=run, daemon=True, name=getattr(function, "__name__", "work")).start()
+    return await future

@@ -1,0 +1,185 @@
+"""What a worker does with a batch: with a graph that the tests play, and with TensorFlow in this process."""
+
+import collections
+import random
+import time
+
+import numpy as np
+import pytest
+
+from shared_graph.batch_runner import BatchRunner
+from shared_graph.errors import DeadlineExceeded, Error, InvalidRequest, ModelError, WorkerLost
+from shared_graph.graph import Graph
+from shared_graph.merging import find_batchable
+from shared_graph.model_source import ADDER_SOURCE, ModelSource
+from shared_graph.models import Signature, TensorSpec
+from shared_graph.options import Options
+from shared_graph.tensorflow_runtime import import_tensorflow
+from shared_graph.wire import WireRequest
+
+
+def rows(*values, signature="serving_default", seconds=60, is_repeated=False) -> WireRequest:
+    """A request with these rows of the only input."""
+    return WireRequest("arrays", (signature, np.array(values)), seconds, is_repeated)
+
+
+class PlayedGraph:
+    """Doubles its rows; refuses a run with a row that is negative, and gives one row too many for a 13."""
+
+    def __init__(self, batchable: bool, looks_across: bool = False):
+        spec = TensorSpec("int64", (None,))
+        self.signature = Signature("serving_default", {"x": spec}, {"y": spec}, "", False, False, batchable)
+        self.signatures, self.looks_across = {"serving_default": self.signature}, looks_across
+        self.runs: list[list[int]] = []
+
+    def run(self, signature: str, feed: list[np.ndarray]) -> list[np.ndarray]:
+        self.runs.append(feed[0].tolist())
+        if (feed[0] < 0).any():
+            raise ModelError("negative", 400)
+        outputs = 2 * feed[0] + (len(feed[0]) if self.looks_across else 0)
+        return [np.append(outputs, 0)] if 13 in feed[0] else [outputs]
+
+
+class Played:
+    """A runner of a played graph, what it answers and what it observes."""
+
+    def __init__(self, batchable: bool = True, undecided: bool = False, now: float = 0.0, **graph):
+        self.graph, self.observed, self.answers = PlayedGraph(batchable, **graph), [], collections.Counter()
+        undecided = frozenset({"serving_default"} if undecided else ())
+        self.runner = BatchRunner(self.graph, undecided, False, lambda *what: self.observed.append(what), lambda: now)
+        self.found = {}
+
+    def answer(self, *requests: WireRequest) -> list:
+        def reply(answers: dict) -> None:
+            self.answers.update(answers.keys())
+            self.found |= answers
+
+        self.runner.answer(list(requests), reply, 0.0)
+        assert self.answers == dict.fromkeys(range(len(requests)), 1), "each request is answered once"
+        return [
+            answer if isinstance(answer, Error) else answer["y"].tolist()
+            for answer in (self.found[index] for index in range(len(requests)))
+        ]
+
+
+def test_a_group_that_fails_is_halved_until_the_bad_request_fails_alone():
+    played = Played()
+    answers = played.answer(*[rows(1)] * 32, rows(-1), *[rows(2)] * 31)
+    assert [index for index, answer in enumerate(answers) if isinstance(answer, ModelError)] == [32]
+    assert len(played.graph.runs) <= 1 + 2 * 6  # and not 64
+
+
+def test_one_odd_row_count_fails_its_request_and_is_told_and_the_others_share_runs_again_the_next_time():
+    played = Played()
+    assert played.answer(rows(1), rows(13), rows(2)) == [[2], [26, 0], [4]]
+    assert played.observed == [("serving_default", False)] and played.graph.signature.batchable
+    played.answers.clear()
+    assert played.answer(rows(1), rows(2)) == [[2], [4]] and played.graph.runs[-1] == [1, 2]
+
+
+@pytest.mark.parametrize("looks_across", [False, True])
+def test_where_it_is_not_known_whether_rows_share_runs_a_group_is_run_both_ways_and_what_that_shows_is_told(
+    looks_across,
+):
+    played = Played(batchable=False, undecided=True, looks_across=looks_across)
+    extra = 1 if looks_across else 0
+    assert played.answer(*[rows(value) for value in range(4)]) == [[2 * value + extra] for value in range(4)]
+    assert played.graph.runs == [[0], [1], [2], [3], [0, 1, 2, 3]]
+    assert played.observed == [("serving_default", not looks_across)]
+
+
+def test_a_broken_row_among_those_that_are_run_both_ways_fails_alone():
+    played = Played(batchable=False, undecided=True)
+    answers = played.answer(rows(1), rows(-1), rows(2))
+    assert isinstance(answers[1], ModelError) and [answers[0], answers[2]] == [[2], [4]]
+    assert played.observed == [("serving_default", True)]
+
+
+@pytest.mark.parametrize("seed", range(300))
+def test_whatever_comes_each_request_is_answered_once_with_what_it_asked_for(seed):
+    chance = random.Random(seed)
+    played = Played(batchable=chance.random() < 0.7, undecided=chance.random() < 0.5, now=10.0)
+    requests, expected = [], []
+    for _ in range(chance.randint(0, 40)):
+        kind = chance.choices(["good", "bad", "odd", "late", "unread", "wide"], [20, 1, 0.3, 1, 1, 1])[0]
+        values = [chance.randint(0, 9) for _ in range(chance.randint(1, 3))]
+        values = {"bad": [*values, -1], "odd": [13], "wide": [values]}.get(kind, values)
+        request = rows(*values, seconds=5 if kind == "late" else 60)
+        requests.append(WireRequest("predict", (b"{", False), 60, False) if kind == "unread" else request)
+        expected.append(
+            {"bad": ModelError, "late": DeadlineExceeded, "unread": InvalidRequest, "odd": [26, 0]}.get(
+                kind, np.multiply(values, 2).tolist()
+            )
+        )
+    for answer, wanted in zip(played.answer(*requests), expected):
+        assert type(answer) is wanted if isinstance(wanted, type) else answer == wanted
+
+
+# -- with TensorFlow ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def load():
+    """``load(source)``: the graph of an example model, or of a source, in this process alone. Found out, or said, is
+    which signatures share runs."""
+    tf = import_tensorflow()
+
+    def load(source: str | ModelSource, *batchable: str) -> Graph:
+        if isinstance(source, str):
+            source = ModelSource(source, 1, function=f"example_models:{source}")
+        graph = Graph(tf, source, ps_tasks=0)
+        graph.connect(tf, [], Options())
+        graph.restore(tf, {})
+        for name in [*find_batchable(graph, Options()).batchable, *batchable]:
+            graph.signatures[name].batchable = True
+        return graph
+
+    return load
+
+
+def answers(graph: Graph, *requests: WireRequest) -> list:
+    """Lists for the arrays of each answer, just one for an only output; and errors."""
+    found = {}
+    runner = BatchRunner(graph, frozenset(), False, lambda *observed: None)
+    runner.answer(list(requests), found.update, time.monotonic())
+    for index, answer in found.items():
+        if isinstance(answer, dict):
+            arrays = tuple(array.tolist() for array in answer.values())
+            found[index] = arrays if len(arrays) > 1 else arrays[0]
+    return [found[index] for index in range(len(requests))]
+
+
+def test_requests_whose_rows_fit_share_a_run_and_get_their_own_rows_back(load):
+    graph = load("crowd")
+    assert answers(graph, rows(12345), rows(1, 12345), rows(2)) == [[4], [1, 4], [2]]
+    assert answers(graph, rows(12345), rows([12345, 0]), rows(12345)) == [[2], [[2, 0]], [2]]
+
+
+def test_one_bad_request_does_not_fail_its_batch(load):
+    unreadable = WireRequest("predict", (b"{", False), 60, False)
+    first, bad, unread, last = answers(load("picky", "serving_default"), rows(2), rows(-2), unreadable, rows(4))
+    assert (first, last) == ([1], [2]) and isinstance(unread, InvalidRequest)
+    assert isinstance(bad, ModelError) and bad.status == 400 and "must not be negative" in str(bad)
+    adds = [WireRequest("add", value, 60, False) for value in (1.7e308, 1.7e308, -1.7e308)]
+    first, bad, last = answers(load(ADDER_SOURCE), *adds)
+    assert (first, last) == (1.7e308, 0) and isinstance(bad, ModelError)
+
+
+def test_a_result_of_the_wrong_length_is_run_again_one_by_one(load):
+    assert answers(load("failing", "first_row"), *[rows(value, 0, signature="first_row") for value in (1, 2)]) == [
+        ([1, 0], [1]),
+        ([2, 0], [2]),
+    ]
+
+
+def test_what_came_past_its_deadline_or_from_a_lost_worker_is_not_run_unless_in_time_and_it_changes_nothing(load):
+    """All are answered: only so their places become free."""
+    late, repeated, read, count = answers(
+        load("counter"),
+        rows(0, signature="count", seconds=0),
+        rows(0, signature="count", is_repeated=True),
+        rows(0, signature="read", is_repeated=True),
+        rows(0, signature="count"),
+    )
+    assert isinstance(late, DeadlineExceeded) and isinstance(repeated, WorkerLost) and repeated.status == 502
+    assert (read, count) == (0, 1)

@@ -1,0 +1,125 @@
+"""Paths and values of requests, without a server: what each path asks for, and with which words it is refused."""
+
+import re
+
+import pytest
+
+from shared_graph.errors import InvalidRequest
+from shared_graph.http_api import match_path, parse_value
+
+ODD, ODD_PLAIN = "%21%23%24%25%26%27%28%29%2A%2B%2C%2F%3A%3B%3D%3F%40%5B%5D", "!#$%&'()*+,/:;=?@[]"
+
+
+@pytest.mark.parametrize(
+    "method, path, expected",
+    [
+        ("GET", "/v1/models/m/versions/099", ("m", 99, "status")),
+        ("GET", "/v1/models/m/versions/9223372036854775807/metadata", ("m", 2**63 - 1, "metadata")),
+        ("GET", f"/v1/models/m{ODD}/metadata", (f"m{ODD_PLAIN}", None, "metadata")),
+        ("GET", f"/v1/models/m/labels/{ODD}/metadata", ("m", ODD_PLAIN, "metadata")),
+        ("POST", "/v1/models/m/Labels/latest:predict", ("m", "latest", "predict")),
+        ("GET", "/v1/models/metadata", ("metadata", None, "status")),
+        ("POST", "/v1/Models/m/Versions/5:classify", ("m", 5, "classify")),
+        ("POST", f"/v1/models/{ODD}:regress", (ODD_PLAIN, None, "regress")),
+        ("POST", "/v1/models/%2570+%C3%A9%0A%zz:predict", ("%70+é\n%zz", None, "predict")),
+    ],
+)
+def test_a_path_is_taken_apart_before_it_is_decoded(method, path, expected):
+    assert match_path(method, path) == expected
+
+
+@pytest.mark.parametrize(
+    "method, path, message, status",
+    [
+        *[
+            ("GET", f"/v1/{path}", "Malformed request: GET", 400)
+            for path in (
+                "",
+                "foo",
+                "models/",
+                "models/m/",
+                "models/m:predict",
+                "models//m",
+                "models/m/versions",
+                "models/m/versions/x",
+                "models/m/versions/-1",
+                "models/m/versions/\u0663",
+                "models/m/versions/5/labels/x",
+                "models/m/metadata/",
+            )
+        ],
+        *[
+            ("POST", f"/v1/{path}", "Malformed request: POST", 400)
+            for path in (
+                "models",
+                "models/m",
+                "models/m:",
+                "models/:predict",
+                "models/m:predict/",
+                "models/m:train",
+                "models/m:PREDICT",
+                "models/m%3Apredict",
+                "models/m/version/50:predict",
+                "models/m/versions/5/labels/x:predict",
+            )
+        ],
+        *[(method, "/v1/models/m:predict", "Malformed request", 400) for method in ("PUT", "HEAD", "get")],
+        ("GET", "/v1/models", "Missing model name in request.", 400),
+        ("POST", "/v1/models/m/versions/9223372036854775808:predict", "9223372036854775808", 400),
+        ("GET", f"/v1/models/m/versions/{'9' * 5000}", "version", 400),
+        ("GET", "/v2/models/m", "/v2/models/m", 404),
+        ("POST", "/v1", "/v1", 404),
+        ("POST", "/health", "GET", 405),
+    ],
+)
+def test_a_path_that_leads_nowhere_says_why(method, path, message, status):
+    with pytest.raises(InvalidRequest, match=re.escape(message)) as caught:
+        match_path(method, path)
+    assert caught.value.status == status
+
+
+@pytest.mark.parametrize(
+    "query, value",
+    [
+        ("", 1),
+        ("other=5", 1),
+        ("value=3", 3),
+        ("value=-1.5", -1.5),
+        ("value=%2B2", 2),
+        ("value=1e3", 1000),
+        ("value=.5E-1", 0.05),
+        ("value=5.", 5),
+        ("value=1e-999", 0),
+        ("a=b&value=%37", 7),
+        *[
+            (query, None)
+            for query in (
+                "value",
+                "value=",
+                "value=abc",
+                "value=nan",
+                "value=-Infinity",
+                "value=1e999",
+                "value=1&value=1",
+                "value=1_000",
+                "value=0x10",
+                "value=1,5",
+                "value=+3",
+                "value=3%20",
+                "value=3%0A",
+                "value=%D9%A3",
+                "value=1e",
+                "value=true",
+                "value=%FF",
+                "value=" + "9" * 10_000,
+                "&".join(["value=1"] * 1000),
+            )
+        ],
+    ],
+)
+def test_a_query_has_one_finite_number_or_means_1_and_any_other_is_refused(query, value):
+    if value is None:
+        with pytest.raises(InvalidRequest, match="value"):
+            parse_value(query)
+    else:
+        assert parse_value(query) == value

@@ -8,14 +8,20 @@ A Ray *parameter server* actor holds the only copy of a ``tf.compat.v1`` graph's
 the same graph against it (between-graph replication) and run it asynchronously. A *front end* gathers concurrent
 requests into batches and hands them round-robin to the workers. From the bottom up; each imports only from those above:
 
-    errors, wire, models, options             what everybody says: errors, frames, models and arrays, options
+    errors, wire, threads                     what everybody uses: errors, frames, a thread for each thing
+    model_source, models, options             models, their sources and arrays; one dataclass for all options
     ray_runtime, tensorflow_runtime           Ray and TensorFlow, each started in one place
-    adder, checkpoints, variables             the built-in model; variables in files, and behind an output
-    graph, merging                            a model's graph in one process; which of its signatures may share runs
-    json_codec, rest_api, remote_predict_op   TensorFlow Serving's REST contract, both ends
-    batch_runner, version_manager             what a worker does with a batch; what is served
-    parameter_server, worker                  the two actors
-    batcher, status, supervisor, cluster      what a front end's process has: queues, knowledge, actors' lives, calls
+    adder, checkpoints, bundles, load_marks   the built-in model; variables and graphs in files
+    graph_definition, variables, graph        a model's graph in one process, and the variables behind its outputs
+    merging                                   which of its signatures may share runs
+    bodies, json_codec, npy_codec, rest_api   TensorFlow Serving's REST contract: bodies in, answers out
+    remote_predict_op                         another server's model as an operation
+    slots, batch_runner                       whose turn it is; what a worker does with a batch
+    version_manager, loader                   what is served, and how it is loaded
+    parameter_server, replica, worker, actors  the two actors, and what a worker has of the parameter server
+    connection, batcher                       a front end's requests on their way to the workers
+    status, supervisor                        what its process knows; who of the actors lives
+    home_loop, mapping, cluster               the calls, from any thread or event loop
     files, http_api, logs                     what the scripts need beside it
 
 One ring is not seen in the imports: the parameter server calls ``worker.start``, which calls the former's ``start``.

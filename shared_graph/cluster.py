@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import atexit
 import concurrent.futures
-import contextlib
 import dataclasses
 import functools
 import logging
@@ -27,7 +26,7 @@ from shared_graph.errors import (
     first_sentence,
 )
 from shared_graph.home_loop import HomeLoop
-from shared_graph.mapping import map_batches
+from shared_graph.mapping import map_asynchronously, map_batches
 from shared_graph.model_source import ADDER, what_is_wrong
 from shared_graph.models import Arrays, VersionChoice, as_arrays
 from shared_graph.options import Options
@@ -205,17 +204,9 @@ class Cluster:
         return map_batches(batches, submit, self.options, ordered)
 
     async def map_async(self, batches: Iterable[Any] | AsyncIterable[Any], *arguments, **options) -> AsyncIterator[Any]:
-        """As ``map``, for ``async for``; ``batches`` may be asynchronous too. It is threads that wait, not the loop."""
-        end = object()
-        if isinstance(batches, AsyncIterable):
-            batches = from_loop(aiter(batches), asyncio.get_running_loop())
-        results = self.map(batches, *arguments, **options)
-        try:
-            while (result := await asyncio.to_thread(next, results, end)) is not end:
-                yield result
-        finally:
-            with contextlib.suppress(ValueError):  # a thread still waits there, and drops it when it has its result
-                await asyncio.to_thread(results.close)
+        """As ``map``, for ``async for``; ``batches`` may be asynchronous too."""
+        async for outputs in map_asynchronously(lambda batches: self.map(batches, *arguments, **options), batches):
+            yield outputs
 
     def health(self) -> dict[str, Any]:
         """What ``GET /health`` answers: status, parameter servers, workers, models; asks nobody, waits for nothing."""
@@ -306,14 +297,3 @@ class Cluster:
             await supervisor.end_actors()
         supervisor.remove_folder()
         ray_ended.cancel()
-
-
-async def next_of(items: AsyncIterator[Any], end: object) -> Any:
-    return await anext(items, end)
-
-
-def from_loop(items: AsyncIterator[Any], loop: asyncio.AbstractEventLoop) -> Iterator[Any]:
-    """Asynchronous items, in a thread that is not the loop's."""
-    end = object()
-    while (item := asyncio.run_coroutine_threadsafe(next_of(items, end), loop).result()) is not end:
-        yield item

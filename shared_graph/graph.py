@@ -16,6 +16,7 @@ from shared_graph.errors import ModelError, first_sentence
 from shared_graph.graph_definition import (
     ITERATOR,
     describe_signature,
+    is_initialized,
     memory_graph,
     name_python_functions,
     operations_behind,
@@ -63,34 +64,33 @@ class Graph:
 
         device = f"/job:ps/task:{ps_task}" if ps_tasks else None
         spread = tf.train.replica_device_setter(ps_tasks, worker_device=device) if ps_tasks > 1 else device
-        self.graph, self.signatures, self._feeds_and_fetches, outputs = tf.Graph(), {}, {}, []
+        self.graph, self.signatures, self._feeds_and_fetches = tf.Graph(), {}, {}
         with self.graph.as_default(), tf.device(spread if source.function else device):
             self._saver = tf.train.import_meta_graph(meta_graph)
-            for name, definition in self._definitions.items():
-                if not definition.outputs:
-                    continue  # an operation to be run at the start
-                signature, feeds, fetches = describe_signature(
-                    tf, self.graph, meta_graph.graph_def, name, definition, self.atomic
-                )
-                self.signatures[name] = signature
-                if signature.refusal is None:
-                    outputs.extend(fetches)
-                    # an output may be an input itself, or another output, and TensorFlow fetches neither
-                    self._feeds_and_fetches[name] = [t.name for t in feeds], [tf.identity(t).name for t in fetches]
+            outputs = self._add_outputs(tf, meta_graph.graph_def)
             self.variables = TensorFlowVariables(outputs)
             self._probe = tf.no_op(name="probe")
-            self._initialized = [
-                tf.raw_ops.VarIsInitializedOp(resource=v.outputs[0])
-                if v.type == "VarHandleOp"
-                else tf.raw_ops.IsVariableInitialized(ref=v.outputs[0])
-                for v in self.variables.operations
-            ]
+            self._initialized = [is_initialized(tf, operation) for operation in self.variables.operations]
         self.graph.finalize()
         self._memory = memory_graph(tf, self.graph, device)
         self._outputs = [tensor.op for tensor in outputs]
         self.fingerprint = self._fingerprint(tf, meta_graph)
         self.mutates_state = any(signature.mutates_state for signature in self.signatures.values())
         self.runs_python = any(signature.runs_python for signature in self.signatures.values())
+
+    def _add_outputs(self, tf, graph_def) -> list:
+        """Describe each signature, and make what is fetched for it; its outputs."""
+        outputs = []
+        for name, definition in self._definitions.items():
+            if not definition.outputs:
+                continue  # an operation to be run at the start
+            signature, feeds, fetches = describe_signature(tf, self.graph, graph_def, name, definition, self.atomic)
+            self.signatures[name] = signature
+            if signature.refusal is None:
+                outputs.extend(fetches)
+                # an output may be an input itself, or another output, and TensorFlow fetches neither
+                self._feeds_and_fetches[name] = [t.name for t in feeds], [tf.identity(t).name for t in fetches]
+        return outputs
 
     def _read(self):
         return copy.deepcopy(self._loader.get_meta_graph_def_from_tags(["serve"]))

@@ -152,6 +152,12 @@ def tensor_spec(tensor, info) -> TensorSpec:
     return TensorSpec(np.dtype(tensor.dtype.as_numpy_dtype).name, shape)
 
 
+def is_initialized(tf, variable):
+    if variable.type == "VarHandleOp":
+        return tf.raw_ops.VarIsInitializedOp(resource=variable.outputs[0])
+    return tf.raw_ops.IsVariableInitialized(ref=variable.outputs[0])
+
+
 def memory_graph(tf, graph, device: str | None) -> tuple[Any, list, list]:
     """A graph of its own that gives back the memory of another one's variables and tables: it can be run when that one
     cannot. And what has to be run before they are restored: reference variables cannot be removed, only be made empty.

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import queue
 import threading
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future
+from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterable, Iterator
+from concurrent.futures import Future, wait
 from typing import Any
 
 from shared_graph.errors import Error
@@ -15,6 +17,48 @@ from shared_graph.options import MAX_BATCHES_IN_FLIGHT, Options
 END = object()
 
 
+class Pulled:
+    """What has been pulled of an iterable; ``arrived`` gets number and future of each batch, in order or when it has
+    its answer, and at last END and what the iterable raised, if it did."""
+
+    def __init__(self, batches: Iterable[Any], submit: Callable[[Any], Future], limit: int, ordered: bool):
+        self._batches, self._submit, self._ordered, self._is_stopped = batches, submit, ordered, False
+        self.places, self.pending = threading.Semaphore(limit), {}
+        self.arrived: queue.SimpleQueue[tuple[Any, Any]] = queue.SimpleQueue()
+        threading.Thread(target=self._pull, daemon=True, name="map").start()
+
+    def _pull(self) -> None:
+        numbered, failure, futures = enumerate(self._batches), None, []
+        try:
+            while self.places.acquire() and not self._is_stopped and (item := next(numbered, None)):
+                number, batch = item
+                self.pending[number] = future = self._submitted(batch)
+                futures = [other for other in futures if not other.done()] + [future]
+                if self._ordered:
+                    self.arrived.put((number, future))
+                else:
+                    future.add_done_callback(lambda future, number=number: self.arrived.put((number, future)))
+        except Exception as error:
+            failure = error
+        if not self._ordered:
+            wait(futures)
+        self.arrived.put((END, failure))
+
+    def _submitted(self, batch: Any) -> Future:
+        try:
+            return self._submit(batch)
+        except Error as error:
+            future: Future = Future()
+            future.set_exception(error)
+            return future
+
+    def stop(self) -> None:
+        self._is_stopped = True
+        self.places.release()
+        for future in list(self.pending.values()):
+            future.cancel()
+
+
 def map_batches(
     batches: Iterable[Any], submit: Callable[[Any], Future], options: Options, ordered: bool
 ) -> Iterator[Arrays]:
@@ -22,50 +66,43 @@ def map_batches(
     wait for answers that come from here. Raises Error that says which batch it is about, or what the iterable raises.
     """
     limit = min(2 * MAX_BATCHES_IN_FLIGHT * options.workers, options.max_queue)
-    places, stopped = threading.Semaphore(limit), threading.Event()
-    arrived: queue.SimpleQueue[tuple[int, Any]] = queue.SimpleQueue()  # number and future, or END and what was raised
-    pending: dict[int, Future] = {}
-
-    def pull() -> None:
-        numbered, failure = enumerate(batches), None
-        try:
-            while places.acquire() and not stopped.is_set() and (item := next(numbered, None)):
-                number, batch = item
-                try:
-                    future = submit(batch)
-                except Error as error:
-                    future = Future()
-                    future.set_exception(error)
-                pending[number] = future
-                if ordered:
-                    arrived.put((number, future))
-                else:
-                    future.add_done_callback(lambda future, number=number: arrived.put((number, future)))
-        except Exception as error:
-            failure = error
-        arrived.put((END, failure))
-
-    threading.Thread(target=pull, daemon=True, name="map").start()
+    pulled = Pulled(batches, submit, limit, ordered)
     try:
-        is_pulled, failure = False, None
-        while not is_pulled or pending:
-            number, future = arrived.get()
+        while True:
+            number, future = pulled.arrived.get()
             if number is END:
-                is_pulled, failure = True, future
-                if failure and ordered:
-                    raise failure
-                continue
+                if future:
+                    raise future
+                return
             try:
                 outputs = future.result()
             except Error as error:
                 raise type(error)(f"batch {number}: {error}", error.status) from error
-            del pending[number]
-            places.release()
+            del pulled.pending[number]
+            pulled.places.release()
             yield outputs
-        if failure:
-            raise failure
     finally:
-        stopped.set()
-        places.release()
-        for future in list(pending.values()):
-            future.cancel()
+        pulled.stop()
+
+
+async def map_asynchronously(map_: Callable[..., Iterator[Any]], batches: Iterable[Any] | AsyncIterable[Any]) -> Any:
+    """As what ``map_`` makes of the batches, for ``async for``. It is threads that wait, not the loop."""
+    if isinstance(batches, AsyncIterable):
+        batches = from_loop(aiter(batches), asyncio.get_running_loop())
+    results = map_(batches)
+    try:
+        while (result := await asyncio.to_thread(next, results, END)) is not END:
+            yield result
+    finally:
+        with contextlib.suppress(ValueError):  # a thread still waits there, and drops it when it has its result
+            await asyncio.to_thread(results.close)
+
+
+async def next_of(items: AsyncIterator[Any]) -> Any:
+    return await anext(items, END)
+
+
+def from_loop(items: AsyncIterator[Any], loop: asyncio.AbstractEventLoop) -> Iterator[Any]:
+    """Asynchronous items, in a thread that is not the loop's."""
+    while (item := asyncio.run_coroutine_threadsafe(next_of(items), loop).result()) is not END:
+        yield item

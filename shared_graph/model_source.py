@@ -138,9 +138,7 @@ def _saved_model_fault(folder: str) -> str | None:
 
 def _function_fault(module: str, name: str) -> str | None:
     if module == "__main__":
-        return (
-            "a function of the program itself, or of a notebook, is not seen by other processes: put it into a module"
-        )
+        return "a function of the program itself, or of a notebook, cannot be found by others: put it into a module"
     path, spec = None, None
     for end in (part.end() for part in re.finditer(r"[^.]+", module)):
         spec = importlib.machinery.PathFinder.find_spec(module[:end], path)

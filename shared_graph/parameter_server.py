@@ -36,6 +36,7 @@ class ParameterServer:
 
     def __init__(self, index: int, options: Options, namespace: str, folder: str, run: str):
         self.index, self.options, self.namespace, self.folder, self.run = index, options, namespace, folder, run
+        self.process = this_process()
         self.server = None
         self.incarnation: str | None = None  # of this life, once the adder is loaded
         self.workers: dict[int, tuple[str, Actor]] = {}  # the life of each, and how to call it
@@ -71,7 +72,7 @@ class ParameterServer:
                     if self.index == 0:
                         await self._begin()
                 self.incarnation = secrets.token_hex(8)
-            return ServerInfo(this_process(), self.incarnation, self.folder, self.addresses, self.manager.snapshot)
+            return ServerInfo(self.process, self.incarnation, self.folder, self.addresses, self.manager.snapshot)
 
     async def death_watch(self) -> None:
         """A call whose failure tells at once that this process is gone; to be repeated when it returns."""

@@ -78,8 +78,11 @@ def this_actor() -> Actor:
 
 
 def this_process() -> ProcessInfo:
-    """Of an actor."""
+    """Of an actor. To be called before TensorFlow is imported: Ray shows all GPUs to actors that asked for none
+    (ray#28215), and TensorFlow would take them."""
     node, gpus = ray.get_runtime_context().get_node_id(), ray.get_gpu_ids()
+    if not gpus:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
     return ProcessInfo(os.getpid(), node, gpus, os.environ.get("CUDA_VISIBLE_DEVICES"))
 
 
@@ -98,8 +101,9 @@ async def kill_process(process: ProcessInfo) -> None:
 
 
 def _kill(pid: int) -> None:
-    with contextlib.suppress(ProcessLookupError):
-        os.kill(pid, signal.SIGKILL)
+    with contextlib.suppress(OSError), open(f"/proc/{pid}/cmdline") as file:
+        if file.read().startswith("ray::"):  # else it has ended, and its number is another's by now
+            os.kill(pid, signal.SIGKILL)
 
 
 # -- Ray itself --------------------------------------------------------------------------------------------------------

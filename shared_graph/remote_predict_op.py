@@ -7,6 +7,7 @@ import http.client
 import json
 import time
 import urllib.parse
+from typing import Any
 
 import numpy as np
 
@@ -56,29 +57,34 @@ def remote_predict(
     path += f"/versions/{model_version}" if model_version >= 0 else ""
 
     def call(*inputs):
-        failure = None
-        outputs = [np.array(b"", object) if dtype == object else np.zeros((), dtype) for dtype in dtypes.values()]
-        named = {alias: np.asarray(value) for alias, value in zip(input_tensor_aliases, inputs)}
+        named = dict(zip(input_tensor_aliases, map(np.asarray, inputs)))
+        asked = target_address, path, signature_name, named, dtypes, max_rpc_deadline_millis / 1000
         try:
-            outputs = call_remote(target_address, path, signature_name, named, dtypes, max_rpc_deadline_millis / 1000)
+            return [np.int32(0), b"", *try_remote(*asked)]
         except Error as error:
-            failure = error
-        except TimeoutError:
-            failure = DeadlineExceeded(f"{target_address} did not answer within {max_rpc_deadline_millis} ms")
-        except OSError as error:
-            failure = Unavailable(f"{target_address} cannot be reached: {error.strerror or error}")
-        except Exception as error:
-            failure = ModelError(f"{target_address} does not answer as it should: {first_sentence(error)}")
-        if failure is None:
-            return [np.int32(0), b"", *outputs]
-        if fail_op_on_rpc_error:
-            raise RuntimeError(f"HTTP {failure.status}: {failure}")
-        return [np.int32(ERROR_CODES.get(failure.status, 13)), str(failure).encode(), *outputs]
+            if fail_op_on_rpc_error:
+                raise RuntimeError(f"HTTP {error.status}: {error}") from None
+            nothing = [np.array(b"", object) if dtype == object else np.zeros((), dtype) for dtype in dtypes.values()]
+            return [np.int32(ERROR_CODES.get(error.status, 13)), str(error).encode(), *nothing]
 
     code, message, *outputs = tf.numpy_function(call, input_tensors, [tf.int32, tf.string, *types], name=name)
-    code.set_shape([])
-    message.set_shape([])
+    for scalar in (code, message):
+        scalar.set_shape([])
     return outputs if fail_op_on_rpc_error else (code, message, outputs)
+
+
+def try_remote(address: str, *arguments: Any) -> list[np.ndarray]:
+    """As ``call_remote``; raises Error whatever goes wrong."""
+    try:
+        return call_remote(address, *arguments)
+    except Error:
+        raise
+    except TimeoutError:
+        raise DeadlineExceeded(f"{address} did not answer within {arguments[-1] * 1000:g} ms") from None
+    except OSError as error:
+        raise Unavailable(f"{address} cannot be reached: {error.strerror or error}") from None
+    except Exception as error:
+        raise ModelError(f"{address} does not answer as it should: {first_sentence(error)}") from None
 
 
 def call_remote(

@@ -35,8 +35,8 @@ class ActorStatus:
     index: int
     state: str = "starting"  # ready, hung
     restarts: int = 0
-    pid: int | None = None  # of its last life
-    process: ProcessInfo | None = None  # of this life
+    process: ProcessInfo | None = None  # while it is ready
+    last_process: ProcessInfo | None = None  # that it was or is
     trouble: str | None = None  # what it says is wrong
     actor: Any = None
     connection: WorkerConnection | None = None  # to a worker

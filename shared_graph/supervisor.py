@@ -27,6 +27,7 @@ log = logging.getLogger(__name__)
 PING_S = 0.5  # between two looks at an actor
 SUSPECT_S = 1.5  # a worker that has not answered for so long gets no new work
 PATIENCE_S = {"worker": 4.0, "parameter server": 30.0}  # an actor that has not answered for so long is ended
+START_PATIENCE_S = 30.0  # and one that does so while it starts
 LONGEST_PAUSE_S = 30.0  # between two attempts to start what cannot start
 
 
@@ -71,9 +72,9 @@ class Supervisor:
             started = loop.time()
             try:
                 await self._start(actor)
-                log.info("%s ready  pid %d  %.1f s", actor, actor.pid, loop.time() - started)
+                log.info("%s ready  pid %d  %.1f s", actor, actor.last_process.pid, loop.time() - started)
                 pause_s, told = PING_S, None
-                log.warning("%s lost  pid %d  %s", actor, actor.pid, await self.wait_until_lost(actor))
+                log.warning("%s lost  pid %d  %s", actor, actor.last_process.pid, await self.wait_until_lost(actor))
             except OptionError as error:
                 self.remove_folder()
                 return self._status.fail(error, is_over=True)
@@ -96,7 +97,7 @@ class Supervisor:
         if actor.actor is None:
             arguments = [] if actor.kind == "worker" else [self._make_folder(), self._run]
             actor.actor = await self._create(actor.kind, actor.index, *arguments)
-        info = await actor.actor.call("start", *([self._options.shared] if actor is self._primary else []))
+        info = await self._call_start(actor, *([self._options.shared] if actor is self._primary else []))
         if actor is self._primary:
             if info.folder != self._folder:  # others made this cluster
                 self.remove_folder()
@@ -109,9 +110,24 @@ class Supervisor:
             actor.connection = await self._connect(actor.index, info)
             self._worker_ready.set()
             self._status.has_worker()
-        actor.restarts += actor.pid not in (None, info.process.pid)
-        actor.state, actor.pid, actor.process, actor.trouble = "ready", info.process.pid, info.process, None
+        actor.restarts += actor.last_process is not None and actor.last_process.pid != info.process.pid
+        actor.state, actor.process, actor.last_process, actor.trouble = "ready", info.process, info.process, None
         self._status.notify()
+
+    async def _call_start(self, actor: ActorStatus, *arguments: Any) -> Any:
+        """A start may take long; but if the process that was there last is silent all the while, it is ended."""
+        start, ping = asyncio.ensure_future(actor.actor.call("start", *arguments)), None
+        try:
+            while not start.done():
+                ping = asyncio.ensure_future(actor.actor.call("ping", 0))
+                await asyncio.wait([start, ping], timeout=START_PATIENCE_S, return_when=asyncio.FIRST_COMPLETED)
+                if not start.done() and not ping.done() and actor.last_process:
+                    await self._kill(actor.last_process)
+                await asyncio.wait([start], timeout=PING_S)
+            return start.result()
+        finally:
+            for future in filter(None, (start, ping)):
+                future.cancel() or future.cancelled() or future.exception()
 
     async def wait_until_lost(self, actor: ActorStatus) -> str:
         """Why an actor was lost, as soon as it is. One that is silent is ended, whereupon Ray starts it anew."""
@@ -150,7 +166,7 @@ class Supervisor:
     def _set_hung(self, actor: ActorStatus, is_hung: bool) -> None:
         if is_hung != (actor.state == "hung"):
             actor.state = "hung" if is_hung else "ready"
-            log.warning("%s is %s  pid %d", actor, actor.state, actor.pid)
+            log.warning("%s is %s  pid %d", actor, actor.state, actor.last_process.pid)
         if actor.connection:
             actor.connection.is_hung = is_hung
 

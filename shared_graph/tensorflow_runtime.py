@@ -6,8 +6,6 @@ import gc
 import os
 import sys
 
-import ray
-
 from shared_graph.options import MAX_BATCHES_IN_FLIGHT, REMOTE_CALLS_AT_ONCE, Options
 
 
@@ -18,8 +16,6 @@ def import_tensorflow():
         for name in ("http_proxy", "https_proxy", "all_proxy", "grpc_proxy"):  # break loopback gRPC (tensorflow#50626)
             os.environ.pop(name, None)
             os.environ.pop(name.upper(), None)
-        if ray.is_initialized() and not ray.get_gpu_ids():
-            os.environ["CUDA_VISIBLE_DEVICES"] = ""  # Ray shows all GPUs to actors that asked for none (ray#28215)
     import tensorflow.compat.v1 as tf
 
     tf.disable_eager_execution()  # and not disable_v2_behavior(), which brings reference variables back

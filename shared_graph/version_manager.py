@@ -184,13 +184,12 @@ class VersionManager:
         """Raises ModelError with what a worker says that could not."""
         key = version.key
 
-        def failures() -> list[str]:
-            return [f"worker {r.index}: {r.failed[key]}" for r in self._all() if key in r.failed]
-
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(BRING_UP_LIMIT_S):
-                await self._until(lambda: failures() or all(key in report.ready for report in self._all()))
-        if missing := failures() or [f"worker {r.index} does not have it" for r in self._all() if key not in r.ready]:
+                await self._until(lambda: self._failures(key) or all(key in report.ready for report in self._all()))
+        if missing := self._failures(key) or [
+            f"worker {r.index} does not have it" for r in self._all() if key not in r.ready
+        ]:
             raise ModelError(missing[0])
 
     async def _switch(self, name: str, aspired: dict[str | None, int]) -> None:
@@ -229,6 +228,9 @@ class VersionManager:
 
     # -- snapshots -----------------------------------------------------------------------------------------------------
 
+    def _failures(self, key: ModelKey) -> list[str]:
+        return [f"worker {report.index}: {report.failed[key]}" for report in self._all() if key in report.failed]
+
     def _all(self) -> list[WorkerReport]:
         return list(self._reports.values())
 
@@ -245,11 +247,7 @@ class VersionManager:
         if version.loaded is None:
             return ModelVersion(version.source, version.state, version.error)
         missing = tuple(sorted(report.index for report in self._all() if version.key not in report.ready))
-        failed = [
-            f"Model {version.key}: worker {r.index}: {r.failed[version.key]}"
-            for r in self._all()
-            if version.key in r.failed
-        ]
+        failed = [f"Model {version.key}: {why}" for why in self._failures(version.key)]
         version.state = "LOADING" if missing else "AVAILABLE"
         return ModelVersion(version.source, version.state, next(iter(failed), None), version.loaded, missing)
 

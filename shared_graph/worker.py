@@ -44,7 +44,7 @@ class Worker:
     """A Ray actor that answers batches, for who comes to its address and shows the authkey."""
 
     def __init__(self, index: int, options: Options, namespace: str):
-        self.index, self.options, self.namespace = index, options, namespace
+        self.index, self.options, self.namespace, self.process = index, options, namespace, this_process()
         self.life, self.authkey, self.address = secrets.token_hex(8), secrets.token_bytes(32), None
         self.replica: Replica | None = None  # of the parameter server, while that is there
         self.compute = self.remote = None  # the lanes, of what computes, and of what may call other servers
@@ -74,7 +74,7 @@ class Worker:
                     self.compute, self.remote = Lane(MAX_BATCHES_IN_FLIGHT), Lane(REMOTE_CALLS_AT_ONCE)
                     self.replica = Replica(self.index, self.life, self.options, server, info, self._close_connections)
                     await self.replica.catch_up(info.snapshot, START_PATIENCE_S)
-                return WorkerInfo(this_process(), self.address, self.authkey)
+                return WorkerInfo(self.process, self.address, self.authkey)
 
     async def sync(self, incarnation: str, snapshot: Snapshot) -> None:
         """What the parameter server has now."""

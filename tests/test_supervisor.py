@@ -1,0 +1,248 @@
+"""Who lives: actors that die, hang and come back, played by the tests on a clock that jumps."""
+
+import asyncio
+import contextlib
+import os
+import random
+
+import pytest
+
+from shared_graph.errors import ActorUnavailable, Error, ModelError, OptionError
+from shared_graph.models import ServerInfo, Snapshot
+from shared_graph.options import Options
+from shared_graph.status import Status
+from shared_graph.supervisor import PATIENCE_S, SUSPECT_S, Supervisor
+from shared_graph.wire import ProcessInfo, WorkerInfo
+
+pytestmark = pytest.mark.simulated
+
+
+class PlayedConnection:
+    def __init__(self, actor: "PlayedActor"):
+        self.index, self.is_hung, self.was_ended, self.in_flight = actor.index, False, False, {}
+        self.closed = asyncio.get_running_loop().create_future()
+        actor.connections.append(self)
+
+    def close(self) -> None:
+        if not self.closed.done():
+            self.closed.set_result(None)
+
+
+class PlayedActor:
+    """An actor and its lives; a call to one that is dead fails, one to one that is stopped never returns."""
+
+    def __init__(self, stage: "Stage", kind: str, index: int):
+        self.stage, self.kind, self.index = stage, kind, index
+        self.connections: list[PlayedConnection] = []
+        self.is_stopped, self.is_ended, self.starts, self.failure = False, False, [], None
+        self.begin()
+
+    def begin(self) -> None:
+        self.stage.pids += 1
+        self.process = ProcessInfo(self.stage.pids, "node", [], None)
+        self.is_alive, self.is_stopped = True, False
+        self.died = asyncio.Event()
+
+    def kill(self) -> None:
+        """Ray brings it back after a while."""
+        self.is_alive = False
+        self.died.set()
+        for connection in self.connections:
+            connection.close()
+        asyncio.get_running_loop().call_later(self.stage.chance.uniform(0.5, 3), self.begin)
+
+    async def call(self, method: str, *arguments):
+        if not self.is_alive:
+            await asyncio.sleep(0.01)
+            raise ActorUnavailable("it is dead")
+        answer = asyncio.create_task(getattr(self, method)(*arguments))
+        death = asyncio.create_task(self.died.wait())
+        try:
+            await asyncio.wait([answer, death], return_when=asyncio.FIRST_COMPLETED)
+            if not answer.done():
+                raise ActorUnavailable("it died meanwhile")
+            return answer.result()
+        finally:
+            answer.cancel()
+            death.cancel()
+
+    async def start(self, *wanted):
+        self.starts.append(self.process.pid)
+        await self.unless_stopped(self.stage.chance.uniform(0.1, 2))
+        if self.failure:
+            raise self.failure
+        if self.kind == "worker":
+            return WorkerInfo(self.process, ("127.0.0.1", 1), b"")
+        return ServerInfo(self.process, "", self.stage.folder_of_server(), [], Snapshot(1, {}, {}))
+
+    async def ping(self, snapshot_id: int):
+        await self.unless_stopped(0.001)
+        return None, None
+
+    async def death_watch(self):
+        await self.unless_stopped(60)
+
+    async def checkpoint(self):
+        self.stage.events.append("checkpoint")
+
+    async def unless_stopped(self, seconds: float) -> None:
+        await asyncio.sleep(seconds)
+        while self.is_stopped:
+            await asyncio.sleep(0.05)
+
+    def end(self) -> None:
+        self.is_ended = True
+
+
+class Stage:
+    def __init__(self, seed: int = 0, **options):
+        self.chance, self.pids, self.events = random.Random(seed), 100, []
+        self.over: list[Error] = []
+        self.options = Options(**options)
+        self.status = Status(self.options, self.over.append)
+        self.actors: dict[str, PlayedActor] = {}
+        self.supervisor = Supervisor(self.options, self.status, self.create, self.kill, self.connect)
+        self.killed: list[int] = []
+
+    def folder_of_server(self) -> str:
+        return self.supervisor._folder
+
+    async def create(self, kind: str, index: int, *arguments) -> PlayedActor:
+        await asyncio.sleep(0.5)
+        return self.actors.setdefault(f"{kind} {index}", PlayedActor(self, kind, index))
+
+    async def kill(self, process: ProcessInfo) -> None:
+        self.killed.append(process.pid)
+        for actor in self.actors.values():
+            if actor.process.pid == process.pid and actor.is_alive:
+                actor.kill()
+
+    async def connect(self, index: int, info: WorkerInfo) -> PlayedConnection:
+        return PlayedConnection(self.actors[f"worker {index}"])
+
+    def states(self) -> list[str]:
+        return [actor.state for actor in self.status.servers + self.status.workers]
+
+
+@contextlib.asynccontextmanager
+async def playing(seed: int = 0, **options):
+    stage = Stage(seed, **options)
+    task = asyncio.create_task(stage.supervisor.run())
+    try:
+        yield stage
+    finally:
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+        stage.supervisor.remove_folder()
+
+
+async def test_all_become_ready_the_parameter_server_and_one_worker_first():
+    async with playing(workers=3) as stage:
+        assert stage.states() == ["starting"] * 4
+        await asyncio.sleep(20)
+        assert stage.states() == ["ready"] * 4
+        assert list(stage.actors)[:2] == ["parameter server 0", "worker 0"]
+        assert os.listdir(stage.supervisor._folder) == [f".run-{stage.supervisor._run}"]
+
+
+@pytest.mark.parametrize("name", ["worker 0", "worker 1", "parameter server 0"])
+async def test_an_actor_that_dies_is_brought_up_to_date_when_it_is_back_and_workers_with_the_parameter_server(name):
+    async with playing(workers=2) as stage:
+        await asyncio.sleep(20)
+        starts = len(stage.actors["worker 0"].starts)
+        stage.actors[name].kill()
+        await asyncio.sleep(0.01)
+        lost = next(a for a in stage.status.servers + stage.status.workers if str(a) == name)
+        assert lost.state == "starting" and lost.process is None
+        await asyncio.sleep(20)
+        assert stage.states() == ["ready"] * 3 and lost.restarts == 1
+        others = [a.restarts for a in stage.status.servers + stage.status.workers if a is not lost]
+        assert others == [0, 0]
+        assert (len(stage.actors["worker 0"].starts) > starts) == (name != "worker 1")
+
+
+async def test_a_worker_that_does_not_answer_is_hung_then_ended_and_one_that_wakes_is_used_again():
+    async with playing(workers=2) as stage:
+        await asyncio.sleep(20)
+        worker, status = stage.actors["worker 0"], stage.status.workers[0]
+        worker.is_stopped = True
+        await asyncio.sleep(SUSPECT_S + 1.5)
+        assert status.state == "hung" and status.connection.is_hung and stage.killed == []
+        worker.is_stopped = False
+        await asyncio.sleep(PATIENCE_S["worker"] + 2)
+        pid, connection = worker.process.pid, worker.connections[-1]
+        assert status.state == "ready" and not connection.is_hung and stage.killed == []
+        worker.is_stopped = True
+        await asyncio.sleep(PATIENCE_S["worker"] + 2)
+        assert stage.killed == [pid] and connection.was_ended
+        await asyncio.sleep(20)
+        assert stage.states() == ["ready"] * 3
+
+
+async def test_what_cannot_start_is_told_once_and_tried_again_with_growing_pauses(caplog):
+    async with playing(workers=2) as stage:
+        await asyncio.sleep(20)
+        worker = stage.actors["worker 1"]
+        worker.failure, worker.starts = Error("the sky has fallen"), []
+        caplog.clear()
+        worker.kill()
+        await asyncio.sleep(600)
+        told = [record for record in caplog.records if "could not start" in record.message]
+        assert len(told) == 1 and 15 < len(worker.starts) < 40
+        worker.failure = Error("another reason")
+        await asyncio.sleep(60)
+        worker.failure = None
+        await asyncio.sleep(60)
+        told = [record for record in caplog.records if "could not start" in record.message]
+        assert len(told) == 2 and stage.states() == ["ready"] * 3
+
+
+@pytest.mark.parametrize("failure", [ModelError("The sum is damaged."), OptionError("--workers 3: ...")])
+async def test_a_parameter_server_that_cannot_start_at_first_ends_all_with_its_sentence(failure):
+    stage = Stage(workers=1)
+    stage.actors["parameter server 0"] = actor = PlayedActor(stage, "parameter server", 0)
+    actor.failure = failure
+    task = asyncio.create_task(stage.supervisor.run())
+    await asyncio.sleep(30)
+    assert stage.over == [failure] and stage.status.health()["status"] == "failed" and stage.status.is_over
+    with pytest.raises(Error, match=str(failure)):
+        stage.status.get_model("adder")
+    task.cancel()
+    stage.supervisor.remove_folder()
+
+
+async def test_ends_save_and_then_end_every_actor_and_remove_the_folder():
+    async with playing(workers=2) as stage:
+        await asyncio.sleep(20)
+        folder = stage.supervisor._folder
+        await stage.supervisor.disconnect()
+        assert all(connection.closed.done() for a in stage.actors.values() for connection in a.connections)
+        for actor in stage.actors.values():
+            actor.end()  # what end_actors does in threads, which have no clock that jumps
+        stage.supervisor.remove_folder()
+        assert not os.path.exists(folder)
+
+
+@pytest.mark.parametrize("seed", range(100))
+async def test_whatever_dies_or_hangs_all_are_ready_in_the_end_and_nobody_is_ended_who_answers(seed):
+    chance = random.Random(seed)
+    async with playing(seed, workers=chance.randint(1, 4), parameter_servers=chance.randint(1, 2)) as stage:
+        await asyncio.sleep(30)
+        for _ in range(30):
+            actor = chance.choice(list(stage.actors.values()))
+            what = chance.choice(["kill", "stop", "nothing"])
+            if what == "kill" and actor.is_alive:
+                actor.kill()
+            elif what == "stop":  # one that has started: who has not said its pid yet cannot be ended
+                ready = [s for s in stage.status.servers + stage.status.workers if s.state != "starting"]
+                actor.is_stopped = any(
+                    str(s) == f"{actor.kind} {actor.index}" and s.process == actor.process for s in ready
+                )
+            before, stopped = len(stage.killed), {a.process.pid for a in stage.actors.values() if a.is_stopped}
+            await asyncio.sleep(chance.choice([0.01, 1, 10, 60]))
+            assert set(stage.killed[before:]) <= stopped, "one that answers was ended"
+        await asyncio.sleep(300)
+        assert set(stage.states()) == {"ready"}
+        for status in stage.status.workers:
+            assert not status.connection.closed.done() and not status.connection.is_hung
+            assert status.process == stage.actors[str(status)].process

@@ -168,7 +168,7 @@ class Graph:
             with tf.Session(self._target, graph, self._config) as own:
                 own.run(free)
 
-    def run(self, signature: str, feed: list[np.ndarray]) -> list[np.ndarray]:
+    def run(self, signature: str, feed: list[np.ndarray], is_first: bool = True) -> list[np.ndarray]:
         """The one ``session.run``: arrays in the order of the sorted input names to arrays in that of the outputs.
 
         Raises ModelError with the HTTP status that fits, or ConnectionError when the parameter server has gone.
@@ -187,6 +187,8 @@ class Graph:
             return self.run(signature, feed)  # see cancel_runs
         if code in PERHAPS_DISCONNECTED and not self._is_connected(session):
             raise ConnectionError(str(failure))
+        if code in PERHAPS_DISCONNECTED and is_first and not self.signatures[signature].mutates_state:
+            return self.run(signature, feed, is_first=False)  # TensorFlow itself is sometimes out of step
         raise failure
 
     def _is_connected(self, session) -> bool:

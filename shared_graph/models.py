@@ -86,6 +86,7 @@ class Snapshot(NamedTuple):
 
     snapshot_id: int = 0
     versions: dict[ModelKey, ModelVersion] = {}  # noqa: RUF012  (never changed: each snapshot has dicts of its own)
+    loading: frozenset[str] = frozenset()  # models of which it is not known yet what there will be
     pointers: dict[tuple[str, str | None], int | None] = {}  # noqa: RUF012  what labels and the latest (None) stand
     # for; None: for another version in a moment, and who asks waits for it
 
@@ -94,6 +95,10 @@ class Snapshot(NamedTuple):
         version = choice if isinstance(choice, int) else self.pointers.get((name, choice))
         found = self.versions.get(ModelKey(name, version)) if version is not None else None
         return found if found and found.loaded else None
+
+    def is_moving(self, name: str, choice: VersionChoice) -> bool:
+        """Will it be known in a moment what is asked for?"""
+        return name in self.loading or (not isinstance(choice, int) and self.pointers.get((name, choice), 0) is None)
 
 
 class WorkerReport(NamedTuple):

@@ -119,7 +119,7 @@ def parse_predict(document: dict[str, Any], signature: Signature) -> tuple[bool,
     value = document[where]
     if is_row and (not isinstance(value, list) or not value):
         raise InvalidRequest(f"instances: expected a list that is not empty, got {shown(value)}")
-    if is_row and any(spec.shape == () for spec in signature.outputs.values()):
+    if is_row and signature.mutates_state and any(spec.shape == () for spec in signature.outputs.values()):
         raise InvalidRequest(f"Signature {signature.name!r} has an output that has no rows: ask for it by 'inputs'")
     first = value[0] if is_row else value
     if len(names) == 1 and (not isinstance(first, dict) or first.keys() == {"b64"}):

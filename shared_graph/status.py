@@ -63,6 +63,7 @@ class Status:
         self.servers = [ActorStatus("parameter server", index) for index in range(options.parameter_servers)]
         self.workers = [ActorStatus("worker", index) for index in range(options.workers)]
         self.snapshot = Snapshot()
+        self._last_known: dict[tuple[str, VersionChoice], ModelVersion] = {}
         self.failure: Error | None = None  # why nothing is served, when that is not just for the moment
         self.is_over = False  # and never will be any more
         self._worker_since: float | None = None  # when the first worker was ready
@@ -77,6 +78,10 @@ class Status:
     def apply_snapshot(self, snapshot: Snapshot) -> None:
         """What the primary parameter server serves now."""
         before, self.snapshot = self.snapshot, snapshot
+        versions = {**snapshot.pointers, **{(key.name, key.version): key.version for key in snapshot.versions}}
+        found = {asked: snapshot.find(*asked) for asked in versions}
+        kept = {asked: v for asked, v in self._last_known.items() if snapshot.is_moving(*asked)}
+        self._last_known = kept | {asked: version for asked, version in found.items() if version}
         for key, version in snapshot.versions.items():
             old = before.versions.get(key)
             if version.error and (old is None or version.error != old.error):
@@ -125,24 +130,18 @@ class Status:
             raise Unavailable(str(failure))
         if not self.snapshot.versions:
             raise Unavailable("The server is starting; try again later.")
-        if self.snapshot.pointers.get((name, choice), 0) is None:  # it moves, and the request will wait for that
-            choice = max(key.version for key, its in self.snapshot.versions.items() if key.name == name and its.loaded)
         version = self.snapshot.find(name, choice)
-        if version is None and choice is None and name in self.loading():
-            raise Unavailable(f"Model {name} is being loaded; try again later.")
+        if version is None and self.snapshot.is_moving(name, choice):  # a request waits for that, in a worker
+            version = self._last_known.get((name, choice))
+            if version is None:
+                raise Unavailable(f"Model {name} is being loaded; try again later.")
         if version is None:
             raise not_found(name, choice)
         return version
 
     def is_ready(self, workers: int) -> bool:
         """Are so many workers ready, and has each model been loaded, or failed?"""
-        return sum(worker.state == "ready" for worker in self.workers) >= workers and not self.loading()
-
-    def loading(self) -> set[str]:
-        """The models of which no version has been loaded yet, nor failed."""
-        settled = {name for name, _ in self.snapshot.pointers}
-        settled |= {key.name for key, version in self.snapshot.versions.items() if version.state == "END"}
-        return {source.name for source in self.options.model} - settled
+        return sum(worker.state == "ready" for worker in self.workers) >= workers and not self.snapshot.loading
 
     def model_errors(self) -> list[str]:
         """Why those models are not there of which no version is."""
@@ -160,6 +159,8 @@ class Status:
         number = self.get_model(name, choice).version if isinstance(choice, str) else choice
         self.get_model(ADDER)
         found = [v for key, v in self.snapshot.versions.items() if key.name == name and number in (None, key.version)]
+        if not found and name in self.snapshot.loading:
+            raise Unavailable(f"Model {name} is being loaded; try again later.")
         if not found:
             which = "any versions" if number is None else f"version {number}"
             raise InvalidRequest(f"There is no such model (Could not find {which} of model {name})", 404)
@@ -178,7 +179,7 @@ class Status:
         status = "failed" if self.failure else "recovering" if self._worker_since else "starting"
         if not self.failure and any(worker.state != "starting" for worker in self.workers):
             is_new = time.monotonic() - (self._worker_since or 0) < LOADING_PATIENCE_S
-            status = "loading" if is_new and self.loading() else "ready"
+            status = "loading" if is_new and self.snapshot.loading else "ready"
         return {
             "status": status,
             "error": self.failure and str(self.failure),

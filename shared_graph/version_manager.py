@@ -68,6 +68,7 @@ class VersionManager:
         self._files_seen: dict[ModelKey, list] = {}  # of versions that are not loaded, at the last look
         self._failed_files: dict[ModelKey, list] = {}  # with which a version has failed
         self._evidence: dict[tuple[ModelKey, str, bool], int] = {}
+        self._loading = set(self.sources)  # those that have never been looked at to the end
         self._turns = {name: asyncio.Lock() for name in self.sources}  # one change of a model at a time
         self._changed = asyncio.Event()
 
@@ -127,6 +128,8 @@ class VersionManager:
                     self._versions[ModelKey(name, version)] = Version(source, "END", why)
                     self._update()
             await self._switch(name, aspired)
+            self._loading.discard(name)
+            self._update()
             for version in [v for v in self._versions.values() if v.source.name == name]:
                 if version.loaded and version.source.version not in aspired.values():
                     await self._drop(version, "UNLOADING")
@@ -237,8 +240,9 @@ class VersionManager:
     def _update(self) -> None:
         """Publish what there is now, if that is something else than before; and look again at what is waited for."""
         versions = {key: self._described(version) for key, version in self._versions.items()}
-        if (versions, self._pointers) != self.snapshot[1:]:
-            self.snapshot = Snapshot(self.snapshot.snapshot_id + 1, versions, dict(self._pointers))
+        now = versions, frozenset(self._loading), dict(self._pointers)
+        if now != self.snapshot[1:]:
+            self.snapshot = Snapshot(self.snapshot.snapshot_id + 1, *now)
             self._publish(self.snapshot)
         self._changed.set()
         self._changed = asyncio.Event()

@@ -167,8 +167,7 @@ class Worker:
             if version and version.key in replica.failed:
                 why = replica.failed[version.key]
                 raise Unavailable(f"Worker {self.index} could not load model {version.key}: {why}")
-            is_moving = not isinstance(choice, int) and replica.snapshot.pointers.get((name, choice), 0) is None
-            if version is None and not is_moving:
+            if version is None and not replica.snapshot.is_moving(name, choice):
                 raise not_found(name, choice)
             try:
                 await asyncio.wait_for(replica.changed(), max(0.0, deadline - time.monotonic()))

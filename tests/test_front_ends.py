@@ -126,7 +126,7 @@ def test_a_body_that_is_too_large_is_413_whether_it_says_so_or_not(front_end, he
             for _ in range(65):
                 connection.sendall(before + b" " * 2**20 + after)
         response = http.client.HTTPResponse(connection)
-        response.start_in_background()
+        response.begin()
         error(Answer(response), 413)
 
 

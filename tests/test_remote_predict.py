@@ -23,7 +23,7 @@ FAILURES = {  # arguments of remote_predict (or a whole reply), status code, HTT
     "more_inputs": ({"inputs": {"x": "float32", "z": "float32"}}, INVALID_ARGUMENT, 400, "'z'"),
     "output": ({"outputs": {"z": "float32"}}, INVALID_ARGUMENT, 400, "'z'"),
     "input_type": ({"inputs": {"x": "string"}}, INVALID_ARGUMENT, 400, "inputs.x[0]: expected a number"),
-    "output_type": ({"outputs": {"y": "string"}}, INVALID_ARGUMENT, 400, "y[0]: expected a text"),
+    "output_type": ({"outputs": {"y": "string"}}, INVALID_ARGUMENT, 400, "y[0]: expected a string"),
     "refuses": ({"model_name": "picky"}, INVALID_ARGUMENT, 400, "x must not be negative"),
     "silent": ({"reply": "nothing", "max_rpc_deadline_millis": 50}, DEADLINE_EXCEEDED, 504, "within 50 ms"),
     "garbage": ({"reply": "what?\r\n\r\n"}, INTERNAL, 500, "does not answer as it should"),

@@ -183,7 +183,10 @@ def test_a_front_end_that_wants_other_options_is_told_so(nodes, tmp_path):
         server.wait_ready()
         done = command(*options, "--workers", "3")
         assert done.returncode == 1
-        assert done.stderr.splitlines()[-1] == "ray_tensorflow.py: error: --workers 3: the shared cluster runs with 1"
+        assert (
+            done.stderr.splitlines()[-1]
+            == "ray_tensorflow.py: error: The shared cluster runs with other options: --workers 3 (it runs with 1)"
+        )
         assert server.add() == 1
 
 

@@ -35,7 +35,7 @@ def test_from_python(folder, placement):
             return version_of(cluster.predict({"x": [0.0]}, "m", version=version))
 
         def found(version=None) -> list[tuple]:
-            statuses = cluster.describe("m", version, "status")["model_version_status"]
+            statuses = cluster.status.version_status("m", version)["model_version_status"]
             return [(one["version"], one["state"], one["status"]["error_code"]) for one in statuses]
 
         assert predict() == predict(1) == 1
@@ -58,7 +58,7 @@ def test_from_python(folder, placement):
         assert (predict(), predict("stable"), predict(2)) == (3, 2, 2)
         assert found() == [("3", "AVAILABLE", "OK"), ("2", "AVAILABLE", "OK")]
         assert found("stable") == found(2) == [("2", "AVAILABLE", "OK")]
-        assert cluster.describe("m", "stable", "metadata")["model_spec"]["version"] == "2"
+        assert cluster.status.metadata("m", "stable")["model_spec"]["version"] == "2"
         assert cluster.health()["models"]["m"]["labels"] == {"stable": 2}
         assert cluster.health()["models"]["m"]["version"] == 3
         assert 'model_version{model="m"} 3\n' in cluster.metrics()

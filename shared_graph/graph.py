@@ -164,7 +164,7 @@ class Graph:
         graph, free, _ = self._memory
         is_local, session = self.session is not None and not self._target, self.session
         self.disconnect()
-        if session is not None and not is_local:  # else it goes with the session
+        if free and session is not None and not is_local:  # else it goes with the session
             with tf.Session(self._target, graph, self._config) as own:
                 own.run(free)
 

@@ -6,7 +6,6 @@ import asyncio
 import atexit
 import concurrent.futures
 import dataclasses
-import functools
 import logging
 import secrets
 from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterable, Iterator
@@ -56,6 +55,7 @@ class Cluster:
     def __init__(self, options: Options | None = None, **changes: Any):
         self.options = dataclasses.replace(options or Options(), **changes)
         self._on_failure: Callable[[Error], object] = lambda error: None
+        self._supervisor: Supervisor | None = None
         self.status = Status(self.options, lambda error: self._on_failure(error))
         self._home = HomeLoop(lambda: Unavailable(str(self.status.failure or CLOSED)))
 
@@ -75,7 +75,7 @@ class Cluster:
             self.status.fail(failure, is_over=True)
 
         self._on_failure = on_failure
-        if self._home.start(home, self._serve, functools.partial(ray_runtime, self.options), fail):
+        if self._home.start(home, self._serve, self._surroundings, fail):
             atexit.register(self.close)
         return self
 
@@ -259,6 +259,15 @@ class Cluster:
 
     # -- in the home loop ----------------------------------------------------------------------------------------------
 
+    @contextlib.contextmanager
+    def _surroundings(self) -> Iterator[None]:
+        try:
+            with ray_runtime(self.options):
+                yield
+        finally:
+            if self._supervisor:
+                self._supervisor.remove_folder()
+
     async def _serve(self, closing: asyncio.Event) -> None:
         """Until ``close``."""
         loop = asyncio.get_running_loop()
@@ -277,7 +286,7 @@ class Cluster:
             batcher.add(connection)
             return connection
 
-        supervisor = Supervisor(self.options, self.status, create, kill_process, connect)
+        supervisor = self._supervisor = Supervisor(self.options, self.status, create, kill_process, connect)
         supervising = asyncio.create_task(supervisor.run())
         ray_ended = watch_ray()
         closed = asyncio.create_task(closing.wait())
@@ -295,5 +304,4 @@ class Cluster:
         await asyncio.to_thread(maker.shutdown, cancel_futures=True)  # what is made later would start another Ray
         if not self.options.address and not ray_ended.done():
             await supervisor.end_actors()
-        supervisor.remove_folder()
         ray_ended.cancel()

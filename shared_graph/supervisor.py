@@ -13,6 +13,7 @@ import os
 import secrets
 import shutil
 import tempfile
+import time
 from collections.abc import Awaitable, Callable
 from typing import Any, Protocol
 
@@ -209,7 +210,11 @@ class Supervisor:
     def remove_folder(self) -> None:
         """If it is ours alone."""
         if self._folder and not self._options.checkpoint_dir and not self._is_shared:
-            shutil.rmtree(self._folder, ignore_errors=True)
+            for _ in range(50):  # an actor that is just being ended may still write to it
+                shutil.rmtree(self._folder, ignore_errors=True)
+                if not os.path.exists(self._folder):
+                    return
+                time.sleep(0.1)
 
 
 async def watch_death(actor: CallableActor) -> None:

@@ -67,11 +67,8 @@ def answers(tf, server: str, source) -> dict:
         graph.restore(tf, {})
         mirror.connect(tf, [], options)
         mirror.restore(tf, graph.variables.get_weights())
-        about = {
-            "fingerprint": graph.fingerprint,
-            "metadata": graph.metadata(),
-            "batchable": find_batchable(graph, options),
-        }
+        about = {"fingerprint": graph.fingerprint, "metadata": graph.metadata()}
+        about["batchable"] = find_batchable(graph, options)
         about["weights"] = {
             n: hashlib.sha256(bytes_of(a)).hexdigest() for n, a in graph.variables.get_weights().items()
         }

@@ -232,9 +232,8 @@ def sources(tmp_path_factory) -> list[str]:
     import example_models
 
     folders = list(example_models.save(str(tmp_path_factory.mktemp("models"))).values())
-    folders += [
-        path.rstrip("/") for path in sorted(glob.glob(os.path.join(REPOSITORY, "..", "shared", "*models", "*", "")))
-    ]
+    real = glob.glob(os.path.join(REPOSITORY, "..", "shared", "*models", "*", ""))
+    folders += [path.rstrip("/") for path in sorted(real)]
     return [f"{os.path.basename(folder)}={folder}" for folder in folders]
 
 

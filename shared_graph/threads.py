@@ -25,6 +25,8 @@ async def in_own_thread(function: Callable, *arguments: Any) -> Any:
     def run() -> None:
         try:
             outcome = function(*arguments), None
+        except (StopIteration, SystemExit, KeyboardInterrupt) as error:  # a user's; no future takes them
+            outcome = None, RuntimeError(f"{type(error).__name__} {error}".strip())
         except Exception as error:
             outcome = None, error
         with contextlib.suppress(RuntimeError):  # the loop is closed

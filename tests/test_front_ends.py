@@ -4,7 +4,6 @@ import contextlib
 import http.client
 import os
 import random
-import re
 import signal
 import socket
 import subprocess
@@ -12,6 +11,7 @@ import sys
 
 import pytest
 from conftest import REPOSITORY, Answer, Server, error, good, processes, wait_until
+from prometheus_client.parser import text_string_to_metric_families
 
 KINDS = pytest.mark.parametrize("kind", ["flask", "starlette"])
 
@@ -54,30 +54,34 @@ def test_health_tells_about_the_parameter_server_and_each_worker(front_end):
     assert (head.status, head.body) == (200, b"")
 
 
-SAMPLE = re.compile(r'(ray_tensorflow_\w+(?:\{\w+="[^"\\\n]*"(?:,\w+="[^"\\\n]*")*\})?) (\d+(?:\.\d+)?(?:e-?\d+)?)')
-
-
-def scrape(server) -> dict[str, float]:
-    """Value by sample of Prometheus' text format, as it is written."""
-    answer = server.get("/metrics")
+def scrape(server, path: str = "/metrics") -> dict[tuple, float]:
+    """Value by a sample's name and the values of its labels, in the order of their names."""
+    answer = server.get(path)
     assert (answer.status, answer.headers["Content-Type"]) == (200, "text/plain; version=0.0.4; charset=utf-8")
-    samples = [line for line in answer.body.decode().splitlines() if not line.startswith("# TYPE ray_tensorflow_")]
-    return {name: float(value) for name, value in (SAMPLE.fullmatch(line).groups() for line in samples)}
+    families = text_string_to_metric_families(answer.body.decode())
+    samples = [sample for family in families for sample in family.samples]
+    return {(s.name, *(value for _, value in sorted(s.labels.items()))): s.value for s in samples}
 
 
-def test_answers_are_counted_by_model_and_kind_and_errors_by_status(front_end):
+def test_answers_and_errors_are_counted_by_model_and_kind_and_errors_by_status(front_end):
     before = scrape(front_end)
     for path in ("/?value=0", "/?value=0", "/?value=x", "/nothing"):
         front_end.get(path)
     for model in ("linear", "linear", "linear", "nobody"):
         front_end.predict(model, {"instances": [[1, 2, 3]]})
-    moved = {name: value - before.get(name, 0) for name, value in scrape(front_end).items()}
-    assert moved['ray_tensorflow_answers_total{model="adder",kind="add"}'] == 2
-    assert moved['ray_tensorflow_answers_total{model="linear",kind="predict"}'] == 3
-    assert moved['ray_tensorflow_errors_total{code="400"}'] == 1
-    assert moved['ray_tensorflow_errors_total{code="404"}'] == 2
-    assert moved["ray_tensorflow_answer_seconds_count"] == moved['ray_tensorflow_answer_seconds_bucket{le="+Inf"}'] == 5
-    assert not any("nobody" in name for name in moved)  # what anybody asks for makes no new series
+    front_end.predict("linear", {"instances": [[1, 2]]})
+    after = scrape(front_end, "/monitoring/prometheus/metrics")
+    moved = {name: value - before.get(name, 0) for name, value in after.items() if "_total" in name[0]}
+    assert moved["ray_tensorflow_answers_total", "add", "adder"] == 2
+    assert moved["ray_tensorflow_answers_total", "predict", "linear"] == 3
+    assert {key[1:]: by for key, by in moved.items() if key[0] == "ray_tensorflow_errors_total" and by} == {
+        ("400", "add", "adder"): 1,
+        ("404", "", ""): 1,
+        ("404", "predict", ""): 1,  # what anybody asks for makes no new series
+        ("400", "predict", "linear"): 1,
+    }
+    assert after["ray_tensorflow_sum",] == front_end.add(0)
+    assert after["ray_tensorflow_restarts_total", "worker 1"] == after["ray_tensorflow_in_flight_requests", "1"] == 0
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,19 @@ from shared_graph.errors import InvalidRequest, first_sentence
 from shared_graph.progress import shown_progress
 
 
+def check_files(source: str, target: str) -> None:
+    """Raises InvalidRequest for what cannot be read or written, before anything is started for it."""
+    folder = os.path.dirname(target) or "."
+    if not os.path.isfile(source):
+        raise InvalidRequest(f"--input {source}: there is no such file")
+    if not os.access(source, os.R_OK):
+        raise InvalidRequest(f"--input {source}: the file cannot be read")
+    if not os.path.isdir(folder):
+        raise InvalidRequest(f"--output {target}: there is no folder {folder}")
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise InvalidRequest(f"--output {target}: nothing can be written to the folder {folder}")
+
+
 def predict_file(cluster: Cluster, model: str, source: str, target: str) -> None:
     """Stream the rows of ``source`` through a model's default signature into ``target``, with progress shown.
 

@@ -36,7 +36,10 @@ def read_message(message: bytes) -> Message:
     """Raises BadMessage."""
     document: dict[str, Any] = {}
     try:
-        document = parse_json(message) if len(message) <= LARGE_BYTES else read_head(message)
+        if len(message) > LARGE_BYTES:
+            read_head(message, document)
+        else:
+            document = parse_json(message)
         return Message(document.get("id"), call_of(document), document.get("value"))
     except InvalidRequest as error:
         failure = BadMessage(str(error), error.status)
@@ -61,9 +64,9 @@ def call_of(document: dict[str, Any]) -> Call:
     return Call(str(model), label if version is None else version, verb or "predict")
 
 
-def read_head(message: bytes) -> dict[str, Any]:
-    """What a large message says before the first of BODY_KEYS. Raises InvalidRequest."""
-    text, decoder, found = message[:LARGE_BYTES].decode("utf-8-sig", "replace"), json.JSONDecoder(), {}
+def read_head(message: bytes, found: dict[str, Any]) -> None:
+    """Add to ``found`` what a large message says before the first of BODY_KEYS. Raises InvalidRequest."""
+    text, decoder = message[:LARGE_BYTES].decode("utf-8-sig", "replace"), json.JSONDecoder()
     place, expected = BLANK.match(text).end(), "{"
     try:
         while text[place] == expected:
@@ -71,8 +74,8 @@ def read_head(message: bytes) -> dict[str, Any]:
             place = BLANK.match(text, place).end()
             if not isinstance(key, str) or text[place] != ":":
                 break
-            if key in BODY_KEYS:
-                return found
+            if key in BODY_KEYS and "model" in found:
+                return
             found[key], place = decoder.raw_decode(text, BLANK.match(text, place + 1).end())
             place, expected = BLANK.match(text, place).end(), ","
     except (ValueError, IndexError, RecursionError):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import os
 import sys
 import time
@@ -21,7 +22,7 @@ BAR = "{percentage:3.0f}% |{bar}| {n_fmt}/{total_fmt}{unit}  {rate_noinv_fmt}  {
 def shown_progress(total: int, unit: str) -> Iterator[Callable[[int], None]]:
     """For a job of so many units; what it yields is called with how many are done more. Log lines go above the bar."""
     if sys.stderr.isatty():
-        with logging_redirect_tqdm(), tqdm(total=total, unit=f" {unit}", bar_format=BAR, **width()) as bar:
+        with logging_redirect_tqdm(loggers()), tqdm(total=total, unit=f" {unit}", bar_format=BAR, **width()) as bar:
             yield bar.update
         return
     begun, shown, done = time.monotonic(), 0.0, 0
@@ -51,12 +52,18 @@ async def shown_wait(waits_for: Callable[[], list[str]]) -> AsyncIterator[None]:
             bar.set_description_str(f"{FRAMES[number % len(FRAMES)]} waiting for {', '.join(names[:3])}{more}")
             await asyncio.sleep(0.1)
 
-    with logging_redirect_tqdm(), tqdm(bar_format="{desc}  {elapsed}", leave=False, **width()) as bar:
+    with logging_redirect_tqdm(loggers()), tqdm(bar_format="{desc}  {elapsed}", leave=False, **width()) as bar:
         spinner = asyncio.create_task(turn(bar))
         try:
             yield
         finally:
             spinner.cancel()
+
+
+def loggers() -> list[logging.Logger]:
+    """Whose lines are shown: ours, if we show them ourselves (see logs), else the program's."""
+    ours = logging.getLogger("shared_graph")
+    return [ours if ours.handlers else logging.getLogger()]
 
 
 def width() -> dict[str, int]:

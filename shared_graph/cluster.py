@@ -26,6 +26,7 @@ from shared_graph.errors import (
     first_sentence,
 )
 from shared_graph.home_loop import HomeLoop
+from shared_graph.logs import counted, show_log
 from shared_graph.mapping import map_asynchronously, map_batches
 from shared_graph.model_source import ADDER, what_is_wrong
 from shared_graph.models import Arrays, VersionChoice, as_arrays
@@ -33,9 +34,18 @@ from shared_graph.options import Options
 from shared_graph.ray_runtime import kill_process, ray_runtime, watch_ray
 from shared_graph.status import CLOSED, Status
 from shared_graph.supervisor import Supervisor
+from shared_graph.threads import check_threads, in_own_thread
 from shared_graph.wire import WorkerInfo
 
 log = logging.getLogger(__name__)
+
+
+def check_start(options: Options) -> None:
+    """Raises OptionError for a model that can never be loaded, Error where threads are none."""
+    check_threads()
+    for source in options.model:
+        if why := what_is_wrong(source):
+            raise OptionError(f"--model {source}: {why}")
 
 
 class Cluster:
@@ -67,17 +77,17 @@ class Cluster:
     ) -> Cluster:
         """Start everything, in the running loop ``home`` if given; ``health`` tells how far it is. ``on_failure`` is
         called, in some thread, when nothing can be served any more. Raises OptionError for a model that cannot be."""
-        for source in self.options.model:
-            if why := what_is_wrong(source):
-                raise OptionError(f"--model {source}: {why}")
+        check_start(self.options)
 
         def fail(error: Exception) -> None:
             failure = error if isinstance(error, Error) else Unavailable(first_sentence(error))
             self.status.fail(failure, is_over=True)
 
+        show_log()
         self._on_failure = on_failure
         if self._home.start(home, self._serve, self._surroundings, fail):
             atexit.register(self.close)
+            log.info("starting: %s", counted(self.options.workers, "worker"))
         return self
 
     def start(self, workers: int = 1) -> Cluster:
@@ -302,7 +312,8 @@ class Cluster:
         supervising.cancel()
         await asyncio.gather(supervising, return_exceptions=True)
         await supervisor.disconnect()
-        await asyncio.to_thread(maker.shutdown, cancel_futures=True)  # what is made later would start another Ray
+        # What is made later would start another Ray. At the end of the program executors take nothing any more.
+        await in_own_thread(functools.partial(maker.shutdown, cancel_futures=True))
         if not self.options.address and not ray_ended.done():
             await supervisor.end_actors()
         ray_ended.cancel()

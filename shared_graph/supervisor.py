@@ -21,6 +21,7 @@ from shared_graph.connection import WorkerConnection
 from shared_graph.errors import ActorUnavailable, Error, OptionError, Unavailable, first_sentence
 from shared_graph.options import Options
 from shared_graph.status import ActorStatus, Status
+from shared_graph.threads import in_own_thread
 from shared_graph.wire import ProcessInfo, WorkerInfo
 
 log = logging.getLogger(__name__)
@@ -74,6 +75,7 @@ class Supervisor:
             try:
                 await self._start(actor)
                 log.info("%s ready  pid %d  %.1f s", actor, actor.last_process.pid, loop.time() - started)
+                self._status.tell_when_ready()
                 pause_s, told = PING_S, None
                 log.warning("%s lost  pid %d  %s", actor, actor.last_process.pid, await self.wait_until_lost(actor))
             except OptionError as error:
@@ -142,7 +144,8 @@ class Supervisor:
                 asked = loop.time()
                 await asyncio.wait([*signs, ping], timeout=PING_S, return_when=asyncio.FIRST_COMPLETED)
                 if ping.done() and not ping.exception():
-                    actor.trouble, snapshot = ping.result()
+                    trouble, snapshot = ping.result()
+                    self._status.set_trouble(actor, trouble)
                     ping, silent_s = None, 0.0
                     self._set_hung(actor, False)
                     if snapshot and actor is self._primary:
@@ -192,7 +195,7 @@ class Supervisor:
         for actor in self._status.workers + self._status.servers:
             if actor.actor is not None:
                 with contextlib.suppress(Error):
-                    await asyncio.to_thread(actor.actor.end)
+                    await in_own_thread(actor.actor.end)
 
     # -- the folder ----------------------------------------------------------------------------------------------------
 

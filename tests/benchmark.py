@@ -606,7 +606,7 @@ def run_load(arguments: str) -> None:
     end = start + seconds
     loop.run_until_complete(all_clients())
     took, used = time.perf_counter() - start, cpu_ms(target.pid) - before
-    percentiles = statistics.quantiles(times, n=100)
+    percentiles = statistics.quantiles(times if len(times) > 1 else 2 * times, n=100)
     print(
         json.dumps(
             {

@@ -487,10 +487,13 @@ def running(*command: str, path: str = "/", model: str | None = None, ready: str
                 time.sleep(0.02)
             yield target
         finally:
+            members = family(process.pid)
             process.terminate()
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(60)
-            process.kill()
+            for member in members:  # LitServe leaves its own behind
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(member, signal.SIGKILL)
             process.wait()
 
 

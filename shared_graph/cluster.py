@@ -7,6 +7,7 @@ import atexit
 import concurrent.futures
 import contextlib
 import dataclasses
+import functools
 import logging
 import secrets
 from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterable, Iterator
@@ -303,10 +304,8 @@ class Cluster:
         closed = asyncio.create_task(closing.wait())
         await asyncio.wait([closed, ray_ended], return_when=asyncio.FIRST_COMPLETED)
         if ray_ended.done() and not closed.done():
-            self.status.fail(
-                Unavailable(f"Ray's {ray_ended.result()} has ended, and all actors with it: start the program anew."),
-                True,
-            )
+            why = f"Ray's {ray_ended.result()} has ended, and all actors with it: start the program anew."
+            self.status.fail(Unavailable(why), is_over=True)
             await closed
         self.status.batcher.close(Unavailable(CLOSED))
         supervising.cancel()

@@ -30,7 +30,8 @@ class LoadMarks:
         self._suspects = {path: (files, deaths + (at_death == [path])) for path, (files, deaths, _) in found.items()}
         for path, suspect in self._suspects.items():
             _write(path, *suspect, False)
-        self._alone, self._loading = asyncio.Lock(), 0
+        self._alone, self._loading, self._idle = asyncio.Lock(), 0, asyncio.Event()
+        self._idle.set()
 
     @contextlib.asynccontextmanager
     async def loading(self, key: ModelKey, files: list) -> AsyncIterator[None]:
@@ -45,10 +46,13 @@ class LoadMarks:
                 await self._until_others_are_loaded()
             _write(path, files, deaths if seen == files else 0, True)
             self._loading += 1
+            self._idle.clear()
             try:
                 yield
             finally:
                 self._loading -= 1
+                if not self._loading:
+                    self._idle.set()
                 self._suspects.pop(path, None)
                 with contextlib.suppress(OSError):
                     os.remove(path)
@@ -58,8 +62,7 @@ class LoadMarks:
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(longest_s):
                 await asyncio.sleep(first_s)
-                while self._loading:
-                    await asyncio.sleep(0.05)
+                await self._idle.wait()
 
 
 def _read(path: str) -> tuple[list | None, int, bool]:

@@ -4,21 +4,25 @@
     python tests/benchmark.py --only adds,start --rounds 5      # some parts, more rounds
     python tests/benchmark.py --only map --rows 2000            # minutes a round
     python tests/benchmark.py --against ../before               # another version's front ends get the same load
-    pip install mosec "ray[serve]==2.60.0"                      # once: then it is compared with these two as well
+    pip install mosec litserve "ray[serve]==2.60.0"             # once: then it is compared with these three as well
 
 All servers of a comparison are up at the same time, and bursts of load go to them in turn (A B C A B C ...), since
 machines drift: a figure is the median of the ratios of neighbouring bursts, with the least and the most. Beside it are
 the medians of both sides, and the CPU milliseconds that each of their processes spends on a request, which drift less.
+
+The other version may be the package or the single file that it once was. What it cannot do is a row that says so.
 """
 
 import argparse
 import asyncio
 import collections
+import concurrent.futures
 import contextlib
 import functools
 import http.client
 import importlib
 import importlib.util
+import io
 import itertools
 import json
 import multiprocessing
@@ -143,9 +147,39 @@ def heavy(tf):
     return {"serving_default": ({"x": x}, {"y": tf.gather(weights(tf, "table", 1_000_000, 100), x)})}
 
 
+def image_floats(tf):
+    """An image as it came: all that it costs is its way in and out."""
+    x = tf.placeholder(tf.float32, [None, 224, 224, 3], name="x")
+    return {"serving_default": ({"x": x}, {"y": tf.identity(x)})}
+
+
+def image_bytes(tf):
+    """The same in whole numbers from 0 to 255."""
+    x = tf.placeholder(tf.uint8, [None, 224, 224, 3], name="x")
+    return {"serving_default": ({"x": x}, {"y": tf.identity(x)})}
+
+
+def fast(tf):
+    x = tf.placeholder(tf.float32, [None], name="x")
+    return {"serving_default": ({"x": x}, {"y": x / 2 + 2})}
+
+
+def slow(tf):
+    """About 2 s of one core for each request: a batch axis that is not free, so that requests do not share runs."""
+    x = tf.placeholder(tf.float32, [1], name="x")
+    a = tf.constant(1 / 512, shape=[512, 512])
+    _, y = tf.while_loop(lambda i, y: i < 400, lambda i, y: (i + 1, y @ a), [0, tf.fill([512, 512], x[0])])
+    return {"serving_default": ({"x": x}, {"y": y[:1, 0]})}
+
+
 def requests(model: str) -> list[list[Any]]:
     """The rows of some different requests."""
     chance = random.Random(0)
+    if model in ("fast", "slow"):
+        return [[1.0]]
+    if model in IMAGES:
+        kind = (lambda: round(chance.random(), 4)) if model == "image_floats" else (lambda: chance.randrange(256))
+        return [[[[[kind() for _ in range(3)] for _ in range(224)] for _ in range(224)]]]
 
     def numbers(count: int) -> list[float]:
         return [round(chance.random(), 4) for _ in range(count)]
@@ -168,6 +202,9 @@ def taxi_ride(seed: int) -> dict[str, Any]:
     floats = ("trip_miles", "fare", "pickup_latitude", "pickup_longitude", "dropoff_latitude", "dropoff_longitude")
     ride = {name: chance.randint(1, 7) for name in integers} | {name: chance.randint(1, 50) + 0.5 for name in floats}
     return ride | {"payment_type": chance.choice(["Cash", "Credit Card"]), "company": chance.choice("xyz")}
+
+
+IMAGES = {"image_floats": "float32", "image_bytes": "uint8"}  # and their dtypes
 
 
 # -- what it is compared with ------------------------------------------------------------------------------------------
@@ -266,7 +303,8 @@ def serve_gathered(model: str, port: str) -> None:
     serve_starlette(port, endpoint)
 
 
-mosec = importlib.import_module("mosec") if sys.argv[1:2] == ["mosec"] else None
+mosec = importlib.import_module("mosec") if sys.argv[1:2] in (["mosec"], ["mosec_json"]) else None
+litserve = importlib.import_module("litserve") if sys.argv[1:2] == ["litserve"] else None
 
 
 class MosecWorker(mosec.Worker if mosec else object):
@@ -287,6 +325,51 @@ def serve_mosec(model: str, port: str) -> None:
     server = mosec.Server()
     server.append_worker(MosecWorker, max_batch_size=64, max_wait_time=1)  # in ms; of 1, 3 and 10 the fastest
     server.run()
+
+
+class MosecImages(mosec.Worker if mosec else object):
+    """With mosec's own JSON, in and out."""
+
+    def __init__(self):
+        self.run = image_runner(sys.argv[2])
+
+    def forward(self, data: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        return [self.run(document) for document in data]
+
+
+def image_runner(model: str) -> Callable[[dict[str, Any]], dict[str, Any]]:
+    import numpy as np
+
+    run = private_session(model)
+    return lambda document: {"predictions": run(np.array(document["instances"], IMAGES[model]))["y"].tolist()}
+
+
+def serve_mosec_json(model: str, port: str) -> None:
+    """As many processes as we have workers."""
+    os.environ.update(MOSEC_ADDRESS="127.0.0.1", MOSEC_PORT=port, MOSEC_TIMEOUT="60000")
+    server = mosec.Server()
+    server.append_worker(MosecImages, num=IMAGE_WORKERS, max_batch_size=64, max_wait_time=1)
+    server.run()
+
+
+class LitServeImages(litserve.LitAPI if litserve else object):
+    def setup(self, device):
+        self.run = image_runner(sys.argv[2])
+
+    def decode_request(self, request):
+        return request
+
+    def predict(self, document):
+        return self.run(document)
+
+    def encode_response(self, answer):
+        return answer
+
+
+def serve_litserve(model: str, port: str) -> None:
+    """With LitServe's own JSON, in and out, and as many processes as we have workers."""
+    server = litserve.LitServer(LitServeImages(), accelerator="cpu", workers_per_device=IMAGE_WORKERS, timeout=60)
+    server.run(host="127.0.0.1", port=int(port), generate_client_file=False, log_level="warning")
 
 
 def serve_ray_serve(model: str, port: str) -> None:
@@ -333,7 +416,10 @@ def map_rows(count: str, options: str) -> None:
     rows = np.random.default_rng(0).random((int(count), 28, 28), np.float32)
     batches = [rows[start : start + 16] for start in range(0, len(rows), 16)]
     if options:
-        from shared_graph.cluster import Cluster
+        try:
+            from shared_graph import Cluster
+        except ImportError:  # the single file that it once was
+            from ray_tensorflow import Cluster
 
         changes = {name.replace("-", "_"): value for name, value in re.findall(r"--([\w-]+)[ =](\S+)", options)}
         place = Cluster(model="benchmark:large", **changes)
@@ -359,6 +445,7 @@ class Target(NamedTuple):
     pid: int
     path: str
     model: str | None
+    form: str = "json"  # or "npy"
 
     def ask(self, path: str | None = None) -> tuple[int, bytes]:
         with contextlib.closing(http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)) as connection:
@@ -368,8 +455,30 @@ class Target(NamedTuple):
             return response.status, response.read()
 
     def bodies(self) -> list[bytes]:
+        if self.model is None:
+            return [b""]
+        if self.form == "npy":
+            return [npy(rows, IMAGES[self.model]) for rows in requests(self.model)]
         rows = "examples" if self.path.endswith(":classify") else "instances"
-        return [json.dumps({rows: own}).encode() for own in requests(self.model)] if self.model else [b""]
+        return [json.dumps({rows: own}).encode() for own in requests(self.model)]
+
+    def health(self) -> dict[str, Any]:
+        return json.loads(self.ask("/health")[1])
+
+    def has_all_workers(self) -> bool:
+        return all(worker["state"] == "ready" for worker in self.health()["workers"])
+
+
+def npy(rows: list[Any], dtype: str) -> bytes:
+    import numpy as np
+
+    file = io.BytesIO()
+    np.save(file, np.array(rows, dtype))
+    return file.getvalue()
+
+
+class Lacks(Exception):
+    """A version cannot do what is measured."""
 
 
 @contextlib.contextmanager
@@ -387,17 +496,20 @@ def running(*command: str, path: str = "/", model: str | None = None, ready: str
             while not is_ready:
                 if process.poll() is not None or time.monotonic() > end:
                     log.seek(0)
-                    sys.exit(f"{' '.join(command)} does not serve:\n{log.read().decode(errors='replace')[-2000:]}")
+                    raise Lacks(f"{' '.join(command)} does not serve:\n{log.read().decode(errors='replace')[-2000:]}")
                 with contextlib.suppress(OSError, http.client.HTTPException):
                     status, answer = target.ask(ready)
                     is_ready = status == 200 and b'"starting"' not in answer  # which our actors are in /health
                 time.sleep(0.02)
             yield target
         finally:
+            members = family(process.pid)
             process.terminate()
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(60)
-            process.kill()
+            for member in members:  # LitServe leaves its own behind
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(member, signal.SIGKILL)
             process.wait()
 
 
@@ -413,7 +525,8 @@ def ours(folder: str, front_end: str, options: str, model: str | None = None, re
 
 def other(kind: str, of: str):
     """One of those that it is compared with."""
-    path, model = "/inference" if kind == "mosec" else "/", None if kind == "constant" else of
+    path = {"mosec": "/inference", "mosec_json": "/inference", "litserve": "/predict"}.get(kind, "/")
+    model = None if kind == "constant" else of
     return running(__file__, kind, of, path=path, model=model)
 
 
@@ -469,7 +582,8 @@ def run_load(arguments: str) -> None:
 
     class Client(asyncio.Protocol):
         def connection_made(self, transport):
-            self.transport, self.buffer, self.lost = transport, b"", loop.create_future()
+            self.transport, self.buffer, self.lost = transport, bytearray(), loop.create_future()
+            self.length = None  # of the answer that comes
             self.send()
 
         def send(self):
@@ -479,10 +593,12 @@ def run_load(arguments: str) -> None:
         def data_received(self, data):
             nonlocal good, due
             self.buffer += data
-            head, separator, rest = self.buffer.partition(b"\r\n\r\n")
-            if not separator or len(rest) < int(head.lower().partition(b"content-length:")[2].split(b"\r\n")[0]):
+            head, separator, _ = self.buffer[:4096].partition(b"\r\n\r\n")
+            if self.length is None and separator:
+                self.length = len(head) + 4 + int(head.lower().partition(b"content-length:")[2].split(b"\r\n")[0])
+            if self.length is None or len(self.buffer) < self.length:
                 return
-            self.buffer, now = b"", time.perf_counter()
+            self.buffer, self.length, now = bytearray(), None, time.perf_counter()
             good += head.split(b" ", 2)[1] == b"200"
             times.append(now - self.sent)
             if now >= end:
@@ -510,7 +626,7 @@ def run_load(arguments: str) -> None:
     end = start + seconds
     loop.run_until_complete(all_clients())
     took, used = time.perf_counter() - start, cpu_ms(target.pid) - before
-    percentiles = statistics.quantiles(times, n=100)
+    percentiles = statistics.quantiles(times if len(times) > 1 else 2 * times, n=100)
     print(
         json.dumps(
             {
@@ -560,8 +676,10 @@ NAMES = {
     "gathered": "in-process session gathered by hand",
     "mosec": "mosec",
     "ray_serve": "Ray Serve with `serve.batch`",
+    "mosec_json": "mosec with its own JSON",
+    "litserve": "LitServe with its own JSON",
 }
-NEEDS = {"mosec": "mosec", "ray_serve": "fastapi"}  # modules; fastapi comes with ray[serve]
+NEEDS = {"mosec": "mosec", "ray_serve": "fastapi", "mosec_json": "mosec", "litserve": "litserve"}  # modules
 THAT = "that version"
 # what, front end, model, and the goals beside each of the others by the number of clients
 COMPARISONS = {
@@ -589,14 +707,21 @@ def compare(options, what: str, front_end: str, model: str | None, goals: dict[s
     if is_alone or (model in SAVED_MODELS and not os.path.isdir(SAVED_MODELS[model])):
         return
     with contextlib.ExitStack() as stack:
-        servers = [ours(folder, front_end, options.options, model) for folder in options.folders]
-        servers += [other(kind, model or front_end) for kind in kinds]
-        targets = [stack.enter_context(server) for server in servers]
+        targets, all_clients = [], goals[kinds[0]]
+        for folder in options.folders:
+            try:
+                targets.append(stack.enter_context(ours(folder, front_end, options.options, model)))
+            except Lacks:
+                if not targets:
+                    raise
+                yield from (lacking(what, f"{clients} clients") for clients in all_clients)
+        those = [THAT] * len(targets[1:])
+        targets += [stack.enter_context(other(kind, model or front_end)) for kind in kinds]
         if model:
             check_same(targets)
-        for clients in next(iter(goals.values())):
+        for clients in all_clients:
             first, *rest = in_turn(options, clients, targets)
-            for kind, bursts in zip([THAT] * len(options.folders[1:]) + kinds, rest):
+            for kind, bursts in zip(those + kinds, rest):
                 name, at, goal = NAMES.get(kind, THAT), f"{clients} clients", goals.get(kind, {}).get(clients, "")
                 rates, cpu = (
                     [[value(burst) for burst in side] for side in (first, bursts)]
@@ -606,6 +731,10 @@ def compare(options, what: str, front_end: str, model: str | None, goals: dict[s
                 if (kind, clients) in CPU_GOALS:
                     what_cpu = f"CPU of all processes for one request, {what} / {name}"
                     yield row(what_cpu, at, CPU_GOALS[kind, clients], *cpu)
+
+
+def lacking(what: str, at: str, goal: str = "") -> tuple[str, ...]:
+    return (f"{what} / {THAT}", at, "that version cannot", goal, "", "")
 
 
 def row(what: str, at: str, goal: str, ours: list[float], others: list[float], cpu: str = "") -> tuple[str, ...]:
@@ -625,11 +754,28 @@ def cpu_text(bursts: list[dict[str, Any]]) -> str:
     return f"{sum(used.values()):.2f} ({', '.join(f'{name} {ms:.2f}' for name, ms in used.items() if ms >= 0.005)})"
 
 
-def measured(options, what: str, name: str, at: str, goal: str, measure: Callable[[str], float], reference):
+def measured(
+    options,
+    what: str,
+    name: str,
+    at: str,
+    goal: str,
+    measure: Callable[[str], float],
+    reference: Callable[[], float],
+    that_goal: str = "",
+):
     """Rows of what is measured of this version and of that one, beside a reference, in turn."""
-    *mine, others = zip(*([*map(measure, options.folders), reference()] for _ in range(options.rounds)))
-    for values, other, its_goal in ((others, name, goal), *((that, THAT, "") for that in mine[1:])):
-        yield row(f"{what} / {other}", at, its_goal, mine[0], values)
+    ours, *those = [[] for _ in options.folders]
+    others = []
+    for _ in range(options.rounds):
+        ours.append(measure(options.folders[0]))
+        for folder, values in zip(options.folders[1:], those):
+            with contextlib.suppress(Lacks):
+                values.append(measure(folder))
+        others.append(reference())
+    yield row(f"{what} / {name}", at, goal, ours, others)
+    for values in those:
+        yield row(f"{what} / {THAT}", at, that_goal, ours, values) if values else lacking(what, at, that_goal)
 
 
 def latency(options):
@@ -661,23 +807,40 @@ FOUR = "--workers 4 --threads 1"
 
 
 def start(options):
-    def measure(folder: str | None = None) -> float:
-        started = time.perf_counter()
-        if folder:
-            with ours(folder, "starlette", FOUR, ready="/?value=1"):
-                return time.perf_counter() - started
-        subprocess.run([sys.executable, "-c", "import tensorflow"], check=True, stderr=subprocess.DEVNULL)
-        return time.perf_counter() - started
+    yield from until(options, "to the first add answered", "below 2.2", lambda target: True)
 
-    yield from measured(
-        options,
-        "seconds from start to the first add answered",
-        "`import tensorflow` alone",
-        FOUR,
-        "below 2.2",
-        measure,
-        measure,
-    )
+
+def start_all(options):
+    yield from until(options, "to all workers ready", "2.9", Target.has_all_workers)
+
+
+def until(options, what: str, goal: str, is_done: Callable[[Target], bool]):
+    """Seconds from the start of the program to the first add answered, and what is to come after that."""
+
+    def measure(folder: str) -> float:
+        started = time.perf_counter()
+        with ours(folder, "starlette", FOUR, ready="/?value=1") as target:
+            wait_until(lambda: is_done(target))
+            return time.perf_counter() - started
+
+    yield from measured(options, f"seconds from start {what}", IMPORT, FOUR, goal, measure, import_tensorflow)
+
+
+IMPORT = "`import tensorflow.compat.v1` alone"
+
+
+def import_tensorflow() -> float:
+    started = time.perf_counter()
+    subprocess.run([sys.executable, "-c", "import tensorflow.compat.v1"], check=True, stderr=subprocess.DEVNULL)
+    return time.perf_counter() - started
+
+
+def wait_until(condition: Callable[[], Any], seconds: float = 120) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > end:
+            sys.exit(f"not within {seconds} s: {condition}")
+        time.sleep(0.02)
 
 
 def memory(options):
@@ -747,16 +910,154 @@ def reload(options):
             )
 
 
+def images(options):
+    """Images of 224 x 224 x 3 numbers there and back, as JSON and as ``.npy``, beside what reads JSON by default."""
+    kinds = [kind for kind in ("mosec_json", "litserve") if importlib.util.find_spec(NEEDS[kind])]
+    for model in IMAGES:
+        with contextlib.ExitStack() as stack:
+            servers = [
+                stack.enter_context(ours(folder, "starlette", options.options, model)) for folder in options.folders
+            ]
+            others = {NAMES[kind]: stack.enter_context(other(kind, model)) for kind in kinds}
+            check_same([*servers, *others.values()])
+            for clients, form in itertools.product((1, 16), ("json", "npy")):
+                yield from images_in_turn(options, clients, form, servers, others)
+
+
+def images_in_turn(options, clients: int, form: str, servers: list[Target], others: dict[str, Target]):
+    mine, *those = [server._replace(form=form) for server in servers]
+    what, at = f"{mine.model.replace('_', ' of ')} as {form}", f"{clients} clients"
+    sides = dict(zip([THAT], (that for that in those if that.ask()[0] == 200))) | others
+    if those and THAT not in sides:
+        yield lacking(what, at)
+    if form == "npy":
+        sides["the same as json"] = servers[0]
+    first, *rest = in_turn(options, clients, [mine, *sides.values()])
+    for name, bursts in zip(sides, rest):
+        rates, seconds = [[[burst[key] for burst in side] for side in (first, bursts)] for key in ("rate", "p50")]
+        goal = "4.5" if form == "json" and name == NAMES["mosec_json"] else ""
+        yield row(f"{what} / {name}", at, goal, *rates, f"{cpu_text(first)} / {cpu_text(bursts)}")
+        if name == "the same as json" and clients == 1:
+            yield row(f"seconds for an {what} / {name}", at, "0.25", *seconds)
+
+
+IMAGE_WORKERS = 2  # processes of the others; as many as we have workers by default
+
+
+def recovery(options):
+    """From SIGKILL until all is well again."""
+    with contextlib.ExitStack() as stack:
+        targets = {folder: stack.enter_context(ours(folder, "starlette", FOUR)) for folder in options.folders}
+
+        def kill_worker(folder: str) -> float:
+            target, started = targets[folder], time.perf_counter()
+            before = target.health()["workers"][0]["restarts"]
+            os.kill(target.health()["workers"][0]["pid"], signal.SIGKILL)
+            is_back = lambda: target.health()["workers"][0]["restarts"] > before and target.has_all_workers()
+            wait_until(is_back)
+            return time.perf_counter() - started
+
+        def kill_server(folder: str) -> float:
+            target = targets[folder]
+            wait_until(target.has_all_workers)
+            started, [server] = time.perf_counter(), target.health()["parameter_servers"]
+            os.kill(server["pid"], signal.SIGKILL)
+            wait_until(lambda: not os.path.exists(f"/proc/{server['pid']}"))  # an add on its way is no next one
+            wait_until(lambda: target.ask("/?value=1")[0] == 200)
+            took = time.perf_counter() - started
+            wait_until(target.has_all_workers)
+            return took
+
+        for measure, what in (
+            (kill_worker, "seconds from SIGKILL of a worker to all ready"),
+            (kill_server, "seconds from SIGKILL of the parameter server to the next add"),
+        ):
+            yield from measured(options, what, IMPORT, FOUR, "", measure, import_tensorflow, that_goal="0.6")
+
+
+def footprint(options):
+    """A server without a model: its memory, and what it costs when nobody asks."""
+    idle_s = 10
+
+    def used(folder: str, workers: int) -> tuple[float, float]:
+        with ours(folder, "starlette", f"--workers {workers} --threads 1") as target:
+            target.ask("/?value=1")
+            time.sleep(2)
+            before = cpu_ms(target.pid).total()
+            time.sleep(idle_s)
+            return pss_mb(target.pid), (cpu_ms(target.pid).total() - before) / idle_s / 10
+
+    found = {(folder, workers): used(folder, workers) for folder in options.folders for workers in (1, 4)}
+    once = argparse.Namespace(folders=options.folders, rounds=1)
+    for workers, goal in ((1, ""), (4, "1.0")):
+        at, mb = f"--workers {workers} --threads 1", 1350.0 if workers == 4 else 1000.0
+        what = "memory (PSS) of a server without a model, MB"
+        yield from measured(once, what, f"{mb:,.0f} MB", at, goal, lambda f: found[f, workers][0], lambda: mb)
+    what = "processor when nobody asks"
+    yield from measured(once, what, "1 % of a core", FOUR, "", lambda folder: found[folder, 4][1], lambda: 1.0)
+
+
+def mixed(options):
+    """Slow requests beside everybody else's, with the defaults: medians of the others beside what they are alone."""
+    models = "--model benchmark:fast --model benchmark:slow"
+    for clients, goal in ((2, "below 4"), (4, "below 5"), (16, "below 8")):
+        yield from beside(options, FOUR, models, ("slow", clients), (("fast", 2), ("adds", 2)), goal)
+
+
+def crowded(options):
+    """A queue that never empties beside a fast model."""
+    options_of_it = "--workers 2 --threads 1 --max-batch 4"
+    yield from beside(options, options_of_it, "--model benchmark:fast", ("adds", 64), (("fast", 2),), "below 6")
+
+
+def beside(options, command: str, models: str, busy: tuple[str, int], others: tuple[tuple[str, int], ...], goal: str):
+    """Medians of some clients beside busy ones and alone, on one server of each version."""
+    words = {"slow": "a 2 s model", "fast": "a fast model", "adds": "adds"}
+    found = {}
+    for folder in options.folders:
+        with ours(folder, "starlette", f"{command} {models}") as server:
+            targets = {"adds": server} | {
+                name: server._replace(path=f"/v1/models/{name}:predict", model=name) for name in ("fast", "slow")
+            }
+            for _ in range(options.rounds):
+                alone = at_once(options.seconds, *((targets[name], clients) for name, clients in others))
+                with concurrent.futures.ThreadPoolExecutor() as pool:
+                    start_s = 2 if busy[0] == "slow" else 0.5
+                    noise = pool.submit(burst, targets[busy[0]], busy[1], options.seconds + start_s + 1)
+                    time.sleep(start_s)  # until they are under way
+                    both = at_once(options.seconds, *((targets[name], clients) for name, clients in others))
+                    failed = noise.result()["errors"] + sum(one["errors"] for one in both)
+                for (name, _), first, second in zip(others, both, alone):
+                    found.setdefault((folder, name), []).append((1000 * first["p50"], 1000 * second["p50"], failed))
+    for name, clients in others:
+        at = f"{busy[1]} clients of {words[busy[0]]}, {clients} of {words[name]}, {command}"
+        mine, *those = [list(zip(*found[folder, name])) for folder in options.folders]
+        yield row(f"ms for {words[name]} beside busy clients / alone", at, goal, *mine[:2], f"{sum(mine[2])} failed")
+        for that in those:
+            what = f"ms for {words[name]} beside busy clients / {THAT}"
+            yield row(what, at, "", mine[0], that[0], f"{sum(mine[2])} failed / {sum(that[2])} failed")
+
+
+def at_once(seconds: float, *loads: tuple[Target, int]) -> list[dict[str, Any]]:
+    """Bursts on several targets at the same time."""
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        return list(pool.map(lambda load: burst(*load, seconds), loads))
+
+
 PARTS = {
     name: functools.partial(compare, what=what, front_end=front_end, model=model, goals=goals)
     for name, (what, front_end, model, goals) in COMPARISONS.items()
 }
 PARTS |= {"latency": latency, "reload": reload, "map": mapped, "start": start, "memory": memory}
+PARTS |= {"images": images, "start_all": start_all, "recovery": recovery, "footprint": footprint}
+PARTS |= {"mixed": mixed, "crowded": crowded}
 INSIDE = {
     "constant": serve_constant,
     "gathered": serve_gathered,
     "mosec": serve_mosec,
     "ray_serve": serve_ray_serve,
+    "mosec_json": serve_mosec_json,
+    "litserve": serve_litserve,
     "map": map_rows,
     "load": run_load,
     "save": save_heavy,
@@ -775,8 +1076,11 @@ def main() -> None:
     options.folders = [os.path.abspath(folder) for folder in (REPOSITORY, options.against) if folder]
     columns = "what", "at", "ratio: median (least to most)", "goal", "the two medians", "CPU ms a request"
     parts = (PARTS[name](options) for name in options.only.split(","))
-    for cells in itertools.chain([columns, ["---"] * len(columns)], *parts):
-        print("|", " | ".join(cells), "|", flush=True)
+    try:
+        for cells in itertools.chain([columns, ["---"] * len(columns)], *parts):
+            print("|", " | ".join(cells), "|", flush=True)
+    except Lacks as error:  # it is ours, or one of the others, that does not serve
+        sys.exit(str(error))
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from typing import Any
 
 from shared_graph.actors import create_actor
 from shared_graph.adder import require_finite
+from shared_graph.batcher import Batcher
 from shared_graph.connection import WorkerConnection
 from shared_graph.errors import (
     ActorUnavailable,
@@ -289,15 +290,7 @@ class Cluster:
         async def create(*what: Any):
             return await loop.run_in_executor(maker, create_actor, self.options, namespace, *what)
 
-        async def connect(index: int, info: WorkerInfo) -> WorkerConnection:
-            async with asyncio.timeout(10):
-                reader, writer = await asyncio.open_connection(*info.address, limit=2**24)
-            writer.write(info.authkey)
-            batcher = self.status.batcher
-            connection = WorkerConnection(index, reader, writer, batcher.receive, batcher.remove)
-            batcher.add(connection)
-            return connection
-
+        connect = functools.partial(connect_worker, self.status.batcher)
         supervisor = self._supervisor = Supervisor(self.options, self.status, create, kill_process, connect)
         supervising = asyncio.create_task(supervisor.run())
         ray_ended = watch_ray()
@@ -316,3 +309,12 @@ class Cluster:
         if not self.options.address and not ray_ended.done():
             await supervisor.end_actors()
         ray_ended.cancel()
+
+
+async def connect_worker(batcher: Batcher, index: int, info: WorkerInfo) -> WorkerConnection:
+    async with asyncio.timeout(10):
+        reader, writer = await asyncio.open_connection(*info.address, limit=2**24)
+    writer.write(info.authkey)
+    connection = WorkerConnection(index, reader, writer, batcher.receive, batcher.remove)
+    batcher.add(connection)
+    return connection

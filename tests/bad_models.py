@@ -112,6 +112,6 @@ REASONS = {  # why they are not served
     "without_initializer": "nothing initializes 'w', which an output needs",
     "damaged_weights": "is damaged or gone",
     "other_weights": "is not of this model: there is no variable 'v'",
-    "fails_in_workers": "RuntimeError: not in a worker",
+    "fails_in_workers": "not in a worker",
     "other_in_workers": "its graph is not the one that the parameter server has built",
 }

@@ -392,9 +392,9 @@ def models(tmp_path_factory) -> dict[str, str]:
     return saved | {name: f"example_models:{name}" for name in example_models.FUNCTIONS} | real_models()
 
 
-def real_models() -> dict[str, str]:
-    """The SavedModels beside the repository, where they exist."""
-    paths = sorted(glob.glob(os.path.join(REPOSITORY, "..", "shared", "models", "*", "")))
+def real_models(folder: str = "models") -> dict[str, str]:
+    """The SavedModels beside the repository, where they exist; some of those in ``more_models`` cannot be served."""
+    paths = sorted(glob.glob(os.path.join(REPOSITORY, "..", "shared", folder, "*", "")))
     return {os.path.basename(os.path.dirname(path)): os.path.dirname(path) for path in paths}
 
 

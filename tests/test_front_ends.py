@@ -121,6 +121,19 @@ def test_what_is_not_served_is_refused_and_changes_nothing(front_end, method, pa
 
 
 @pytest.mark.parametrize(
+    "sent", ["GET /", "GET /?value=5 HTTP/1.1", "GET /?value=5 HTTP/1.1\r\n", "GET /?value=5 HTTP/1.1\r\nHost: a\r\n"]
+)
+def test_a_request_whose_head_is_cut_short_adds_nothing(front_end, sent):
+    before = front_end.add(0)
+    with socket.create_connection(("127.0.0.1", front_end.port), 60) as connection:
+        connection.sendall(sent.encode())
+        connection.shutdown(socket.SHUT_WR)
+        received = b"".join(iter(lambda: connection.recv(2**16), b""))
+        assert not received or received.split()[1] == b"400" or b'"error"' in received, received
+    assert front_end.add(0) == before
+
+
+@pytest.mark.parametrize(
     "header, before, after",
     [(f"Content-Length: {65 * 2**20}", b"", b""), ("Transfer-Encoding: chunked", b"100000\r\n", b"\r\n")],
 )

@@ -5,6 +5,7 @@ run this. What is at 8080 or in /tmp in the README is at a free port and in a fo
 """
 
 import contextlib
+import glob
 import importlib.util
 import os
 import re
@@ -90,7 +91,8 @@ class Clone:
     def here(self, text: str) -> str:
         text = text.replace("/tmp/", f"{self.temporary}/").replace("8080", self.port)
         text = text.replace("ray start --head", f"ray start --head --port {free_port()}")
-        return text.replace(".venv/bin/python", sys.executable).replace(".venv/bin", os.path.dirname(sys.executable))
+        text = text.replace("sleep 1; done", "sleep 1; kill -0 $! || exit 1; done")  # nobody waits for what has ended
+        return text.replace(".venv/bin/", f"{os.path.dirname(sys.executable)}/")
 
     def there(self, text: str) -> str:
         return text.replace(self.temporary, "/tmp").replace(self.port, "8080").strip()
@@ -100,12 +102,15 @@ class Clone:
         commands, script = block.commands(), os.path.join(self.home, "script")
         with open(script, "w") as file:
             for number, (command, _) in enumerate(commands):
-                file.write(f"{{ {self.here(command)}\n}} > {self.home}/{number} 2>&1\n")
+                output = os.path.join(self.home, str(number))
+                file.write(f'{{ {self.here(command)}\n}} > {output} 2>&1 || echo "status $?" >> {output}\n')
         environment = {name: value for name, value in plain_environment().items() if name != "PYTHONPATH"}
         environment |= {"HOME": self.home, "RAY_TENSORFLOW_PORT": self.port}
         with open(os.path.join(self.home, ".curlrc"), "w") as file:
             file.write("silent\n")  # as it is when it writes to a terminal
         printed = ""
+        for path in glob.glob(os.path.join(self.home, "[0-9]*")):  # of the block before
+            os.remove(path)
         try:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 subprocess.run(["bash", script], cwd=self.folder, env=environment, timeout=2 * START_S)
@@ -114,7 +119,6 @@ class Clone:
                 assert os.path.exists(path), f"{command!r} was not reached:\n{printed}"
                 with open(path, errors="replace") as file:
                     output = self.there(file.read())
-                os.remove(path)
                 printed += f"$ {command}\n{output}\n"
                 if not command.endswith("&") and not command.startswith("kill"):  # servers say more than is shown
                     assert re.fullmatch(pattern(shown), output), f"{command} does not print\n{shown}\nbut\n{printed}"

@@ -14,9 +14,10 @@ import time
 
 from shared_graph.cluster import Cluster
 from shared_graph.errors import Error
-from shared_graph.files import predict_file
-from shared_graph.logs import start_program
+from shared_graph.files import check_files, predict_file
+from shared_graph.logs import counted, start_program
 from shared_graph.options import COMMAND, Options
+from shared_graph.progress import shown_wait
 
 
 async def run_command(options: Options) -> int:
@@ -37,8 +38,9 @@ async def run_command(options: Options) -> int:
         print(f"worker {worker}: added {worker}, sum {total}, {time.monotonic() - started:.3f} s", flush=True)
 
     try:
-        await asyncio.to_thread(cluster.start, options.workers)
-        print(f"started: {options.workers} workers, {time.monotonic() - started:.1f} s", flush=True)
+        async with shown_wait(cluster.status.waits_for):
+            await asyncio.to_thread(cluster.start, options.workers)
+        print(f"started: {counted(options.workers, 'worker')}, {time.monotonic() - started:.1f} s", flush=True)
         if options.input:
             await asyncio.to_thread(predict_file, cluster, options.model[0].name, options.input, options.output)
         else:
@@ -55,6 +57,8 @@ def main() -> None:
     options = Options.from_command_line("Add the workers' numbers up in one shared graph, or predict a file.", COMMAND)
     start_program()
     try:
+        if options.input:
+            check_files(options.input, options.output)
         sys.exit(asyncio.run(run_command(options)))
     except (Error, OSError) as error:
         sys.exit(f"{os.path.basename(sys.argv[0])}: error: {error}")

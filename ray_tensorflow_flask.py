@@ -2,86 +2,89 @@
 
     python ray_tensorflow_flask.py --workers 2 --model half_plus_two=DIR
 
-Or any WSGI server on ``ray_tensorflow_flask:app``: the cluster starts with the first request.
+Or any WSGI server with threads on ``ray_tensorflow_flask:app``: the cluster starts with the first request.
 """
 
-import concurrent.futures
-import logging
-import math
+import os
 import signal
+import sys
 import threading
-import time
-import urllib.parse
+from collections.abc import Callable
 
 from flask import Flask, Response, request
 from werkzeug.exceptions import HTTPException
-from werkzeug.serving import ThreadedWSGIServer, WSGIRequestHandler
 
-from shared_graph.bodies import MAX_BODY_BYTES, HttpBody, content_type
-from shared_graph.cluster import Cluster
+from shared_graph import http_api
+from shared_graph.bodies import HttpBody
+from shared_graph.cluster import Cluster, check_start
 from shared_graph.errors import Error, InvalidRequest, Unavailable
-from shared_graph.http_api import METHODS, match_path, parse_value
-from shared_graph.logs import start_program
+from shared_graph.logs import listen, start_program
 from shared_graph.options import FRONT_END, Options
+from shared_graph.threaded_server import ThreadedServer, waited_s
+from shared_graph.threads import check_threads
 
-THREADS = 128  # which wait for answers; connections beyond these wait for a thread
-accepted = threading.local()  # when this thread's connection was
+PART_BYTES = 2**16  # of a body, as it arrives
 
 
-def create_app(options: Options | None = None) -> Flask:
-    """The WSGI application. Without ``options`` they are read from the environment when the cluster starts."""
+def create_app(options: Options | None = None, on_failure: Callable[[Error], object] = lambda error: None) -> Flask:
+    """The WSGI application. Without ``options`` they are read from the environment when the cluster starts;
+    ``on_failure`` is called when nothing will be served any more."""
+    check_threads()
     cluster, starting = None, threading.Lock()
     app = Flask(__name__, static_folder=None)
-    app.config["MAX_CONTENT_LENGTH"] = MAX_BODY_BYTES + 1  # a chunked body is cut there without a word
     app.config["PROVIDE_AUTOMATIC_OPTIONS"] = False
     app.url_map.merge_slashes = False
 
-    @app.before_request
     def start() -> None:
         """Start the cluster of this process when it is first asked for: after any fork of the server's."""
         nonlocal cluster
         with starting:
-            cluster = cluster or Cluster(options or Options.from_environment()).start_in_background()
-        if time.monotonic() - getattr(accepted, "at", math.inf) > cluster.options.timeout_s:
+            if cluster is None:
+                made = Cluster(options or Options.from_environment())
+                cluster = made.start_in_background(on_failure=on_failure)
+
+    @app.route("/", methods=http_api.METHODS)
+    @app.route("/<path:path>", methods=http_api.METHODS)
+    def serve(path: str = "") -> Response:
+        start()
+        query, origin = request.query_string.decode("latin-1"), request.headers.get("Origin")
+        call = http_api.match_path(request.method, sent_path(), origin)
+        if waited_s() > cluster.options.timeout_s:
             raise Unavailable("Too many connections are waiting already; try again later.")
-
-    @app.get("/")
-    def add() -> dict:
-        query, http_version = request.query_string.decode("latin-1"), request.environ["SERVER_PROTOCOL"]
-        return {"result": cluster.add(parse_value(query, http_version))}
-
-    @app.get("/health")
-    def health() -> tuple[dict, int]:
-        health = cluster.health()
-        return health, 200 if health["status"] == "ready" else 503
-
-    @app.get("/metrics")
-    def metrics() -> Response:
-        return Response(cluster.status.metrics(), mimetype="text/plain; version=0.0.4")
-
-    @app.route("/<path:path>", methods=METHODS)  # TensorFlow Serving's rules match the path as it was sent
-    def rest(path: str) -> Response | dict:
-        sent = request.environ.get("RAW_URI") or request.environ.get("REQUEST_URI")  # WSGI itself has it decoded alone
-        sent = sent or urllib.parse.quote(request.path, safe="/:!$&'()*+,;=@~")
-        sent = sent if sent.startswith("/") else "/" + sent.split("/", 3)[-1]  # http://host/path, as proxies are asked
-        name, version, verb = match_path(request.method, sent.partition("?")[0])
-        if request.method == "GET":
-            return getattr(cluster.status, "metadata" if verb == "metadata" else "version_status")(name, version)
-        cluster.status.get_model(name, version)
-        body = request.get_data(cache=False)
-        if len(body) > MAX_BODY_BYTES:
-            raise InvalidRequest(f"The body is larger than {MAX_BODY_BYTES // 2**20} MiB", 413)
+        if answer := http_api.tell(cluster.status, call):
+            return respond(answer)
+        if call.verb == "add":
+            value = http_api.parse_value(query, request.environ["SERVER_PROTOCOL"])
+            return respond(http_api.answer_with(cluster.add(value)))
         is_gzip = "gzip" in request.headers.get("Content-Encoding", "")
-        query = request.query_string.decode("latin-1")
-        answer = cluster.request(name, verb, HttpBody(body, is_gzip, query), version)
-        return Response(answer, mimetype=content_type(answer))
+        body = HttpBody(read_body(), is_gzip, query)
+        return respond(http_api.answer_with(cluster.request(call.model, call.verb, body, call.version)))
+
+    def read_body() -> bytes:
+        parts = []
+        with cluster.status.arriving() as hold:
+            try:
+                while part := request.stream.read(PART_BYTES):
+                    hold(part)
+                    parts.append(part)
+            except (HTTPException, OSError):
+                raise InvalidRequest("The body did not arrive within the deadline", 408) from None
+        return b"".join(parts)
+
+    def sent_path() -> str:
+        sent = request.environ.get("RAW_URI") or request.environ.get("REQUEST_URI")  # WSGI itself has it decoded alone
+        return http_api.path_below(request.root_path, sent, request.path)
+
+    def respond(answer: http_api.Answer) -> Response:
+        response = Response(answer.body, answer.status)
+        response.headers.clear()
+        response.headers.update(http_api.headers_of(answer, cluster and cluster.options, request.headers))
+        return response
 
     @app.errorhandler(Exception)
-    def refuse(error: Exception) -> tuple[dict, int, dict]:
-        """Every error is JSON: ours, the framework's, and what nobody foresaw."""
-        if isinstance(error, HTTPException):
-            error = Error(f"{error.name}: {request.method} {request.path[:100]}", error.code or 500)
-        return cluster.status.error_response(error)
+    def refuse(error: Exception) -> Response:
+        status = error.code if isinstance(error, HTTPException) else None
+        return respond(http_api.error_answer(error, status, cluster and cluster.status, request.method, sent_path()))
 
     app.start = start
     return app
@@ -90,34 +93,27 @@ def create_app(options: Options | None = None) -> Flask:
 app = create_app()
 
 
-class Server(ThreadedWSGIServer):
-    """Werkzeug's threaded server, with a bounded number of threads; in the end those that are busy are waited for."""
-
-    request_queue_size = 2048  # clients that wait to be let in
-    threads = concurrent.futures.ThreadPoolExecutor(THREADS)
-
-    def process_request(self, connection, address) -> None:
-        self.threads.submit(self.process_in_thread, connection, address, time.monotonic())
-
-    def process_in_thread(self, connection, address, now: float) -> None:
-        accepted.at = now
-        self.process_request_thread(connection, address)
-
-
 def main() -> None:
     options = Options.from_command_line(__doc__.partition("\n")[0], FRONT_END)
-    start_program(options)
-    logging.getLogger("werkzeug").setLevel(logging.ERROR)  # no line for each request
-    WSGIRequestHandler.timeout = options.timeout_s  # of a client that stops in the middle
-    WSGIRequestHandler.error_content_type = "application/json"  # of what is hardly HTTP: no HTML there, either
-    WSGIRequestHandler.error_message_format = '{"error": "%(explain)s"}'
-    app = create_app(options)
-    server = Server(options.host, options.port, app)
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: threading.Thread(target=server.shutdown).start())
-    app.start()
-    server.serve_forever(poll_interval=0.1)
-    server.threads.shutdown()
+    start_program()
+    failures: list[Error] = []
+
+    def fail(error: Error) -> None:
+        failures.append(error)
+        server.stop()
+
+    try:
+        check_start(options)
+        app = create_app(options, fail)
+        server = ThreadedServer(listen(options.host, options.port), app, options.timeout_s)
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, lambda *_: server.stop())
+        app.start()
+        server.serve_until_stopped()
+    except Error as error:
+        failures.append(error)
+    if failures:
+        sys.exit(f"{os.path.basename(sys.argv[0])}: error: {failures[0]}")
 
 
 if __name__ == "__main__":

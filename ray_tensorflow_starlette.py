@@ -2,121 +2,102 @@
 
     python ray_tensorflow_starlette.py --workers 2 --model half_plus_two=DIR
 
-Or any ASGI server on ``ray_tensorflow_starlette:app``: the cluster starts and ends with the application's lifespan.
+Or any ASGI server on ``ray_tensorflow_starlette:app``: the cluster starts and ends with the application's lifespan, or
+starts with the first request where nobody runs that.
 """
 
 import asyncio
 import contextlib
-import json
 import math
+import os
+import sys
+from collections.abc import Callable
 
 import uvicorn
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 from starlette.routing import Route, WebSocketRoute
-from starlette.websockets import WebSocket, WebSocketDisconnect, WebSocketDisconnected
 
-from shared_graph.bodies import MAX_BODY_BYTES, HttpBody, content_type
-from shared_graph.cluster import Cluster
+from shared_graph import http_api
+from shared_graph.bodies import MAX_BODY_BYTES, HttpBody
+from shared_graph.cluster import Cluster, check_start
 from shared_graph.errors import Error, InvalidRequest
-from shared_graph.http_api import METHODS, match_path, parse_value
-from shared_graph.json_codec import parse_json
-from shared_graph.logs import start_program
+from shared_graph.logs import listen, start_program
 from shared_graph.options import FRONT_END, Options
+from shared_graph.web_socket import Server, WebSockets
 
 
-def create_app(options: Options | None = None) -> Starlette:
-    """The ASGI application. Without ``options`` they are read from the environment when the cluster starts."""
+def create_app(options: Options | None = None, on_failure: Callable[[Error], object] = lambda error: None) -> Starlette:
+    """The ASGI application. Without ``options`` they are read from the environment when the cluster starts;
+    ``on_failure`` is called when nothing will be served any more."""
     cluster: Cluster | None = None
+
+    def start(home: asyncio.AbstractEventLoop | None = None) -> Cluster:
+        """Start the cluster, unless it is there."""
+        nonlocal cluster
+        if cluster is None:
+            made = Cluster(options or Options.from_environment())
+            cluster = made.start_in_background(home, on_failure)
+        return cluster
 
     @contextlib.asynccontextmanager
     async def lifespan(app: Starlette):
-        nonlocal cluster
-        cluster = Cluster(options or Options.from_environment()).start_in_background(asyncio.get_running_loop())
+        start(asyncio.get_running_loop())
         yield
         await asyncio.to_thread(cluster.close)
 
-    async def add(request: Request) -> Response:
-        value = parse_value(request.scope["query_string"].decode("latin-1"), request.scope["http_version"])
-        return JSONResponse({"result": await cluster.add_async(value)})
-
-    async def health(request: Request) -> Response:
-        health = cluster.health()
-        return JSONResponse(health, 200 if health["status"] == "ready" else 503)
-
-    async def metrics(request: Request) -> Response:
-        return Response(cluster.status.metrics(), media_type="text/plain; version=0.0.4")
-
-    async def rest(request: Request) -> Response:
-        name, version, verb = match_path(request.method, request.scope["raw_path"].decode("latin-1"))
-        if request.method == "GET":
-            return JSONResponse(
-                getattr(cluster.status, "metadata" if verb == "metadata" else "version_status")(name, version)
-            )
-        cluster.status.get_model(name, version)
-        body = bytearray()
-        async with asyncio.timeout(cluster.options.timeout_s):
-            async for part in request.stream():
-                body += part
-                if len(body) > MAX_BODY_BYTES:
-                    raise InvalidRequest(f"The body is larger than {MAX_BODY_BYTES // 2**20} MiB", 413)
-        is_gzip = "gzip" in request.headers.get("Content-Encoding", "")
-        answer = await cluster.request_async(
-            name, verb, HttpBody(bytes(body), is_gzip, request.scope["query_string"].decode("latin-1")), version
-        )
-        return Response(answer, media_type=content_type(answer))
-
-    async def push(socket: WebSocket) -> None:
-        """Many requests at once on one WebSocket, each answered with its id as soon as it is done."""
-        places = asyncio.Semaphore(cluster.options.max_queue)
-
-        async def serve(message: bytes) -> None:
-            identity = None
-            try:
-                document = parse_json(message)
-                identity, model = document.get("id"), document.get("model")
-                if model is None:
-                    text = json.dumps({"result": await cluster.add_async(document.get("value"))})
-                else:
-                    text = (await cluster.request_async(str(model), "predict", HttpBody(message))).decode(
-                        errors="replace"
-                    )
-            except Error as error:
-                text = json.dumps(cluster.status.error_response(error)[0])
-            await socket.send_text(f'{{"id": {json.dumps(identity)}, {text[1:]}')
-            places.release()
-
-        await socket.accept()
+    async def serve(request: Request) -> Response:
         try:
-            async with asyncio.TaskGroup() as requests:  # a client that goes away takes all of its requests along
-                while True:
-                    await places.acquire()  # one that does not read its answers is not read from either
-                    event = await socket.receive()
-                    if event["type"] == "websocket.disconnect":
-                        raise WebSocketDisconnect
-                    requests.create_task(serve(event.get("bytes") or event["text"].encode("utf-8", "surrogatepass")))
-        except* (WebSocketDisconnect, WebSocketDisconnected):  # the second one: answers behind the first that failed
-            pass
+            start()
+            return respond(request, await answer(request))
+        except Exception as error:
+            return await refuse(request, error)
+
+    async def answer(request: Request) -> http_api.Answer:
+        query, origin = request.scope["query_string"].decode("latin-1"), request.headers.get("Origin")
+        call = http_api.match_path(request.method, sent_path(request), origin)
+        if answer := http_api.tell(cluster.status, call):
+            return answer
+        if call.verb == "add":
+            value = http_api.parse_value(query, request.scope["http_version"])
+            return http_api.answer_with(await cluster.add_async(value))
+        is_gzip = "gzip" in request.headers.get("Content-Encoding", "")
+        body = HttpBody(await read_body(request), is_gzip, query)
+        return http_api.answer_with(await cluster.request_async(call.model, call.verb, body, call.version))
+
+    async def read_body(request: Request) -> bytes:
+        parts = []
+        with cluster.status.arriving() as hold:
+            try:
+                async with asyncio.timeout(cluster.options.timeout_s):
+                    async for part in request.stream():
+                        hold(part)
+                        parts.append(part)
+            except (TimeoutError, ClientDisconnect):
+                raise InvalidRequest("The body did not arrive within the deadline", 408) from None
+        return b"".join(parts)
+
+    def sent_path(request: Request) -> str:
+        prefix = request.scope.get("root_path", "")
+        sent = (request.scope.get("raw_path") or b"").decode("latin-1")  # the path itself has it decoded alone
+        return http_api.path_below(prefix, sent, request.scope["path"].removeprefix(prefix))
+
+    def respond(request: Request, answer: http_api.Answer) -> Response:
+        headers = http_api.headers_of(answer, cluster and cluster.options, request.headers)
+        return Response(answer.body, answer.status, headers)
 
     async def refuse(request: Request, error: Exception) -> Response:
-        """Every error is JSON: ours, the framework's, and what nobody foresaw."""
-        if isinstance(error, HTTPException):
-            error = Error(f"{error.detail}: {request.method} {request.url.path[:100]}", error.status_code)
-        elif isinstance(error, (TimeoutError, ClientDisconnect)):
-            error = InvalidRequest("The body did not arrive within the deadline", 408)
-        return JSONResponse(*cluster.status.error_response(error))
+        status = error.status_code if isinstance(error, HTTPException) else None
+        answer = http_api.error_answer(error, status, cluster and cluster.status, request.method, sent_path(request))
+        return respond(request, answer)
 
-    routes = [
-        Route("/", add),
-        Route("/health", health),
-        Route("/metrics", metrics),
-        WebSocketRoute("/ws", push),
-        Route("/{path:path}", rest, methods=METHODS),
-    ]  # TensorFlow Serving's rules match the path as it was sent
-    handlers = dict.fromkeys((Error, HTTPException, TimeoutError, ClientDisconnect, Exception), refuse)
-    return Starlette(routes=routes, exception_handlers=handlers, lifespan=lifespan)
+    sockets = WebSockets(start)
+    routes = [WebSocketRoute("/ws", sockets.serve), Route("/{path:path}", serve, methods=http_api.METHODS)]
+    app = Starlette(routes=routes, exception_handlers={HTTPException: refuse}, lifespan=lifespan)
+    app.state.sockets = sockets
+    return app
 
 
 app = create_app()
@@ -124,16 +105,25 @@ app = create_app()
 
 def main() -> None:
     options = Options.from_command_line(__doc__.partition("\n")[0], FRONT_END)
-    start_program(options)
-    uvicorn.run(
-        create_app(options),
-        host=options.host,
-        port=options.port,
-        log_level="warning",
-        access_log=False,
-        proxy_headers=False,
-        timeout_graceful_shutdown=math.ceil(options.timeout_s) + 1,
-    )
+    start_program()
+    failures: list[Error] = []
+
+    def fail(error: Error) -> None:
+        failures.append(error)
+        server.should_exit = True
+
+    try:
+        check_start(options)
+        listener = listen(options.host, options.port)
+        config = uvicorn.Config(create_app(options, fail), log_level="warning", access_log=False, proxy_headers=False)
+        config.ws_max_size, config.ws_per_message_deflate = MAX_BODY_BYTES, False
+        config.timeout_graceful_shutdown = math.ceil(options.timeout_s) + 1
+        server = Server(config)
+        server.run([listener])
+    except Error as error:
+        failures.append(error)
+    if failures:
+        sys.exit(f"{os.path.basename(sys.argv[0])}: error: {failures[0]}")
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ the same graph against it (between-graph replication) and run it asynchronously.
 requests into batches and hands them round-robin to the workers. From the bottom up; each imports only from those above:
 
     errors, wire, threads                     what everybody uses: errors, frames, a thread for each thing
+    logs                                      log lines, open files, the address to listen on
     model_source, models, options             models, their sources and arrays; one dataclass for all options
     ray_runtime, tensorflow_runtime           Ray and TensorFlow, each started in one place
     adder, checkpoints, bundles, load_marks   the built-in model; variables and graphs in files
@@ -20,9 +21,11 @@ requests into batches and hands them round-robin to the workers. From the bottom
     version_manager, loader                   what is served, and how it is loaded
     parameter_server, replica, worker, actors  the two actors, and what a worker has of the parameter server
     connection, batcher                       a front end's requests on their way to the workers
-    status, supervisor                        what its process knows; who of the actors lives
+    metrics, status, supervisor               what its process counts and knows; who of the actors lives
     home_loop, mapping, cluster               the calls, from any thread or event loop
-    files, http_api, logs                     what the scripts need beside it
+    progress, files                           whole files, and how far they are
+    dashboard, http_api, messages             what front ends answer, over HTTP and on a WebSocket
+    threaded_server, web_socket               the server under Flask; the WebSocket of Starlette
 
 One ring is not seen in the imports: the parameter server calls ``worker.start``, which calls the former's ``start``.
 The process that imports this never imports tensorflow, and nothing starts before a ``Cluster`` does.

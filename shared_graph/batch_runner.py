@@ -125,7 +125,7 @@ class BatchRunner:
                 return reply({item.index: error for item in group})
             outputs = None  # nothing has been changed: what writes shares runs only where that is so
         if outputs is not None and all(output.shape[:1] == (sum(i.rows for i in group),) for output in outputs):
-            return reply({item.index: attempt(item.encode, part) for item, part in zip(group, split(group, outputs))})
+            return reply({item.index: encoded(item, part) for item, part in zip(group, split(group, outputs))})
         if outputs is not None:  # rows of answers are not those of the requests
             self._observe(group[0].signature.name, False)
             for item in group:
@@ -143,7 +143,7 @@ class BatchRunner:
             except ModelError as error:
                 reply({item.index: error.with_traceback(None)})
                 continue
-            reply({item.index: attempt(item.encode, presentable(item, outputs))})
+            reply({item.index: encoded(item, presentable(item, outputs))})
             if sum(other.rows for other in tried) + item.rows <= TRIED_ROWS:
                 alone.append(outputs)
                 tried.append(item)
@@ -160,7 +160,10 @@ class BatchRunner:
             self._observe(tried[0].signature.name, agrees)
 
     def _answer_alone(self, item: Item) -> Any:
-        return attempt(lambda: item.encode(presentable(item, self._graph.run(item.signature.name, item.feed))))
+        try:
+            return encoded(item, presentable(item, self._graph.run(item.signature.name, item.feed)))
+        except Error as error:
+            return error.with_traceback(None)
 
 
 def presentable(item: Item, outputs: list[np.ndarray]) -> list[np.ndarray]:
@@ -179,9 +182,11 @@ def split(group: list[Item], outputs: list[np.ndarray]) -> list[list[np.ndarray]
     return [[output[end - item.rows : end] for output in outputs] for item, end in zip(group, ends)]
 
 
-def attempt(function: Callable, *arguments: Any) -> Any:
-    """What it returns, or the Error that it raises."""
+def encoded(item: Item, outputs: list[np.ndarray]) -> Any:
+    """The answer, or the Error that there is instead: such as that the outputs are not what the request wants."""
     try:
-        return function(*arguments)
+        return item.encode(outputs)
     except Error as error:
+        if item.signature.mutates_state:
+            return ModelError(f"What was asked for has been done, but there is no answer: {error}")
         return error.with_traceback(None)

@@ -16,7 +16,7 @@ import re
 from collections.abc import Callable
 from typing import Any
 
-from shared_graph.bodies import HttpBody
+from shared_graph.bodies import HttpBody, PendingBytes
 from shared_graph.connection import QueueKey, Request, WorkerConnection
 from shared_graph.errors import DeadlineExceeded, Error, InvalidRequest, Unavailable, WorkerLost
 from shared_graph.models import ModelVersion, VersionChoice
@@ -25,7 +25,6 @@ from shared_graph.slots import Recent
 from shared_graph.wire import Answers
 
 MAX_BATCH_BYTES = 2**25  # of requests that travel together
-MAX_PENDING_BYTES = 2**28  # of all requests that are not answered, and of bodies that are still arriving
 SIGNATURE_HINT = re.compile(rb'"signature_name"\s*:\s*"([^"\\]{1,100})"|^(?:.*&)?signature_name=([^&]{1,100})')
 HINT_BYTES = 2000  # at each end of a body, in which the hint is looked for
 MAYBE = "a change that was asked for may or may not have been applied"
@@ -53,13 +52,18 @@ class Batcher:
     """Every request is answered once, at the latest when its deadline has passed. What a lost worker had to do runs
     once more elsewhere, but for adds, and for what the worker may have been lost by."""
 
-    def __init__(self, options: Options, observe: Callable[[Request, float], None] = lambda request, seconds: None):
-        """``observe`` is told of each answer, and how long it took."""
+    def __init__(
+        self,
+        options: Options,
+        observe: Callable[[Request, float], None] = lambda request, seconds: None,
+        observe_batch: Callable[[str, int], None] = lambda model, count: None,
+    ):
+        """``observe`` is told of each answer, and how long it took; ``observe_batch`` of what is sent together."""
         self.options = options
         self.connections: list[WorkerConnection] = []  # to workers that can be called; whose turn it is comes first
-        self.pending_bytes = 0
+        self.pending = PendingBytes()  # of requests that are not answered, and of bodies that are still arriving
         self.waiting = 0  # requests that are not sent yet
-        self._observe = observe
+        self._observe, self._observe_batch = observe, observe_batch
         self._queues: dict[QueueKey, Queue] = {}  # whose turn it is comes first
         self._recent = Recent()
         # while one runs, decoding the next one takes processor time from it where there is hardly any to spare
@@ -86,7 +90,7 @@ class Batcher:
         size_bytes = size_of(body)
         if self.waiting >= self.options.max_queue:
             raise Unavailable(f"Too many requests are waiting already ({self.waiting}); try again later.")
-        self.hold(size_bytes)
+        self.pending.hold(size_bytes)
         loop = asyncio.get_running_loop()
         key, now = QueueKey(name, choice, hint_of(version, body), worker), loop.time()
         request = Request(key, version, verb, body, loop.create_future(), size_bytes, now, is_patient)
@@ -104,18 +108,9 @@ class Batcher:
                 self.dispatch()  # which drops it from its queue
             raise
 
-    def hold(self, size_bytes: int) -> None:
-        """Count bytes that are kept for a request. Raises Unavailable when there are too many."""
-        if self.pending_bytes + size_bytes > MAX_PENDING_BYTES and self.pending_bytes:
-            raise Unavailable("Too many requests are waiting already, with too many bytes; try again later.")
-        self.pending_bytes += size_bytes
-
-    def release(self, size_bytes: int) -> None:
-        self.pending_bytes -= size_bytes
-
     def resolve(self, request: Request, answer: Any) -> None:
         """Give a caller the answer, unless there is one or nobody waits for it any more."""
-        self.release(request.size_bytes)
+        self.pending.release(request.size_bytes)
         request.size_bytes = 0
         if request.timer is not None:
             request.timer.cancel()
@@ -236,6 +231,7 @@ class Batcher:
             for request in requests:
                 self.resolve(request, InvalidRequest(f"The request cannot be sent to a worker: {error}"))
             return
+        self._observe_batch(key.model, len(requests))
         self.connections.remove(connection)
         self.connections.append(connection)
 

@@ -5,14 +5,18 @@ A small body must stay a small thing: what it unpacks to is bounded in proportio
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import io
+import threading
 import zlib
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
-from shared_graph.errors import InvalidRequest, first_sentence
+from shared_graph.errors import InvalidRequest, Unavailable, first_sentence
 
 MAX_BODY_BYTES = 64 * 2**20  # as it comes, and unpacked
+MAX_PENDING_BYTES = 2**28  # of all requests that are not answered, and of bodies that are still arriving
 MAX_RATIO = 100  # a body may unpack to so many times its size; to FREE_BYTES whatever its size
 FREE_BYTES = 2**20
 MAX_MEMBERS = 4096  # of one gzip body: each costs 20 us, and may be 20 bytes
@@ -25,6 +29,46 @@ class HttpBody(NamedTuple):
     content: bytes
     is_gzip: bool = False
     query: str = ""  # of the URL; only a body of arrays looks into it, for signature_name
+
+
+class PendingBytes:
+    """Counts what is kept for requests, from any thread: for those that wait, and for bodies that still arrive."""
+
+    def __init__(self):
+        self.count, self._lock = 0, threading.Lock()
+
+    def hold(self, size_bytes: int) -> None:
+        """Raises Unavailable when there are too many."""
+        with self._lock:
+            if self.count + size_bytes > MAX_PENDING_BYTES and self.count:
+                raise Unavailable("Too many requests are waiting already, with too many bytes; try again later.")
+            self.count += size_bytes
+
+    def release(self, size_bytes: int) -> None:
+        with self._lock:
+            self.count -= size_bytes
+
+    @contextlib.contextmanager
+    def arriving(self) -> Iterator[Callable[[bytes], None]]:
+        """For as long as a body arrives: what this yields takes it part by part, and counts it until the block ends.
+        Raises InvalidRequest when it is too large, Unavailable when all together are too many."""
+        size_bytes = 0
+
+        def hold(part: bytes) -> None:
+            nonlocal size_bytes
+            if size_bytes + len(part) > MAX_BODY_BYTES:
+                raise too_large()
+            self.hold(len(part))
+            size_bytes += len(part)
+
+        try:
+            yield hold
+        finally:
+            self.release(size_bytes)
+
+
+def too_large() -> InvalidRequest:
+    return InvalidRequest(f"The body is larger than {MAX_BODY_BYTES // 2**20} MiB", 413)
 
 
 def is_array_file(content: bytes) -> bool:

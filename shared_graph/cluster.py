@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import atexit
 import concurrent.futures
+import contextlib
 import dataclasses
 import functools
 import logging
@@ -14,6 +15,7 @@ from typing import Any
 
 from shared_graph.actors import create_actor
 from shared_graph.adder import require_finite
+from shared_graph.batcher import Batcher
 from shared_graph.connection import WorkerConnection
 from shared_graph.errors import (
     ActorUnavailable,
@@ -26,6 +28,7 @@ from shared_graph.errors import (
     first_sentence,
 )
 from shared_graph.home_loop import HomeLoop
+from shared_graph.logs import counted, show_log
 from shared_graph.mapping import map_asynchronously, map_batches
 from shared_graph.model_source import ADDER, what_is_wrong
 from shared_graph.models import Arrays, VersionChoice, as_arrays
@@ -33,9 +36,18 @@ from shared_graph.options import Options
 from shared_graph.ray_runtime import kill_process, ray_runtime, watch_ray
 from shared_graph.status import CLOSED, Status
 from shared_graph.supervisor import Supervisor
+from shared_graph.threads import check_threads, in_own_thread
 from shared_graph.wire import WorkerInfo
 
 log = logging.getLogger(__name__)
+
+
+def check_start(options: Options) -> None:
+    """Raises OptionError for a model that can never be loaded, Error where threads are none."""
+    check_threads()
+    for source in options.model:
+        if why := what_is_wrong(source):
+            raise OptionError(f"--model {source}: {why}")
 
 
 class Cluster:
@@ -56,6 +68,7 @@ class Cluster:
     def __init__(self, options: Options | None = None, **changes: Any):
         self.options = dataclasses.replace(options or Options(), **changes)
         self._on_failure: Callable[[Error], object] = lambda error: None
+        self._supervisor: Supervisor | None = None
         self.status = Status(self.options, lambda error: self._on_failure(error))
         self._home = HomeLoop(lambda: Unavailable(str(self.status.failure or CLOSED)))
 
@@ -66,17 +79,17 @@ class Cluster:
     ) -> Cluster:
         """Start everything, in the running loop ``home`` if given; ``health`` tells how far it is. ``on_failure`` is
         called, in some thread, when nothing can be served any more. Raises OptionError for a model that cannot be."""
-        for source in self.options.model:
-            if why := what_is_wrong(source):
-                raise OptionError(f"--model {source}: {why}")
+        check_start(self.options)
 
         def fail(error: Exception) -> None:
             failure = error if isinstance(error, Error) else Unavailable(first_sentence(error))
             self.status.fail(failure, is_over=True)
 
+        show_log()
         self._on_failure = on_failure
-        if self._home.start(home, self._serve, functools.partial(ray_runtime, self.options), fail):
+        if self._home.start(home, self._serve, self._surroundings, fail):
             atexit.register(self.close)
+            log.info("starting: %s", counted(self.options.workers, "worker"))
         return self
 
     def start(self, workers: int = 1) -> Cluster:
@@ -259,6 +272,15 @@ class Cluster:
 
     # -- in the home loop ----------------------------------------------------------------------------------------------
 
+    @contextlib.contextmanager
+    def _surroundings(self) -> Iterator[None]:
+        try:
+            with ray_runtime(self.options):
+                yield
+        finally:
+            if self._supervisor:
+                self._supervisor.remove_folder()
+
     async def _serve(self, closing: asyncio.Event) -> None:
         """Until ``close``."""
         loop = asyncio.get_running_loop()
@@ -268,32 +290,31 @@ class Cluster:
         async def create(*what: Any):
             return await loop.run_in_executor(maker, create_actor, self.options, namespace, *what)
 
-        async def connect(index: int, info: WorkerInfo) -> WorkerConnection:
-            async with asyncio.timeout(10):
-                reader, writer = await asyncio.open_connection(*info.address, limit=2**24)
-            writer.write(info.authkey)
-            batcher = self.status.batcher
-            connection = WorkerConnection(index, reader, writer, batcher.receive, batcher.remove)
-            batcher.add(connection)
-            return connection
-
-        supervisor = Supervisor(self.options, self.status, create, kill_process, connect)
+        connect = functools.partial(connect_worker, self.status.batcher)
+        supervisor = self._supervisor = Supervisor(self.options, self.status, create, kill_process, connect)
         supervising = asyncio.create_task(supervisor.run())
         ray_ended = watch_ray()
         closed = asyncio.create_task(closing.wait())
         await asyncio.wait([closed, ray_ended], return_when=asyncio.FIRST_COMPLETED)
         if ray_ended.done() and not closed.done():
-            self.status.fail(
-                Unavailable(f"Ray's {ray_ended.result()} has ended, and all actors with it: start the program anew."),
-                True,
-            )
+            why = f"Ray's {ray_ended.result()} has ended, and all actors with it: start the program anew."
+            self.status.fail(Unavailable(why), is_over=True)
             await closed
         self.status.batcher.close(Unavailable(CLOSED))
         supervising.cancel()
         await asyncio.gather(supervising, return_exceptions=True)
         await supervisor.disconnect()
-        await asyncio.to_thread(maker.shutdown, cancel_futures=True)  # what is made later would start another Ray
+        # What is made later would start another Ray. At the end of the program executors take nothing any more.
+        await in_own_thread(functools.partial(maker.shutdown, cancel_futures=True))
         if not self.options.address and not ray_ended.done():
             await supervisor.end_actors()
-        supervisor.remove_folder()
         ray_ended.cancel()
+
+
+async def connect_worker(batcher: Batcher, index: int, info: WorkerInfo) -> WorkerConnection:
+    async with asyncio.timeout(10):
+        reader, writer = await asyncio.open_connection(*info.address, limit=2**24)
+    writer.write(info.authkey)
+    connection = WorkerConnection(index, reader, writer, batcher.receive, batcher.remove)
+    batcher.add(connection)
+    return connection

@@ -68,25 +68,20 @@ class ModelError(Error):
     """The model itself failed: on this request, or when it was loaded."""
 
 
-NOISE = (
-    "From /job:",
-    "[[",
-    "Graph execution error:",
-    "Detected at node",
-    "Node:",
-    "Traceback",
-    "File ",
-    "Original stack",
+NOISE = re.compile(
+    r"From /job:|\[\[|Graph execution error:|Detected at node|Node:|Traceback|File |Original stack|\d+ root error\(s\)"
 )
 
 
 def first_sentence(error: BaseException | str) -> str:
     """A message without what TensorFlow puts around it: "From /job:...", the nodes, the traces."""
-    lines = [line.strip() for line in str(error)[:10_000].splitlines()]
-    lines = [line for line in lines if line and not line.startswith(NOISE)]
+    text = re.sub(r"^Detected at node .*?^Node: [^\n]*", "", str(error)[:10_000], flags=re.S | re.M)  # with a trace
+    lines = [line for line in map(str.strip, text.splitlines()) if line and not NOISE.match(line)]
     if not lines:
         return type(error).__name__
-    line = re.sub(r"\{\{function_node [^}]*\}\} ?", "", lines[0])  # TensorFlow tells it once for each level
+    line = re.sub(r"^\(0\) [A-Z_]+: ", "", lines[0])  # of several errors
+    line = re.sub(r"\{\{function_node [^}]*\}\} ?", "", line)  # TensorFlow tells it once for each level
+    line = re.sub(r"\{\{node ([^}]*)\}\}", r"\1", line)
     return re.sub(r" ?\[\[[^\]]*\]\]", "", line)[:1000]
 
 

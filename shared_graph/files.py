@@ -1,17 +1,29 @@
-"""Predicts a whole file."""
+"""Predicts a whole file, row by row, larger than memory if need be."""
 
 from __future__ import annotations
 
 import os
-import sys
 import tempfile
-import time
 import zipfile
 
 import numpy as np
 
 from shared_graph.cluster import Cluster
 from shared_graph.errors import InvalidRequest, first_sentence
+from shared_graph.progress import shown_progress
+
+
+def check_files(source: str, target: str) -> None:
+    """Raises InvalidRequest for what cannot be read or written, before anything is started for it."""
+    folder = os.path.dirname(target) or "."
+    if not os.path.isfile(source):
+        raise InvalidRequest(f"--input {source}: there is no such file")
+    if not os.access(source, os.R_OK):
+        raise InvalidRequest(f"--input {source}: the file cannot be read")
+    if not os.path.isdir(folder):
+        raise InvalidRequest(f"--output {target}: there is no folder {folder}")
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise InvalidRequest(f"--output {target}: nothing can be written to the folder {folder}")
 
 
 def predict_file(cluster: Cluster, model: str, source: str, target: str) -> None:
@@ -35,8 +47,9 @@ def predict_file(cluster: Cluster, model: str, source: str, target: str) -> None
             batch = {name: column[start : start + rows] for name, column in columns.items()}
             yield batch.get(None, batch)
 
-    begun, shown, done, written = time.monotonic(), 0.0, 0, {}
-    with tempfile.TemporaryDirectory(prefix=".ray_tensorflow_", dir=os.path.dirname(target) or ".") as folder:
+    done, written = 0, {}
+    aside = tempfile.TemporaryDirectory(prefix=".ray_tensorflow_", dir=os.path.dirname(target) or ".")
+    with aside as folder, shown_progress(total, "rows") as advance:
         for outputs in cluster.map(batches(), model):
             count = min(rows, total - done)
             for name, array in outputs.items():
@@ -50,12 +63,7 @@ def predict_file(cluster: Cluster, model: str, source: str, target: str) -> None
                     written[name] = np.lib.format.open_memmap(path, "w+", array.dtype, shape) if total else array
                 written[name][done : done + count] = array
             done += count
-            if time.monotonic() - shown > 1 or done == total:
-                shown, rate = time.monotonic(), done / (time.monotonic() - begun)
-                print(
-                    f"{done}/{total} rows  {rate:.0f} rows/s  {(total - done) / max(rate, 1e-9):.0f} s left",
-                    file=sys.stderr,
-                )
+            advance(count)
         if target.endswith(".npy") and len(written) > 1:
             raise InvalidRequest(f"{target} holds one array, but the outputs are {sorted(written)}: name it .npz")
         arrays, whole = {name: np.asarray(value) for name, value in written.items()}, os.path.join(folder, target[-4:])

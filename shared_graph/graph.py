@@ -15,6 +15,8 @@ import numpy as np
 from shared_graph.errors import ModelError, first_sentence
 from shared_graph.graph_definition import (
     ITERATOR,
+    KERAS,
+    check_keras,
     describe_signature,
     is_initialized,
     memory_graph,
@@ -105,7 +107,10 @@ class Graph:
         self._builder = tf.Graph()  # kept: it owns the Python functions of its py_func operations
         meta_graph = meta_graph_pb2.MetaGraphDef()
         with self._builder.as_default():
-            for signature, sides in function(tf).items():
+            signatures = function(tf)
+            if not isinstance(signatures, dict):
+                raise ModelError(f"{name} returned {signatures!r:.100}, not a dict of signatures: (inputs, outputs)")
+            for signature, sides in signatures.items():
                 infos = [
                     {
                         key: tensor_info(tf, f"signature {signature!r}: {kind} {key!r}", value)
@@ -116,6 +121,7 @@ class Graph:
                 definition = tf.saved_model.build_signature_def(*infos, tf.saved_model.PREDICT_METHOD_NAME)
                 meta_graph.signature_def[signature].CopyFrom(definition)
             initializers = tf.global_variables_initializer(), tf.local_variables_initializer(), tf.tables_initializer()
+            check_keras(self._builder, initializers)
             self._initializers = [tf.group(initializer).name for initializer in initializers]
             meta_graph.graph_def.CopyFrom(self._builder.as_graph_def())
         return meta_graph
@@ -164,7 +170,7 @@ class Graph:
         graph, free, _ = self._memory
         is_local, session = self.session is not None and not self._target, self.session
         self.disconnect()
-        if session is not None and not is_local:  # else it goes with the session
+        if free and session is not None and not is_local:  # else it goes with the session
             with tf.Session(self._target, graph, self._config) as own:
                 own.run(free)
 
@@ -202,6 +208,8 @@ class Graph:
     def restore(self, tf, weights: Arrays) -> None:
         """Put the first values of the variables and tables in place; ``weights`` beat those of the files, and a mirror
         has all of its weights from there. Raises ModelError when something behind an output has no value then."""
+        from tensorflow.python.saved_model import loader_impl
+
         graph, _, allocate = self._memory
         if allocate and self._target:
             with tf.Session(self._target, graph, self._config) as own:
@@ -216,14 +224,15 @@ class Graph:
             self.session.run(initializer)
         if self._loader:
             self._loader.run_init_ops(self.session, ["serve"])
+            with self.graph.as_default():
+                initializers = [loader_impl.get_init_op(self._loader.get_meta_graph_def_from_tags(["serve"]))]
         self._check_initialized(initializers)
 
     def _check_initialized(self, initializers: list) -> None:
         states = self.session.run(self._initialized)
         lost = [op.name for op, is_there in zip(self.variables.operations, states) if not is_there]
-        if initializers:
-            made = {op.inputs[1].op for op in operations_behind(initializers) if op.type == "MakeIterator"}
-            lost += [op.name for op in operations_behind(self._outputs) if op.type in ITERATOR and op not in made]
+        made = {op.inputs[1].op for op in operations_behind(initializers) if op.type == "MakeIterator"}
+        lost += [op.name for op in operations_behind(self._outputs) if op.type in ITERATOR and op not in made]
         if lost:
             raise ModelError(f"nothing initializes {', '.join(map(repr, lost[:5]))}, which an output needs")
 
@@ -240,6 +249,8 @@ def tensor_info(tf, what: str, value):
     kind = type(value).__name__
     if kind in ("SparseTensor", "SparseTensorValue"):
         raise ModelError(f"{what} is a SparseTensor; give its indices, values and dense_shape")
+    if kind == "KerasTensor":
+        raise ModelError(f"{what} is Keras's: {KERAS}")
     if "RaggedTensor" in kind:
         raise ModelError(f"{what} is a RaggedTensor; give its flat_values and row_splits, or to_tensor() of it")
     try:

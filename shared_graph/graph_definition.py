@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from shared_graph.errors import ModelError
 from shared_graph.models import Signature, TensorSpec
 
 # Operations that change what a later run sees
@@ -19,6 +20,7 @@ STATE_CHANGING = re.compile(
 PYTHON_FUNCTION = re.compile(r"(Eager)?PyFunc(Stateless)?")
 VARIABLE = ("VarHandleOp", "VariableV2", "Variable")
 ITERATOR = ("Iterator", "IteratorV2")
+KERAS = "a Keras model is served by what model.export(DIR) writes: call that, and give the DIR"
 
 
 def prepare_nodes(meta_graph, container: str) -> None:
@@ -106,6 +108,16 @@ def operations_behind(operations: list) -> set:
             seen.add(operation)
             stack.extend([*(tensor.op for tensor in operation.inputs), *operation.control_inputs])
     return seen
+
+
+def check_keras(graph, initializers: list) -> None:
+    """Raises ModelError where Keras has loaded weights, which it does by operations that nobody runs."""
+    run = operations_behind(initializers)
+    for operation in graph.get_operations():
+        if STATE_CHANGING.fullmatch(operation.type) and operation not in run:
+            keras = {frame.name for frame in operation.traceback if re.search(r"/(tf_)?keras/", frame.filename)}
+            if keras & {"load_model", "load_weights", "set_weights"}:
+                raise ModelError(f"it has a Keras model whose weights would not be the loaded ones; {KERAS}")
 
 
 def describe_signature(tf, graph, graph_def, name: str, definition, atomic: bool) -> tuple[Signature, list, list]:

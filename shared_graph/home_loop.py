@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 import contextlib
+import logging
 import os
 import threading
 from collections.abc import Callable, Coroutine
@@ -13,6 +14,8 @@ from typing import Any
 import uvloop
 
 from shared_graph.errors import DeadlineExceeded, Error, InvalidRequest, Unavailable
+
+log = logging.getLogger(__name__)
 
 
 class HomeLoop:
@@ -51,6 +54,8 @@ class HomeLoop:
         """Returns when all has ended. Safe to call twice."""
         self.check_elsewhere()
         with self._lock:
+            if self._thread is not None and not self.is_over:
+                log.info("stopping")
             self.is_over = True
         if self._thread is None or self._home == threading.get_ident():  # whose loop has ended without us
             return

@@ -1,7 +1,7 @@
 """Marks on disk of the models that are just being loaded, by which a model that ends its process is known afterwards.
 
-After a death of the parameter server, those that were marked are loaded one at a time; which one was alone at two
-deaths is not tried again until its files change.
+After a death of the parameter server, those that were marked are loaded after the others and one at a time; which one
+was alone at two deaths is not tried again until its files change.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from shared_graph.errors import ModelError
 from shared_graph.models import ModelKey
 
 MOST_DEATHS = 2
+OTHERS_FIRST_S = 0.5, 60.0  # so long a suspect waits for others to begin, and at most for their end
 
 
 class LoadMarks:
@@ -24,12 +25,13 @@ class LoadMarks:
 
     def __init__(self, folder: str, run: str):
         self._prefix = os.path.join(folder, f".loading-{run}-")
-        self._suspects = {path: _read(path) for path in glob.glob(f"{glob.escape(self._prefix)}*")}
-        self._alone = asyncio.Lock()
-        if len(self._suspects) == 1:
-            [(path, (files, deaths))] = self._suspects.items()
-            self._suspects[path] = files, deaths + 1
-            _write(path, files, deaths + 1)
+        found = {path: _read(path) for path in glob.glob(f"{glob.escape(self._prefix)}*")}
+        at_death = [path for path, (_, _, was_loading) in found.items() if was_loading]  # the others waited
+        self._suspects = {path: (files, deaths + (at_death == [path])) for path, (files, deaths, _) in found.items()}
+        for path, suspect in self._suspects.items():
+            _write(path, *suspect, False)
+        self._alone, self._loading, self._idle = asyncio.Lock(), 0, asyncio.Event()
+        self._idle.set()
 
     @contextlib.asynccontextmanager
     async def loading(self, key: ModelKey, files: list) -> AsyncIterator[None]:
@@ -40,22 +42,37 @@ class LoadMarks:
         if deaths >= MOST_DEATHS and seen == files:
             raise ModelError(f"it has ended the process that loads it {deaths} times")
         async with self._alone if seen == files else contextlib.nullcontext():
-            _write(path, files, deaths if seen == files else 0)
+            if seen == files:
+                await self._until_others_are_loaded()
+            _write(path, files, deaths if seen == files else 0, True)
+            self._loading += 1
+            self._idle.clear()
             try:
                 yield
             finally:
+                self._loading -= 1
+                if not self._loading:
+                    self._idle.set()
                 self._suspects.pop(path, None)
                 with contextlib.suppress(OSError):
                     os.remove(path)
 
+    async def _until_others_are_loaded(self) -> None:
+        first_s, longest_s = OTHERS_FIRST_S
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(longest_s):
+                await asyncio.sleep(first_s)
+                await self._idle.wait()
 
-def _read(path: str) -> tuple[list | None, int]:
+
+def _read(path: str) -> tuple[list | None, int, bool]:
+    """The files, at how many deaths it was alone, and was it loaded when the process ended?"""
     with contextlib.suppress(OSError, ValueError), open(path) as file:
-        files, deaths = json.load(file)
-        return files, deaths
-    return None, 0
+        files, deaths, was_loading = json.load(file)
+        return files, deaths, was_loading
+    return None, 0, False
 
 
-def _write(path: str, files: list, deaths: int) -> None:
+def _write(path: str, files: list, deaths: int, is_loading: bool) -> None:
     with contextlib.suppress(OSError), open(path, "w") as file:  # without a mark it is loaded all the same
-        json.dump([files, deaths], file)
+        json.dump([files, deaths, is_loading], file)

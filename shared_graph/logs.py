@@ -1,23 +1,53 @@
-"""The log lines of a program, and its open files."""
+"""The log lines of a program, its open files, and the address that it listens on."""
 
 from __future__ import annotations
 
 import gc
 import logging
 import resource
+import socket
 import sys
 
-from shared_graph.options import Options
+from shared_graph.errors import OptionError
 
 log = logging.getLogger(__name__)
 
+BACKLOG = 2048  # clients that wait to be let in
 
-def start_program(front_end: Options | None = None) -> None:
-    """One log line an event, on standard error; as many open files as the system allows: each client needs one."""
+
+def show_log() -> None:
+    """One line an event, on standard error, with date and level; unless the program has its own way to show them."""
+    ours = logging.getLogger("shared_graph")
+    if ours.level == logging.NOTSET:
+        ours.setLevel(logging.INFO)
+    if not ours.hasHandlers():
+        handler = logging.StreamHandler(sys.stderr)
+        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s", "%Y-%m-%d %H:%M:%S"))
+        ours.addHandler(handler)
+
+
+def start_program() -> None:
+    """As many open files as the system allows: each client needs one."""
     most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     resource.setrlimit(resource.RLIMIT_NOFILE, (min(most, 2**16), most))
     gc.freeze()  # Ray's objects: a sixth of the adds of 256 clients, for looking whether they are garbage
-    logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr)
-    logging.getLogger("shared_graph").setLevel(logging.INFO)
-    if front_end:
-        log.info("starting; http://%s:%d answers 503 until a worker is ready", front_end.host, front_end.port)
+    show_log()
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A socket that listens, so that a busy port is told before anything starts. Raises OptionError."""
+    try:
+        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0][0]
+        listener = socket.create_server((host, port), family=family, backlog=BACKLOG)
+    except OSError as error:
+        what = (error.strerror or str(error)).lower()
+        raise OptionError(f"--host {host} --port {port} cannot be listened on: {what}") from None
+    address, port = listener.getsockname()[:2]
+    shown = f"[{address}]" if ":" in address else address
+    log.info("http://%s:%d answers 503 until a worker is ready", shown, port)
+    return listener
+
+
+def counted(number: int, noun: str) -> str:
+    """``1 worker``, ``2 workers``."""
+    return f"{number} {noun}{'' if number == 1 else 's'}"

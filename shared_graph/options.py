@@ -5,16 +5,20 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import difflib
 import glob
 import hashlib
+import logging
 import math
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from shared_graph.errors import OptionError
 from shared_graph.model_source import ModelSource, model_sources
+
+log = logging.getLogger(__name__)
 
 FRONT_END, COMMAND = "front end", "command"
 
@@ -49,6 +53,18 @@ def matching(pattern: str, allowed: str, convert: Callable[[str], Any] = str) ->
 
 text = matching(".+", "a non-empty text")
 array_file = matching(r".*\.np[yz]", "a file whose name ends in .npy or .npz")
+
+
+def origins(values: Any) -> tuple[str, ...]:
+    """A list of them, or one string with commas in it."""
+    allowed = "* or scheme://host[:port], as browsers send it"
+    parse = matching(r"\*|[a-zA-Z][\w+.-]*://[^\s/?#@,]+", allowed, str.lower)
+    values = values.split(",") if isinstance(values, str) else values
+    if not isinstance(values, (list, tuple)):
+        raise ValueError(allowed)
+    return tuple(dict.fromkeys(parse(part) for value in values for part in str(value).split(",")))
+
+
 switch = matching("(?i:1|true|0|false)", "1 or 0", lambda value: value.lower() in ("1", "true"))
 
 
@@ -92,6 +108,12 @@ class Options:
     )
     host: str = option("127.0.0.1", "address to listen on; 0.0.0.0 where the platform sets PORT", text, FRONT_END)
     port: int = option(8080, "port to listen on; PORT where the platform sets it", number(int, 0, 65535), FRONT_END)
+    allow_origin: tuple[str, ...] = option(
+        (),
+        "origin whose pages may call the server from a browser, such as https://example.org; *: any; repeatable",
+        origins,
+        FRONT_END,
+    )
     input: str | None = option(
         None, "rows to predict with the one --model: .npy, or .npz by input name", array_file, COMMAND
     )
@@ -118,6 +140,8 @@ class Options:
         """Options from ``RAY_TENSORFLOW_<NAME>`` variables, and PORT for a front end; ``changes`` beat them."""
         names = [field.name for field in dataclasses.fields(cls)]
         found = {name: os.environ.get(f"RAY_TENSORFLOW_{name.upper()}") for name in names}
+        for wrong, right in mistyped(os.environ, [f"RAY_TENSORFLOW_{name.upper()}" for name in names]).items():
+            log.warning("the environment variable %s is not an option: is %s meant?", wrong, right)
         if kind == FRONT_END and os.environ.get("PORT"):
             changes = {"port": os.environ["PORT"], "host": "0.0.0.0"} | {k: v for k, v in found.items() if v} | changes
         return cls(**{name: value for name, value in found.items() if value} | changes)
@@ -128,12 +152,12 @@ class Options:
         parser = argparse.ArgumentParser(description=description, allow_abbrev=False)
         for field in dataclasses.fields(cls):
             if field.metadata["only"] in (None, kind):
-                default = "" if field.default in (None, (), False) else f" (default: {field.default})"
-                how = {"action": "append"} if field.name == "model" else {}
+                default = "off" if field.default is False else "none" if field.default in (None, ()) else field.default
+                how = {"action": "append"} if field.default == () else {}
                 how = {"action": "store_true"} if field.default is False else how | {"metavar": field.name.upper()}
                 parser.add_argument(
                     f"--{field.name.replace('_', '-')}",
-                    help=field.metadata["help"] + default,
+                    help=f"{field.metadata['help']} (default: {default})",
                     default=argparse.SUPPRESS,
                     **how,
                 )
@@ -163,6 +187,16 @@ class Options:
             value = getattr(self, name)
             texts[f"--{name.replace('_', '-')}"] = ",".join(map(str, value)) if name == "model" else str(value)
         return texts
+
+
+def mistyped(environment: Mapping[str, str], names: list[str]) -> dict[str, str]:
+    """Variables that look like one of these names and are none of them: which one each looks like."""
+    found = {}
+    for variable in sorted(environment):
+        if variable.upper().startswith("RAY_TENSORFLOW") and variable not in names:
+            near = difflib.get_close_matches(variable.upper().replace("-", "_"), names, 1, 0.93)
+            found |= {variable: near[0]} if near else {}
+    return found
 
 
 MAX_BATCHES_IN_FLIGHT = (

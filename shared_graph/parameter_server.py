@@ -16,7 +16,7 @@ from shared_graph.model_source import ADDER, ADDER_SOURCE
 from shared_graph.models import Arrays, ModelKey, ServerInfo, Snapshot, WorkerReport
 from shared_graph.options import Options
 from shared_graph.ray_runtime import Actor, find_actor, node_address, this_actor, this_process
-from shared_graph.tensorflow_runtime import import_tensorflow, server_config
+from shared_graph.tensorflow_runtime import import_tensorflow_for, server_config
 from shared_graph.threads import in_own_thread
 from shared_graph.version_manager import VersionManager
 
@@ -153,7 +153,7 @@ class ParameterServer:
 
         Its own job is called ``boot``, because the sessions that come with a cluster of their own call it ``ps``.
         """
-        tf = import_tensorflow()
+        tf = import_tensorflow_for(self.options)
         if self.server is None:
             if self.index == 0:
                 self.loader.open_folder(self.folder, self.run)

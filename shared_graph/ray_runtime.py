@@ -113,6 +113,7 @@ RAY_SETTINGS = {
     "worker_niceness": 0,  # else actors, at nice 15, starve beside a busy web process
     "prestart_worker_first_driver": False,
     "enable_worker_prestart": False,  # no process that waits for tasks
+    "worker_maximum_startup_concurrency": 8,  # else one actor after another, where there is one CPU
     "raylet_client_connect_timeout_milliseconds": 20,  # else a first attempt that comes too early costs a second
     "raylet_client_num_connect_attempts": 500,
     "gcs_rpc_server_connect_timeout_s": 3,  # a worker that starts looks four times for a Ray that has been killed,
@@ -181,7 +182,7 @@ def variables_of_actors() -> dict[str, str]:
 def joined_ray(options: Options) -> Iterator[None]:
     """A connection to the Ray cluster at ``options.address``."""
     try:
-        start_ray(variables_of_actors(), address=options.address)
+        start_ray(address=options.address, runtime_env={"env_vars": variables_of_actors()})
         yield
     except ConnectionError as error:
         reason = f"{first_sentence(error)} (if it wants a token, set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN)"
@@ -202,15 +203,20 @@ def local_ray(options: Options) -> Iterator[None]:
         if not os.environ.get("RAY_AUTH_TOKEN_PATH"):  # else it is written to the home folder
             os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
         ray_constants.ENABLE_RAY_CLUSTER = False  # of several nodes: nothing else keeps all of Ray on 127.0.0.1
-        start_ray(
-            variables_of_actors() | {"KERAS_HOME": os.path.join(folder, "keras")},  # else Keras makes a folder at home
-            address="local",
-            num_cpus=options.threads,
-            include_dashboard=False,
-            object_store_memory=80 * 2**20,
-            _temp_dir=os.path.join(folder, "r"),
-            _system_config=dict(RAY_SETTINGS),  # to which Ray adds this folder
-        )
+        os.mkdir(os.path.join(folder, "t"))
+        variables = variables_of_actors() | {
+            "KERAS_HOME": os.path.join(folder, "keras"),  # else Keras makes a folder at home
+            "TMPDIR": os.path.join(folder, "t"),  # what actors leave when they are killed is gone at the end
+        }
+        with inherited(variables):
+            start_ray(
+                address="local",
+                num_cpus=options.threads,
+                include_dashboard=False,
+                object_store_memory=80 * 2**20,
+                _temp_dir=os.path.join(folder, "r"),
+                _system_config=dict(RAY_SETTINGS),  # to which Ray adds this folder
+            )
         yield
     finally:
         ray.shutdown()
@@ -218,8 +224,24 @@ def local_ray(options: Options) -> Iterator[None]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def start_ray(variables: dict[str, str], **where: Any) -> None:
-    ray.init(runtime_env={"env_vars": variables}, log_to_driver=False, logging_level="CRITICAL", **where)
+def start_ray(**where: Any) -> None:
+    ray.init(log_to_driver=False, logging_level="CRITICAL", **where)
+
+
+@contextlib.contextmanager
+def inherited(variables: dict[str, str]) -> Iterator[None]:
+    """In the environment of the processes that the block starts. Ray's own way to set them for actors, a runtime
+    environment, costs two seconds of processor time at each start."""
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ |= variables
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
 
 
 def watch_ray() -> Awaitable[str]:

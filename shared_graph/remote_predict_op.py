@@ -46,10 +46,8 @@ def remote_predict(
     types = [tf.as_dtype(dtype) for dtype in output_types or [tf.float32] * len(output_tensor_aliases)]
     if not model_name:
         raise ValueError("model_name must be specified.")
-    for kind, aliases, there in (
-        ("input_tensors", input_tensor_aliases, input_tensors),
-        ("output_types", output_tensor_aliases, types),
-    ):
+    sides = {"input_tensors": (input_tensor_aliases, input_tensors), "output_types": (output_tensor_aliases, types)}
+    for kind, (aliases, there) in sides.items():
         if len(aliases) != len(there):
             raise ValueError(f"{len(aliases)} aliases do not fit {len(there)} {kind}")
     dtypes = {alias: np.dtype(t.as_numpy_dtype) for alias, t in zip(output_tensor_aliases, types)}
@@ -64,13 +62,16 @@ def remote_predict(
         except Error as error:
             if fail_op_on_rpc_error:
                 raise RuntimeError(f"HTTP {error.status}: {error}") from None
-            nothing = [np.array(b"", object) if dtype == object else np.zeros((), dtype) for dtype in dtypes.values()]
-            return [np.int32(ERROR_CODES.get(error.status, 13)), str(error).encode(), *nothing]
+            return [np.int32(ERROR_CODES.get(error.status, 13)), str(error).encode(), *map(nothing, dtypes.values())]
 
     code, message, *outputs = tf.numpy_function(call, input_tensors, [tf.int32, tf.string, *types], name=name)
     for scalar in (code, message):
         scalar.set_shape([])
     return outputs if fail_op_on_rpc_error else (code, message, outputs)
+
+
+def nothing(dtype: np.dtype) -> np.ndarray:
+    return np.array(b"", object) if dtype == object else np.zeros((), dtype)
 
 
 def try_remote(address: str, *arguments: Any) -> list[np.ndarray]:

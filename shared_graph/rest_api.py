@@ -60,6 +60,7 @@ def decode(signatures: dict[str, Signature], verb: str, body: Any) -> Decoded:
             f" and its inputs are {list(signature.inputs)}"
         )
     examples = parse_examples(document)
+    check_rows(signature, len(examples))
     return Decoded(signature, [examples], lambda outputs: encode_results(signature, verb, len(examples), outputs), True)
 
 
@@ -119,8 +120,8 @@ def parse_predict(document: dict[str, Any], signature: Signature) -> tuple[bool,
     value = document[where]
     if is_row and (not isinstance(value, list) or not value):
         raise InvalidRequest(f"instances: expected a list that is not empty, got {shown(value)}")
-    if is_row and signature.mutates_state and any(spec.shape == () for spec in signature.outputs.values()):
-        raise InvalidRequest(f"Signature {signature.name!r} has an output that has no rows: ask for it by 'inputs'")
+    if is_row:
+        check_rows(signature, len(value))
     first = value[0] if is_row else value
     if len(names) == 1 and (not isinstance(first, dict) or first.keys() == {"b64"}):
         columns = {where: value}
@@ -132,6 +133,15 @@ def parse_predict(document: dict[str, Any], signature: Signature) -> tuple[bool,
         columns = {f"inputs.{name}": value[name] for name in names}
     dtypes = [np.dtype(spec.dtype) for spec in signature.inputs.values()]
     return is_row, [parse_tensor(where, column, dtype) for (where, column), dtype in zip(columns.items(), dtypes)]
+
+
+def check_rows(signature: Signature, rows: int) -> None:
+    """Before something is changed, as far as static shapes tell: is there a row of each output for each that is asked
+    for?"""
+    for name, spec in signature.outputs.items() if signature.mutates_state else ():
+        if spec.shape is not None and spec.shape[:1] not in ((None,), (rows,)):
+            why = f"output {name!r} of signature {signature.name!r} has not one row for each of {rows}"
+            raise InvalidRequest(f"Nothing was changed: {why}; ask for it by 'inputs'")
 
 
 def columns_of(rows: list[Any], names: list[str]) -> list[list[Any]]:

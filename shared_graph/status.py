@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import collections
+import contextlib
 import dataclasses
-import itertools
 import logging
-import math
 import threading
 import time
 from collections.abc import Callable
@@ -15,6 +13,8 @@ from typing import Any
 from shared_graph.batcher import Batcher
 from shared_graph.connection import Request, WorkerConnection
 from shared_graph.errors import Error, InvalidRequest, Unavailable
+from shared_graph.logs import counted
+from shared_graph.metrics import Gauges, Metrics
 from shared_graph.model_source import ADDER
 from shared_graph.models import ModelVersion, Snapshot, VersionChoice, not_found
 from shared_graph.options import Options
@@ -22,7 +22,6 @@ from shared_graph.wire import ProcessInfo
 
 log = logging.getLogger(__name__)
 
-LATENCY_BUCKETS_S = (0.003, 0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, math.inf)  # of the histogram of answers
 LOADING_PATIENCE_S = 60.0  # for so long after its start a server with a model that is still loaded is not called ready
 CLOSED = "The server is shutting down."
 
@@ -59,7 +58,8 @@ class Status:
     def __init__(self, options: Options, on_over: Callable[[Error], object] = lambda error: None):
         """``on_over`` is called when nothing will be served any more."""
         self.options, self._on_over = options, on_over
-        self.batcher = Batcher(options, self._observe)
+        self.metrics = Metrics(self._gauges, lambda name: (name, None) in self.snapshot.pointers)
+        self.batcher = Batcher(options, self._observe, self.metrics.observe_batch)
         self.servers = [ActorStatus("parameter server", index) for index in range(options.parameter_servers)]
         self.workers = [ActorStatus("worker", index) for index in range(options.workers)]
         self.snapshot = Snapshot()
@@ -67,11 +67,8 @@ class Status:
         self.failure: Error | None = None  # why nothing is served, when that is not just for the moment
         self.is_over = False  # and never will be any more
         self._worker_since: float | None = None  # when the first worker was ready
+        self._is_told = False  # that all is ready: once
         self.changed = threading.Condition()
-        self._answers: collections.Counter[tuple[str, str]] = collections.Counter()  # by model and verb
-        self._seconds: collections.Counter[float] = collections.Counter()  # by bucket
-        self._seconds_sum = 0.0
-        self._errors: collections.Counter[int] = collections.Counter()  # by HTTP status
 
     # -- what happens --------------------------------------------------------------------------------------------------
 
@@ -90,6 +87,7 @@ class Status:
             last = before.pointers.get((name, choice))
             if name != ADDER and number is not None and number != last:
                 log.info("model %s: %s is version %d", name, choice or "the latest", number)
+        self.tell_when_ready()
         self.notify()
 
     def fail(self, error: Error, is_over: bool = False) -> None:
@@ -116,10 +114,22 @@ class Status:
         with self.changed:
             self.changed.notify_all()
 
+    def tell_when_ready(self) -> None:
+        """Once, when all is there."""
+        if not self._is_told and not self.failure and self.is_ready(self.options.workers):
+            self._is_told = True
+            log.info("ready: %s", counted(self.options.workers, "worker"))
+
+    def set_trouble(self, actor: ActorStatus, trouble: str | None) -> None:
+        """What an actor says is wrong; told once when it changes."""
+        if trouble and trouble != actor.trouble:
+            log.warning("%s: %s", actor, trouble)
+        actor.trouble = trouble
+
     def _observe(self, request: Request, seconds: float) -> None:
-        self._answers[request.key.model, request.verb] += 1
-        self._seconds[next(end for end in LATENCY_BUCKETS_S if seconds <= end)] += 1
-        self._seconds_sum += seconds
+        self.metrics.observe(request.key.model, request.verb, seconds)
+        if request.verb == "add":
+            self.metrics.last_sum = request.future.result()
 
     # -- what is served ------------------------------------------------------------------------------------------------
 
@@ -142,6 +152,11 @@ class Status:
     def is_ready(self, workers: int) -> bool:
         """Are so many workers ready, and has each model been loaded, or failed?"""
         return sum(worker.state == "ready" for worker in self.workers) >= workers and not self.snapshot.loading
+
+    def waits_for(self) -> list[str]:
+        """The actors that are not ready, and the models that are being loaded."""
+        actors = [str(actor) for actor in self.servers + self.workers if actor.state == "starting"]
+        return actors + [f"model {name}" for name in sorted(self.snapshot.loading)]
 
     def model_errors(self) -> list[str]:
         """Why those models are not there of which no version is."""
@@ -205,39 +220,17 @@ class Status:
                 models[key.name]["error"] = version.error
         return models
 
-    def error_response(self, error: Exception) -> tuple[dict[str, str], int, dict[str, str]]:
-        """What a front end answers to a request that raised this: body, status and headers."""
-        if not isinstance(error, Error):
-            log.error("a request failed", exc_info=error)
-            error = Error("Internal error")
-        self._errors[error.status] += 1
-        return {"error": str(error)}, error.status, {"Retry-After": "1"} if error.status in (429, 503) else {}
+    def arriving(self) -> contextlib.AbstractContextManager[Callable[[bytes], None]]:
+        """For as long as a request's body arrives: see ``PendingBytes``. For any thread."""
+        return self.batcher.pending.arriving()
 
-    def metrics(self) -> str:
-        """What ``GET /metrics`` answers: what this process has done, in Prometheus' text format."""
-        took = itertools.accumulate(self._seconds[end] for end in LATENCY_BUCKETS_S)
-        samples = {
-            ("answers_total", "counter"): [
-                (f'{{model="{model}",kind="{verb}"}}', count) for (model, verb), count in sorted(self._answers.items())
-            ]
-        }
-        samples["errors_total", "counter"] = [(f'{{code="{c}"}}', count) for c, count in sorted(self._errors.items())]
-        samples["answer_seconds", "histogram"] = [
-            *((f'_bucket{{le="{str(e).replace("inf", "+Inf")}"}}', c) for e, c in zip(LATENCY_BUCKETS_S, took)),
-            ("_sum", self._seconds_sum),
-            ("_count", self._seconds.total()),
-        ]
-        samples["waiting_requests", "gauge"] = [("", self.batcher.waiting)]
-        samples["model_version", "gauge"] = [
-            (f'{{model="{name}"}}', number)
-            for (name, choice), number in self.snapshot.pointers.items()
-            if choice is None and number is not None
-        ]
-        samples["restarts_total", "counter"] = [
-            (f'{{actor="{actor}"}}', actor.restarts) for actor in self.servers + self.workers
-        ]
-        lines = []
-        for (name, kind), values in samples.items():
-            lines.append(f"# TYPE ray_tensorflow_{name} {kind}")
-            lines.extend(f"ray_tensorflow_{name}{suffix} {value}" for suffix, value in values)
-        return "\n".join(lines) + "\n"
+    def _gauges(self) -> Gauges:
+        """For a scrape, in any thread."""
+        batches = {w.index: w.connection.in_flight for w in self.workers if w.connection}
+        pointers = self.snapshot.pointers.items()
+        return Gauges(
+            self.batcher.waiting,
+            {str(index): sum(len(batch) for _, batch in list(its.values())) for index, its in batches.items()},
+            {str(actor): actor.restarts for actor in self.servers + self.workers},
+            {name: number for (name, choice), number in pointers if choice is None and number is not None},
+        )

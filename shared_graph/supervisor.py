@@ -13,6 +13,7 @@ import os
 import secrets
 import shutil
 import tempfile
+import time
 from collections.abc import Awaitable, Callable
 from typing import Any, Protocol
 
@@ -20,6 +21,7 @@ from shared_graph.connection import WorkerConnection
 from shared_graph.errors import ActorUnavailable, Error, OptionError, Unavailable, first_sentence
 from shared_graph.options import Options
 from shared_graph.status import ActorStatus, Status
+from shared_graph.threads import in_own_thread
 from shared_graph.wire import ProcessInfo, WorkerInfo
 
 log = logging.getLogger(__name__)
@@ -73,6 +75,7 @@ class Supervisor:
             try:
                 await self._start(actor)
                 log.info("%s ready  pid %d  %.1f s", actor, actor.last_process.pid, loop.time() - started)
+                self._status.tell_when_ready()
                 pause_s, told = PING_S, None
                 log.warning("%s lost  pid %d  %s", actor, actor.last_process.pid, await self.wait_until_lost(actor))
             except OptionError as error:
@@ -141,7 +144,8 @@ class Supervisor:
                 asked = loop.time()
                 await asyncio.wait([*signs, ping], timeout=PING_S, return_when=asyncio.FIRST_COMPLETED)
                 if ping.done() and not ping.exception():
-                    actor.trouble, snapshot = ping.result()
+                    trouble, snapshot = ping.result()
+                    self._status.set_trouble(actor, trouble)
                     ping, silent_s = None, 0.0
                     self._set_hung(actor, False)
                     if snapshot and actor is self._primary:
@@ -191,7 +195,7 @@ class Supervisor:
         for actor in self._status.workers + self._status.servers:
             if actor.actor is not None:
                 with contextlib.suppress(Error):
-                    await asyncio.to_thread(actor.actor.end)
+                    await in_own_thread(actor.actor.end)
 
     # -- the folder ----------------------------------------------------------------------------------------------------
 
@@ -209,7 +213,11 @@ class Supervisor:
     def remove_folder(self) -> None:
         """If it is ours alone."""
         if self._folder and not self._options.checkpoint_dir and not self._is_shared:
-            shutil.rmtree(self._folder, ignore_errors=True)
+            for _ in range(50):  # an actor that is just being ended may still write to it
+                shutil.rmtree(self._folder, ignore_errors=True)
+                if not os.path.exists(self._folder):
+                    return
+                time.sleep(0.1)
 
 
 async def watch_death(actor: CallableActor) -> None:

@@ -1,27 +1,188 @@
-"""Imports TensorFlow, in the actors alone, and configures its sessions and servers."""
+"""Imports TensorFlow, all of it or only the part that this package uses; makes the configs of sessions and servers.
+
+A session, a server, a SavedModel and the adder need 600 of the 2,350 modules that ``import tensorflow`` imports, 0.4
+of the time and half of the memory. So there are two kinds of import here, after which the same graphs are built, to the
+last byte, and the same kernels are found, all of which are in the C++ library:
+
+*whole* is ``import tensorflow.compat.v1``, for functions of the user's, which are given ``tf``.
+
+*slim* imports ``NAMES`` and ``MODULES`` and what these need themselves. Python imports a package before its modules,
+and it is ``tensorflow/__init__.py`` that imports all the rest. So ``sys.modules["tensorflow"]`` is then a bare module,
+made from the package's spec, whose code has not run. It runs, in this very module, as soon as anybody asks for
+something in it, be it ``import keras`` or ``import tensorflow as tf; tf.nn`` in a module of the user's. Modules that
+are there already stay what they are: graphs and sessions made before go on working.
+
+``NAMES`` and ``MODULES`` are private to TensorFlow, the one exception to our rule against that. Where they are not as
+expected, the whole is imported, and a line in the log says why. To use one more name in this package, add it there: a
+test compares them with what the package uses, and with the public API. Nothing else knows of any of this.
+"""
 
 from __future__ import annotations
 
+import functools
 import gc
+import importlib
+import importlib.util
+import logging
 import os
 import sys
+import threading
+from types import ModuleType, SimpleNamespace
+from typing import Any
 
 from shared_graph.options import MAX_BATCHES_IN_FLIGHT, REMOTE_CALLS_AT_ONCE, Options
 
+log = logging.getLogger(__name__)
 
-def import_tensorflow():
-    """``tensorflow.compat.v1``, imported here and nowhere else, in the actors alone."""
-    if "tensorflow" not in sys.modules:
-        os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-        for name in ("http_proxy", "https_proxy", "all_proxy", "grpc_proxy"):  # break loopback gRPC (tensorflow#50626)
-            os.environ.pop(name, None)
-            os.environ.pop(name.upper(), None)
-    import tensorflow.compat.v1 as tf
+VERSIONS = "2.21."  # of TensorFlow, for which the two lists below were made and tested
 
-    tf.disable_eager_execution()  # and not disable_v2_behavior(), which brings reference variables back
-    tf.get_logger().setLevel("ERROR")
+# What this package calls ``tf.NAME``, by the module of TensorFlow that has it; NAME=OTHER where it is OTHER there
+NAMES = {
+    "core.example.example_pb2": "train.Example",
+    "core.protobuf.config_pb2": "ConfigProto GPUOptions",
+    "python.client.session": "Session",
+    "python.framework.dtypes": "as_dtype bfloat16 float32 float64 int32 resource string",
+    "python.framework.graph_util_impl": "GraphDef graph_util.extract_sub_graph",
+    "python.framework.importer": "import_graph_def",
+    "python.framework.ops": "Graph GraphKeys colocate_with=_colocate_with control_dependencies device"
+    " disable_eager_execution",
+    "python.framework.tensor_conversion": "convert_to_tensor=convert_to_tensor_v1_with_dispatch",
+    "python.framework.tensor_shape": "TensorShape",
+    "python.ops.array_ops": "concat identity placeholder zeros",
+    "python.ops.control_flow_ops": "group",
+    "python.ops.critical_section_ops": "CriticalSection",
+    "python.ops.gen_array_ops": "debugging.check_numerics",
+    "python.ops.gen_control_flow_ops": "no_op",
+    "python.ops.gen_resource_variable_ops": "raw_ops.AssignVariableOp raw_ops.DestroyResourceOp raw_ops.ReadVariableOp"
+    " raw_ops.VarIsInitializedOp",
+    "python.ops.gen_state_ops": "raw_ops.Assign raw_ops.IsVariableInitialized",
+    "python.ops.init_ops": "zeros_initializer=Zeros",
+    "python.ops.lookup_ops": "tables_initializer",
+    "python.ops.math_ops": "cumsum",
+    "python.ops.script_ops": "numpy_function",
+    "python.ops.variable_scope": "get_variable",
+    "python.ops.variables": "global_variables_initializer local_variables_initializer",
+    "python.platform.tf_logging": "get_logger",
+    "python.saved_model.signature_constants": "saved_model.PREDICT_METHOD_NAME",
+    "python.saved_model.signature_def_utils_impl": "saved_model.build_signature_def",
+    "python.saved_model.utils_impl": "saved_model.build_tensor_info",
+    "python.training.device_setter": "train.replica_device_setter",
+    "python.training.saver": "train.import_meta_graph",
+    "python.training.server_lib": "train.Server",
+}
+# What else this package imports, and what counts by being imported: tensors get their ``+`` and ``[1:]``, and the
+# collections of a MetaGraph become Python objects (these modules, and some of the above, call register_proto_function)
+MODULES = (
+    "core.protobuf.meta_graph_pb2",
+    "python.framework.op_def_registry",
+    "python.saved_model.loader_impl",
+    "python.ops.tensor_getitem_override",
+    "python.ops.tensor_math_operator_overrides",
+    "python.ops.ref_variable",
+    "python.training.queue_runner_impl",
+)
+
+_importing = threading.RLock()
+
+
+def import_tensorflow(whole: bool = False) -> Any:
+    """``tensorflow.compat.v1``, imported here and nowhere else, in the actors alone.
+
+    All of it if it is to be ``whole``, and where somebody has imported it already or a part cannot be had alone; else a
+    namespace with ``NAMES``, which is all that this package needs. The whole may still come after the part.
+    """
+    with _importing:
+        _prepare_environment()
+        if whole or not (tf := _import_slim()):
+            import tensorflow.compat.v1 as tf
+        tf.disable_eager_execution()  # and not disable_v2_behavior(), which brings reference variables back
+        tf.get_logger().setLevel("ERROR")
+        _quiet_python()
+        return tf
+
+
+def import_tensorflow_for(options: Options) -> Any:
+    """As an actor with these options needs it, before its first graph: the whole for functions of the user's."""
+    return import_tensorflow(whole=any(source.function for source in options.model))
+
+
+@functools.cache
+def _prepare_environment() -> None:
+    """What TensorFlow reads when it is imported."""
+    if "tensorflow" in sys.modules:
+        return
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    for name in ("http_proxy", "https_proxy", "all_proxy", "grpc_proxy"):  # break loopback gRPC (tensorflow#50626)
+        os.environ.pop(name, None)
+        os.environ.pop(name.upper(), None)
+
+
+@functools.cache
+def _quiet_python() -> None:
+    """Once in a process: a second freeze would make all graphs immortal that were made since the first one."""
     gc.freeze()  # a look at all of TensorFlow's objects would stop requests for a tenth of a second, now and then
     sys.setswitchinterval(0.001)  # requests wait for Python's lock while another thread builds a new version's graph
+
+
+@functools.cache
+def _import_slim() -> SimpleNamespace | None:
+    """The namespace of ``NAMES``; None where only the whole will do."""
+    if "tensorflow" in sys.modules:
+        return None
+    try:
+        spec = importlib.util.find_spec("tensorflow")
+        package = sys.modules["tensorflow"] = importlib.util.module_from_spec(spec)  # bare: made, not run
+        tf = _slim_namespace(package)
+    except Exception as error:  # whatever another TensorFlow than ours may do
+        log.warning("all of TensorFlow is imported, since a part of it cannot be had alone: %r", error)
+        sys.modules.pop("tensorflow", None)
+        return None
+    _complete_on_demand(package, tf)
+    return tf
+
+
+def _complete_on_demand(package: ModuleType, tf: SimpleNamespace) -> None:
+    """Make the bare package the whole one when it is asked for what it lacks. Python asks a package for its path before
+    it imports a module of it that is not there yet; so that it is asked for then, too, the path is taken away."""
+    loading = threading.RLock()
+
+    def complete(name: str) -> Any:  # called for an attribute that is not there (PEP 562)
+        is_asked_of_any_module = name.startswith("__") and name not in ("__path__", "__version__")
+        with loading:
+            if not is_asked_of_any_module and "__path__" not in vars(package):
+                importlib.reload(package)  # sets the path, and then runs the package's code
+                tf.disable_eager_execution()  # which has switched it on
+        if name in vars(package):
+            return vars(package)[name]
+        raise AttributeError(f"module 'tensorflow' has no attribute {name!r}")
+
+    package.__getattr__ = complete
+    del package.__path__
+
+
+def _slim_namespace(package: ModuleType) -> SimpleNamespace:
+    """Do what ``tensorflow/__init__.py`` does, as far as it matters here; raises when that cannot be done."""
+    folders = [os.path.join(path, "tensorflow-plugins") for path in sys.path]
+    folders += [os.path.join(path, "core", "kernels") for path in package.__path__]
+    variables = ("TF_PLUGGABLE_DEVICE_LIBRARY_PATH", "TF_USE_MODULAR_FILESYSTEM")
+    if found := [*filter(os.path.isdir, folders), *filter(os.environ.get, variables)]:
+        raise ImportError(f"{found} make it load other libraries")
+    os.environ["TF2_BEHAVIOR"] = "1"  # some modules look at it when they are imported
+    importlib.import_module("tensorflow.python.pywrap_tensorflow")  # comes first: it loads the C++ library
+    version = importlib.import_module("tensorflow.python.framework.versions").VERSION
+    if not version.startswith(VERSIONS):
+        raise ImportError(f"it is {version}, and not {VERSIONS}x")
+    importlib.import_module("tensorflow.python.compat.v2_compat").enable_v2_behavior()
+    for place in MODULES:
+        importlib.import_module(f"tensorflow.{place}")
+    tf = SimpleNamespace()
+    for place, names in NAMES.items():
+        module = importlib.import_module(f"tensorflow.{place}")
+        for entry in names.split():
+            name, _, other = entry.partition("=")
+            *scope, last = name.split(".")
+            owner = functools.reduce(lambda owner, part: vars(owner).setdefault(part, SimpleNamespace()), scope, tf)
+            setattr(owner, last, getattr(module, other or last))
     return tf
 
 

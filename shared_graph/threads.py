@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import sys
 import threading
 from collections.abc import Callable
 from typing import Any
+
+from shared_graph.errors import Error
 
 
 async def in_own_thread(function: Callable, *arguments: Any) -> Any:
@@ -25,6 +28,8 @@ async def in_own_thread(function: Callable, *arguments: Any) -> Any:
     def run() -> None:
         try:
             outcome = function(*arguments), None
+        except (StopIteration, SystemExit, KeyboardInterrupt) as error:  # a user's; no future takes them
+            outcome = None, RuntimeError(f"{type(error).__name__} {error}".strip())
         except Exception as error:
             outcome = None, error
         with contextlib.suppress(RuntimeError):  # the loop is closed
@@ -32,3 +37,15 @@ async def in_own_thread(function: Callable, *arguments: Any) -> Any:
 
     threading.Thread(target=run, daemon=True, name=getattr(function, "__name__", "work")).start()
     return await future
+
+
+def check_threads() -> None:
+    """Raises Error where threads are no threads: under gevent or eventlet whatever waits would wait for ever."""
+    gevent, eventlet = sys.modules.get("gevent.monkey"), sys.modules.get("eventlet.patcher")
+    for name, is_patched in (
+        ("gevent", gevent and (gevent.is_module_patched("threading") or gevent.is_module_patched("socket"))),
+        ("eventlet", eventlet and (eventlet.is_monkey_patched("thread") or eventlet.is_monkey_patched("socket"))),
+    ):
+        if is_patched:
+            why = f"{name} has replaced this process' threads and sockets, with which Ray does not work"
+            raise Error(f"{why}: use gunicorn's threads (--worker-class gthread --threads 128), or uvicorn.")

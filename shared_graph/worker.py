@@ -21,7 +21,7 @@ from shared_graph.options import MAX_BATCHES_IN_FLIGHT, REMOTE_CALLS_AT_ONCE, Op
 from shared_graph.ray_runtime import find_actor, node_address, this_process
 from shared_graph.replica import Replica
 from shared_graph.slots import Gate
-from shared_graph.tensorflow_runtime import import_tensorflow
+from shared_graph.tensorflow_runtime import import_tensorflow, import_tensorflow_for
 from shared_graph.threads import in_own_thread
 from shared_graph.wire import Answers, Batch, WorkerInfo, read_frame, to_frame
 
@@ -53,7 +53,9 @@ class Worker:
         self.starting = asyncio.Lock()
         self.trouble: str | None = None  # such as a run that does not end
         importer = concurrent.futures.ThreadPoolExecutor(1)  # imports in two threads may block each other
-        self.tensorflow = importer.submit(import_tensorflow)  # now, while the parameter server does the same
+        self.tensorflow = importer.submit(
+            import_tensorflow_for, options
+        )  # now, while the parameter server does the same
 
     # -- called by front ends and by the parameter server --------------------------------------------------------------
 

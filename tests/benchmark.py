@@ -43,7 +43,11 @@ from typing import Any, NamedTuple
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 REPOSITORY = os.path.dirname(HERE)
-BASIC_PITCH = os.path.join(os.path.dirname(REPOSITORY), "shared", "models", "basic_pitch")
+SHARED = os.path.join(os.path.dirname(REPOSITORY), "shared")
+SAVED_MODELS = {
+    "basic_pitch": os.path.join(SHARED, "models", "basic_pitch"),
+    "estimator": os.path.join(SHARED, "more_models", "estimator_taxi"),
+}
 
 
 # -- the models, with weights that are always the same, and what is asked of them --------------------------------------
@@ -186,7 +190,18 @@ def requests(model: str) -> list[list[Any]]:
         return [[[*chance.choices(range(20_000), k=8), *numbers(24)] for _ in range(200)] for _ in range(4)]
     if model == "basic_pitch":
         return [[[[number] for number in numbers(43_844)]]]
+    if model == "estimator":
+        return [[taxi_ride(seed)] for seed in range(16)]
     return [[[numbers(28) for _ in range(28)]] for _ in range(4)]
+
+
+def taxi_ride(seed: int) -> dict[str, Any]:
+    """As a ``tf.train.Example`` in JSON."""
+    chance = random.Random(seed)
+    integers = ("trip_start_month", "trip_start_hour", "trip_start_day", "trip_start_timestamp", "trip_seconds")
+    floats = ("trip_miles", "fare", "pickup_latitude", "pickup_longitude", "dropoff_latitude", "dropoff_longitude")
+    ride = {name: chance.randint(1, 7) for name in integers} | {name: chance.randint(1, 50) + 0.5 for name in floats}
+    return ride | {"payment_type": chance.choice(["Cash", "Credit Card"]), "company": chance.choice("xyz")}
 
 
 IMAGES = {"image_floats": "float32", "image_bytes": "uint8"}  # and their dtypes
@@ -204,7 +219,7 @@ def private_session(model: str) -> Callable[[Any], dict[str, Any]]:
     with tf.Graph().as_default():
         session = tf.Session()
         if model == "basic_pitch":
-            definitions = tf.saved_model.load(session, ["serve"], os.path.join(BASIC_PITCH, "1")).signature_def
+            definitions = tf.saved_model.load(session, ["serve"], os.path.join(SAVED_MODELS[model], "1")).signature_def
             inputs, outputs = (
                 {name: info.name for name, info in side.items()}
                 for side in (definitions["serving_default"].inputs, definitions["serving_default"].outputs)
@@ -444,7 +459,8 @@ class Target(NamedTuple):
             return [b""]
         if self.form == "npy":
             return [npy(rows, IMAGES[self.model]) for rows in requests(self.model)]
-        return [json.dumps({"instances": rows}).encode() for rows in requests(self.model)]
+        rows = "examples" if self.path.endswith(":classify") else "instances"
+        return [json.dumps({rows: own}).encode() for own in requests(self.model)]
 
     def health(self) -> dict[str, Any]:
         return json.loads(self.ask("/health")[1])
@@ -501,8 +517,9 @@ def ours(folder: str, front_end: str, options: str, model: str | None = None, re
     """One of our front ends, of the version in this folder."""
     path, command = "/", [os.path.join(folder, f"ray_tensorflow_{front_end}.py"), *options.split()]
     if model:
-        command += ["--model", f"{model}={BASIC_PITCH}" if model == "basic_pitch" else f"benchmark:{model}"]
-        path = f"/v1/models/{model}:predict"
+        saved = SAVED_MODELS.get(model)
+        command += ["--model", f"{model}={saved}" if saved else f"benchmark:{model}"]
+        path = f"/v1/models/{model}:{'classify' if model == 'estimator' else 'predict'}"
     return running(*command, path=path, model=model, ready=ready, folder=folder)
 
 
@@ -678,14 +695,16 @@ COMPARISONS = {
     "network": ("convolutional network (3 ms)", "starlette", "small", {"gathered": {64: "1.2", 16: "1.0"}}),
     "ranking": ("ranking model, 200 rows", "starlette", "ranking", {"gathered": {16: "", 1: ""}}),
     "basic_pitch": ("basic_pitch", "starlette", "basic_pitch", {"gathered": {4: ""}}),
+    "estimator": ("Estimator's examples, `:classify`", "starlette", "estimator", {THAT: {64: ">= 5"}}),
 }
 CPU_GOALS = {("mosec", 64): "below 1.25"}
 
 
 def compare(options, what: str, front_end: str, model: str | None, goals: dict[str, dict[int, str]]):
     """Rows of our front end beside that version's and the others, at each number of clients."""
-    kinds = [kind for kind in goals if importlib.util.find_spec(NEEDS.get(kind, "json"))]
-    if not kinds or (model == "basic_pitch" and not os.path.isdir(BASIC_PITCH)):
+    kinds = [kind for kind in goals if kind != THAT and importlib.util.find_spec(NEEDS.get(kind, "json"))]
+    is_alone = not kinds and len(options.folders) == 1
+    if is_alone or (model in SAVED_MODELS and not os.path.isdir(SAVED_MODELS[model])):
         return
     with contextlib.ExitStack() as stack:
         targets, all_clients = [], goals[kinds[0]]

@@ -398,7 +398,7 @@ class PlainSession:
         from shared_graph.options import Options
         from shared_graph.tensorflow_runtime import import_tensorflow
 
-        tf, [source] = import_tensorflow(), Options(model=source).model
+        tf, [source] = import_tensorflow(whole=True), Options(model=source).model
         _, source = max(source.versions().items())
         self.graph = tf.Graph()
         with self.graph.as_default():

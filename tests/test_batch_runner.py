@@ -122,7 +122,7 @@ def test_whatever_comes_each_request_is_answered_once_with_what_it_asked_for(see
 def load():
     """``load(source)``: the graph of an example model, or of a source, in this process alone. Found out, or said, is
     which signatures share runs."""
-    tf = import_tensorflow()
+    tf = import_tensorflow(whole=True)
 
     def load(source: str | ModelSource, *batchable: str) -> Graph:
         if isinstance(source, str):

@@ -89,7 +89,7 @@ class Stage:
         batcher, loop = self.batcher, asyncio.get_running_loop()
         timers = [handle for handle in loop._scheduled if not handle.cancelled()]
         places = all(worker.slots.free == MAX_BATCHES_IN_FLIGHT for worker in batcher.connections)
-        return (batcher.waiting, batcher.pending_bytes, batcher._queues, timers, places) == (0, 0, {}, [], True)
+        return (batcher.waiting, batcher.pending.count, batcher._queues, timers, places) == (0, 0, {}, [], True)
 
 
 async def turn() -> None:
@@ -271,13 +271,13 @@ async def test_past_max_queue_requests_are_refused_until_there_is_room():
 
 async def test_large_requests_travel_alone_and_are_refused_when_too_many_bytes_wait_or_arrive():
     stage = Stage(workers=1)
-    stage.batcher.hold(LARGE_BYTES)  # of a body that is still arriving
+    stage.batcher.pending.hold(LARGE_BYTES)  # of a body that is still arriving
     futures = stage.ask(*[(b"", np.broadcast_to(0.0, LARGE_BYTES // 8))] * 100)
     await turn()
     refused = [future for future in futures if future.done()]
     assert len(refused) == 97 and all(isinstance(future.exception(), Unavailable) for future in refused)
     assert [len(bodies) for bodies in stage.bodies] == [1, 1]
-    stage.batcher.release(LARGE_BYTES)
+    stage.batcher.pending.release(LARGE_BYTES)
     for future in futures:
         future.cancel()
 

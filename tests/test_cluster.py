@@ -253,3 +253,83 @@ def test_closing_while_starting_is_quick_and_clean(tmp_path):
     assert report["raised"] == ["The server is shutting down."] * 3
     assert report["left"] == [[False, "failed", []]] * 3
     assert max(report["seconds"]) < 60
+
+
+def test_two_clusters_in_one_program_share_one_ray_and_neither_minds_the_end_of_the_other(tmp_path):
+    report = run_script(
+        """
+        import ray
+        from shared_graph import Cluster, Error
+
+        def error_of(call):
+            try:
+                return call()
+            except Error as error:
+                return [type(error).__name__, str(error)]
+
+        one, other = (Cluster(workers=1) for _ in range(2))
+        report["before"] = error_of(lambda: one.add(1))
+        starts = [threading.Thread(target=cluster.start) for cluster in (one, other, one)]
+        for start in starts:
+            start.start()
+        for start in starts:
+            start.join()
+        report["sums"] = [one.add(1), other.add(10), one.add(1)]
+        report["no worker"] = error_of(lambda: one.add(1, worker=99))
+        reader, writer = os.pipe()
+        if not (child := os.fork()):
+            os.write(writer, json.dumps(error_of(lambda: other.add(1))).encode())
+            os._exit(0)
+        os.waitpid(child, 0)
+        report["forked"] = json.loads(os.read(reader, 1000))
+        one.close()
+        report["ray"] = [ray.is_initialized()]
+        report["other"] = [other.add(10), other.health()["status"]]
+        report["closed"] = [error_of(call) for call in (
+            lambda: one.add(1), lambda: one.reload("adder"), lambda: list(one.map([1.0], "adder")),
+            lambda: one.get_weights("adder"), lambda: asyncio.run(one.add_async(1)))]
+        other.close()
+        report["ray"].append(ray.is_initialized())
+        report["threads"] = [thread.name for thread in threading.enumerate() if thread is not threading.main_thread()]
+        """
+    )
+    assert report["before"] == ["Unavailable", "Nothing was started: call start(), or use 'with'."]
+    assert report["sums"] == [1, 10, 2] and report["other"] == [20, "ready"]
+    assert report["no worker"][0] == "InvalidRequest" and "no worker 99" in report["no worker"][1]
+    assert report["forked"][0] == "Unavailable" and "forked" in report["forked"][1]
+    assert {kind for kind, _ in report["closed"]} == {"Unavailable"}
+    assert report["ray"] == [True, False]
+
+
+def test_at_the_end_what_may_have_been_applied_is_told_from_what_was_not(tmp_path):
+    report = run_script(
+        f"""
+        import struct
+        from shared_graph import Cluster, Error
+
+        def add(_):
+            for _ in range(2000):
+                try:
+                    results.append(cluster.add(1))
+                except Error as error:
+                    statuses.append(error.status)
+                    return
+
+        results, statuses = [], []
+        cluster = Cluster(workers=2, checkpoint_dir={str(tmp_path)!r}, max_batch=4).start(2)
+        threads = [threading.Thread(target=add, args=[0]) for _ in range(64)]
+        for thread in threads:
+            thread.start()
+        while len(results) < 500:
+            time.sleep(0.001)
+        cluster.close()
+        for thread in threads:
+            thread.join(30)
+        report |= {{"results": len(results), "statuses": statuses, "hang": any(t.is_alive() for t in threads)}}
+        with open({str(tmp_path / "adder.sum")!r}, "rb") as file:
+            report["sum"] = struct.unpack("<dd", file.read())[0]
+        """
+    )
+    doubtful = report["statuses"].count(502)
+    assert not report["hang"] and set(report["statuses"]) <= {502, 503} and len(report["statuses"]) == 64
+    assert report["results"] <= report["sum"] <= report["results"] + doubtful

@@ -12,7 +12,7 @@ from conftest import wait_until
 from test_command import running
 
 from shared_graph.errors import Error
-from shared_graph.files import predict_file
+from shared_graph.files import check_files, predict_file
 from shared_graph.options import Options
 
 rows = np.random.default_rng(0).standard_normal((1000, 3)).astype(np.float32)
@@ -126,6 +126,23 @@ def test_what_cannot_be_predicted_is_one_sentence_and_an_older_output_stays(
     assert "\n" not in str(raised.value)
     assert sorted(os.listdir(tmp_path)) == sorted([*before, target])
     assert (tmp_path / target).read_text() == "an older output"
+
+
+@pytest.mark.parametrize(
+    "source, target, message",
+    [
+        ("no.npy", "out.npy", "--input .*no.npy: there is no such file"),
+        (".", "out.npy", "no such file"),
+        ("in.npy", "no/out.npy", "--output .*out.npy: there is no folder .*no$"),
+    ],
+)
+def test_files_that_are_not_there_are_told_before_anything_starts(tmp_path, source, target, message):
+    save(tmp_path / "in.npy", rows)
+    with pytest.raises(Error, match=message):
+        check_files(str(tmp_path / source), str(tmp_path / target))
+    with command(tmp_path / source / "x.npy", tmp_path / target) as run:
+        assert run.wait(30) == 1
+        assert re.fullmatch("ray_tensorflow.py: error: --input .*x.npy: there is no such file\n", run.read("stderr"))
 
 
 ROWS = 2**13

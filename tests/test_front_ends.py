@@ -11,7 +11,8 @@ import subprocess
 import sys
 
 import pytest
-from conftest import REPOSITORY, Answer, Server, error, good, processes, wait_until
+from conftest import REPOSITORY, Answer, Server, error, family, good, processes, wait_until
+from prometheus_client.parser import text_string_to_metric_families
 
 KINDS = pytest.mark.parametrize("kind", ["flask", "starlette"])
 
@@ -54,30 +55,34 @@ def test_health_tells_about_the_parameter_server_and_each_worker(front_end):
     assert (head.status, head.body) == (200, b"")
 
 
-SAMPLE = re.compile(r'(ray_tensorflow_\w+(?:\{\w+="[^"\\\n]*"(?:,\w+="[^"\\\n]*")*\})?) (\d+(?:\.\d+)?(?:e-?\d+)?)')
-
-
-def scrape(server) -> dict[str, float]:
-    """Value by sample of Prometheus' text format, as it is written."""
-    answer = server.get("/metrics")
+def scrape(server, path: str = "/metrics") -> dict[tuple, float]:
+    """Value by a sample's name and the values of its labels, in the order of their names."""
+    answer = server.get(path)
     assert (answer.status, answer.headers["Content-Type"]) == (200, "text/plain; version=0.0.4; charset=utf-8")
-    samples = [line for line in answer.body.decode().splitlines() if not line.startswith("# TYPE ray_tensorflow_")]
-    return {name: float(value) for name, value in (SAMPLE.fullmatch(line).groups() for line in samples)}
+    families = text_string_to_metric_families(answer.body.decode())
+    samples = [sample for family in families for sample in family.samples]
+    return {(s.name, *(value for _, value in sorted(s.labels.items()))): s.value for s in samples}
 
 
-def test_answers_are_counted_by_model_and_kind_and_errors_by_status(front_end):
+def test_answers_and_errors_are_counted_by_model_and_kind_and_errors_by_status(front_end):
     before = scrape(front_end)
     for path in ("/?value=0", "/?value=0", "/?value=x", "/nothing"):
         front_end.get(path)
     for model in ("linear", "linear", "linear", "nobody"):
         front_end.predict(model, {"instances": [[1, 2, 3]]})
-    moved = {name: value - before.get(name, 0) for name, value in scrape(front_end).items()}
-    assert moved['ray_tensorflow_answers_total{model="adder",kind="add"}'] == 2
-    assert moved['ray_tensorflow_answers_total{model="linear",kind="predict"}'] == 3
-    assert moved['ray_tensorflow_errors_total{code="400"}'] == 1
-    assert moved['ray_tensorflow_errors_total{code="404"}'] == 2
-    assert moved["ray_tensorflow_answer_seconds_count"] == moved['ray_tensorflow_answer_seconds_bucket{le="+Inf"}'] == 5
-    assert not any("nobody" in name for name in moved)  # what anybody asks for makes no new series
+    front_end.predict("linear", {"instances": [[1, 2]]})
+    after = scrape(front_end, "/monitoring/prometheus/metrics")
+    moved = {name: value - before.get(name, 0) for name, value in after.items() if "_total" in name[0]}
+    assert moved["ray_tensorflow_answers_total", "add", "adder"] == 2
+    assert moved["ray_tensorflow_answers_total", "predict", "linear"] == 3
+    assert {key[1:]: by for key, by in moved.items() if key[0] == "ray_tensorflow_errors_total" and by} == {
+        ("400", "add", "adder"): 1,
+        ("404", "", ""): 1,
+        ("404", "predict", ""): 1,  # what anybody asks for makes no new series
+        ("400", "predict", "linear"): 1,
+    }
+    assert after["ray_tensorflow_sum",] == front_end.add(0)
+    assert after["ray_tensorflow_restarts_total", "worker 1"] == after["ray_tensorflow_in_flight_requests", "1"] == 0
 
 
 @pytest.mark.parametrize(
@@ -153,13 +158,70 @@ def test_while_it_starts_all_that_needs_the_graph_is_503_and_a_signal_ends_it(ki
 
 
 @KINDS
-def test_a_port_that_is_taken_is_told_in_one_sentence_and_leaves_nothing(kind):
+def test_a_port_that_is_taken_is_told_in_one_sentence_before_anything_starts(kind):
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
-        server = Server(kind, "--port", str(taken.getsockname()[1]))
-        assert server.process.wait(60) not in (0, -signal.SIGKILL)
-        assert "Traceback" not in server.output() and "in use" in server.output()
+        port = taken.getsockname()[1]
+        server = Server(kind, "--port", str(port))
+        assert server.process.wait(60) == 1
+        sentence = f"error: --host 127.0.0.1 --port {port} cannot be listened on: address already in use"
+        assert server.output() == f"ray_tensorflow_{kind}.py: {sentence}\n"
+
+
+@KINDS
+def test_a_model_that_can_never_be_loaded_is_told_in_one_sentence_before_anything_starts(kind):
+    server = Server(kind, "--model", "no_such_module:build")
+    assert server.process.wait(60) == 1
+    assert server.output().startswith(f"ray_tensorflow_{kind}.py: error: --model ")
+    assert server.output().count("\n") == 1 and "no_such_module" in server.output()
+
+
+@KINDS
+def test_when_nothing_can_be_served_any_more_the_program_ends_with_status_1_and_one_sentence(kind):
+    with Server(kind, "--workers", "1", "--checkpoint-dir", "/proc/none") as server:
+        assert server.process.wait(60) == 1
+        last = server.output().splitlines()[-1]
+        assert last.startswith(f"ray_tensorflow_{kind}.py: error: The folder for variables cannot be used")
+        assert "Traceback" not in server.output()
+
+
+@KINDS
+def test_when_ray_dies_the_program_ends_with_status_1(kind):
+    with Server(kind, "--workers", "1").wait_ready() as server:
+        for pid, command in family(server.process.pid).items():
+            if "gcs_server" in command.split()[0]:
+                os.kill(pid, signal.SIGKILL)
+        assert server.process.wait(60) == 1
+        assert f"ray_tensorflow_{kind}.py: error: Ray's " in server.output()
+        assert "Traceback" not in server.output()
+
+
+@KINDS
+def test_the_log_says_with_date_and_level_what_happens(kind):
+    with Server(kind, "--workers", "2", "--host", "::1", "--model", "example_models:linear") as server:
+        log = lambda what: re.findall(rf"^\d{{4}}-\d\d-\d\d \d\d:\d\d:\d\d INFO {what}$", server.output(), re.M)
+        wait_until(lambda: log("ready: 2 workers"))
+        assert log(rf"http://\[::1\]:{server.port} answers 503 until a worker is ready") and log("starting: 2 workers")
+        assert len(log(r"worker \d ready  pid \d+  \d+\.\d s")) == 2
+        assert log("model linear: the latest is version 1")
+        assert server.stop() in (0, -signal.SIGTERM)
+        assert log("stopping") and len(log("ready: 2 workers")) == 1
+
+
+def test_a_program_that_shows_its_log_itself_gets_our_lines_once():
+    program = """
+import logging, sys
+logging.basicConfig(format="mine: %(message)s", stream=sys.stdout, level=logging.INFO)
+from shared_graph.logs import show_log
+show_log(); show_log()
+logging.getLogger("shared_graph.cluster").info("starting")
+"""
+    done = subprocess.run([sys.executable, "-c", program], cwd=REPOSITORY, capture_output=True, text=True, timeout=60)
+    assert (done.stdout, done.stderr) == ("mine: starting\n", "")
+    program = program.replace("logging.basicConfig", "dict")
+    done = subprocess.run([sys.executable, "-c", program], cwd=REPOSITORY, capture_output=True, text=True, timeout=60)
+    assert re.fullmatch(r"[-\d]{10} [:\d]{8} INFO starting\n", done.stderr) and done.stdout == ""
 
 
 PREFORKING_WSGI_SERVER = """

@@ -22,7 +22,7 @@ ZERO = np.zeros(1, np.int64)
 def tf():
     """TensorFlow as actors import it; the environment is as before afterwards."""
     before = dict(os.environ)
-    yield import_tensorflow()
+    yield import_tensorflow(whole=True)
     os.environ.clear()
     os.environ.update(before)
 

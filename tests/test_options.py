@@ -28,6 +28,7 @@ DEFAULTS = {
     "address": None,
     "host": "127.0.0.1",
     "port": 8080,
+    "allow_origin": (),
     "input": None,
     "output": None,
 }
@@ -46,6 +47,7 @@ RIGHT = [  # option, text, value
     ("address", "auto", "auto"),
     ("host", "::1", "::1"),
     ("port", "65535", 65535),
+    ("allow-origin", "https://Example.org:8443,*", ("https://example.org:8443", "*")),
     ("model", "m=a.b:c", (ModelSource("m", 1, function="a.b:c"),)),
 ]
 
@@ -55,6 +57,10 @@ WRONG = [  # option, text or a value of a wrong type
     *((option, "0") for option in ("threads", "parameter-servers", "max-batch", "max-queue", "timeout-s")),
     *((option, text) for option in ("batch-wait-ms", "timeout-s") for text in ("", "x", "nan", "inf", "-0.001")),
     *(("port", text) for text in ("-1", "65536", "80.5", "http")),
+    *(
+        ("allow-origin", text)
+        for text in ("", "example.org", "https://", "https://a/b", "null", "https://a b", 5, None)
+    ),
     ("address", ""),
     ("host", ""),
     ("checkpoint-dir", ""),
@@ -195,12 +201,28 @@ def test_each_script_helps_and_ends_at_once_with_one_sentence_about_what_is_wron
     wrong, helped = run_script(script, RAY_TENSORFLOW_TIMEOUT_S="soon"), run_script(script, "--help")
     assert (wrong.returncode, wrong.stdout, wrong.stderr.count("\n")) == (2, "", 1)
     assert wrong.stderr.startswith(f"{script}: error: --timeout-s soon: must be ")
-    others = {"input", "output"} if script != "ray_tensorflow.py" else {"host", "port"}
+    others = {"input", "output"} if script != "ray_tensorflow.py" else {"host", "port", "allow_origin"}
     assert set(re.findall(r"^  --([\w-]+)", helped.stdout, re.M)) == {
         name.replace("_", "-") for name in DEFAULTS.keys() - others
     }
-    for default in (4, 64, 1024, "30.0", "shared"):
-        assert f"(default: {default})" in " ".join(helped.stdout.split())
+    shown = re.findall(r"\(default: ([^)]*)\)", " ".join(helped.stdout.split()))
+    assert len(shown) == len(DEFAULTS.keys() - others)
+    assert {"4", "64", "1024", "30.0", "0.0", "shared", "off", "none"} <= set(shown)
+
+
+def test_a_mistyped_variable_is_pointed_out_and_others_are_left_alone(monkeypatch, caplog):
+    for name in (
+        "RAY_TENSORFLOW_WORKER",
+        "RAY_TENSORFLOW_ALLOW_ORIGINS",
+        "RAY_TENSORFLOW_SERVICE_HOST",
+        "RAY_TENSORFLOW",
+    ):
+        monkeypatch.setenv(name, "3")
+    Options.from_environment()
+    assert [record.getMessage() for record in caplog.records] == [
+        "the environment variable RAY_TENSORFLOW_ALLOW_ORIGINS is not an option: is RAY_TENSORFLOW_ALLOW_ORIGIN meant?",
+        "the environment variable RAY_TENSORFLOW_WORKER is not an option: is RAY_TENSORFLOW_WORKERS meant?",
+    ]
 
 
 @pytest.fixture

@@ -1,14 +1,19 @@
 """More clients than there is room for, clients that never finish, and the end of a server that is at work."""
 
 import asyncio
+import contextlib
 import json
 import resource
+import select
 import signal
 import socket
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from conftest import Server, good, wait_until
+from websockets.exceptions import ConnectionClosed
+from websockets.sync.client import connect
 
 from shared_graph.cluster import Cluster
 from shared_graph.errors import DeadlineExceeded
@@ -82,6 +87,89 @@ def test_a_signal_lets_requests_under_way_finish_and_refuses_new_ones(kind, tmp_
         assert [good(future.result())["predictions"] for future in under_way] == [[str(gate)]] * 8
         assert server.process.wait(60) in (0, -signal.SIGTERM)
         assert "Traceback" not in server.output()
+
+
+def test_a_signal_lets_what_is_under_way_on_a_websocket_finish(tmp_path):
+    gate = tmp_path / "open"
+    with Server("starlette", "--workers", "1", "--model", "example_models:gate").wait_ready() as server:
+        with connect(f"ws://127.0.0.1:{server.port}/ws") as ws:
+            for number in range(3):
+                ws.send(json.dumps({"id": number, "model": "gate", "instances": [str(gate)]}))
+            wait_until(lambda: admitted(server) == 3)
+            server.process.send_signal(signal.SIGTERM)
+            wait_until(lambda: not server.is_listening(), what="new connections to be refused")
+            gate.touch()
+            answers = [json.loads(ws.recv(timeout=60)) for _ in range(3)]
+            assert sorted(answer["id"] for answer in answers) == [0, 1, 2]
+            assert {tuple(answer["predictions"]) for answer in answers} == {(str(gate),)}
+            with pytest.raises(ConnectionClosed) as closed:
+                ws.recv(timeout=60)
+            assert closed.value.rcvd.code == 1012
+        assert server.process.wait(60) in (0, -signal.SIGTERM)
+        assert "Traceback" not in server.output()
+
+
+@KINDS
+def test_connections_that_say_nothing_keep_nobody_waiting_and_are_closed_at_the_end(kind):
+    with contextlib.ExitStack() as stack, Server(kind, "--workers", "1").wait_ready() as server:
+
+        def connected(begin: bytes) -> socket.socket:
+            connection = stack.enter_context(socket.create_connection(("127.0.0.1", server.port), 60))
+            connection.sendall(begin)
+            return connection
+
+        silent = [connected(b"") for _ in range(200)]
+        begun = time.monotonic()
+        assert [server.add() for _ in range(3)] == [1, 2, 3]
+        assert time.monotonic() - begun < 1.5
+        if kind == "flask":  # uvicorn has none, and does not need one
+            begun_heads = [connected(b"GET / HTTP/1.1\r\nHost: ") for _ in range(130)]
+            begun = time.monotonic()
+            assert server.add() == 4  # as soon as the heads that do not come are given up
+            assert time.monotonic() - begun < 4
+            for connection in silent + begun_heads:
+                received = b"".join(iter(lambda c=connection: c.recv(2**16), b""))
+                assert not received or received.split()[1] in (b"400", b"408"), received
+        connected(b"")
+        begun = time.monotonic()
+        assert server.stop(signal.SIGTERM) in (0, -signal.SIGTERM)
+        assert time.monotonic() - begun < 15
+        assert "Traceback" not in server.output()
+
+
+@KINDS
+def test_bodies_that_are_still_arriving_count_as_waiting_bytes(kind):
+    """Of eight clients that stop after 50 MiB each five at most are let in."""
+    with contextlib.ExitStack() as stack, Server(kind, "--workers", "1").wait_ready() as server:
+        head = f"POST /v1/models/adder:predict HTTP/1.1\r\nHost: a\r\nContent-Length: {60 * 2**20}\r\n\r\n".encode()
+        sent = []
+
+        def begin(_: int) -> None:
+            connection = stack.enter_context(socket.create_connection(("127.0.0.1", server.port), 60))
+            with contextlib.suppress(OSError):
+                connection.sendall(head + b" " * 50 * 2**20)
+            sent.append(connection)
+
+        with ThreadPoolExecutor(8) as pool:
+            list(pool.map(begin, range(8)))
+        statuses = []
+        wait_until(lambda: statuses.extend(answered(sent)) or len(statuses) >= 3, 30)
+        assert set(statuses) == {503} and len(statuses) <= 4
+        assert server.add() == 1
+        for connection in sent:
+            connection.close()
+        wait_until(lambda: server.predict("adder", b'{"instances": [1]' + b" " * 60 * 2**20 + b"}").status == 200, 30)
+
+
+def answered(connections: list[socket.socket]) -> list[int]:
+    """The statuses of those answers that have come since the last call."""
+    found = []
+    for connection in select.select([c for c in connections if c.fileno() >= 0], [], [], 0)[0]:
+        with contextlib.suppress(OSError):
+            if head := connection.recv(2**16):
+                found.append(int(head.split()[1]))
+                connection.close()
+    return found
 
 
 @pytest.mark.long

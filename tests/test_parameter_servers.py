@@ -3,6 +3,7 @@
 That models answer as with one, test_models shows.
 """
 
+import contextlib
 import os
 import signal
 import threading
@@ -46,18 +47,20 @@ def test_whichever_of_two_parameter_servers_is_killed_all_state_comes_back_and_n
     answers, stopped, ids = [], threading.Event(), np.arange(1000)
 
     def add() -> None:
-        while not stopped.is_set():
+        while not stopped.wait(0.001):
             try:
                 answers.append((0, 0, 200, {"result": cluster.add(1)}, 0))
             except Error as error:
                 answers.append((0, 0, error.status, {}, 0))
 
-    with Cluster(workers=1, parameter_servers=2, model=["example_models:small_table"]) as cluster:
+    options = {"workers": 1, "parameter_servers": 2, "model": ["example_models:small_table"]}
+    with contextlib.ExitStack() as stack, Cluster(**options) as cluster:
         weights = {name: value + 1 for name, value in cluster.get_weights("small_table").items()}
         cluster.set_weights("small_table", weights)
         threads = [threading.Thread(target=add) for _ in range(4)]
         for thread in threads:
             thread.start()
+        stack.callback(stopped.set)  # also when something is not as it should be
         for killed in (0, 1):
             wait_until(lambda: all(server["state"] == "ready" for server in cluster.health()["parameter_servers"]))
             before, first = len(answers), cluster.health()["parameter_servers"][0]["restarts"]

@@ -144,7 +144,7 @@ def test_numbers_that_are_not_finite_pass_both_ways(server):
 
 
 def run_here(*arguments, **keywords) -> list[np.ndarray]:
-    tf = import_tensorflow()
+    tf = import_tensorflow(whole=True)
     with tf.Graph().as_default(), tf.Session() as session:
         return session.run(remote_predict(*arguments, **keywords))
 

@@ -153,7 +153,7 @@ def examples_of(text: str, verb: str = "classify") -> list[dict]:
     asked = {"serving_default": signature({"inputs": "object"}, method=verb)}
     [serialized] = decode(asked, verb, HttpBody(text.encode())).feed
     found = []
-    for features in map(import_tensorflow().train.Example.FromString, serialized):
+    for features in map(import_tensorflow(whole=True).train.Example.FromString, serialized):
         kinds = {name: (feature, feature.WhichOneof("kind")) for name, feature in features.features.feature.items()}
         found.append({name: (kind, list(getattr(feature, kind).value)) for name, (feature, kind) in kinds.items()})
     return found

@@ -183,10 +183,8 @@ def test_a_front_end_that_wants_other_options_is_told_so(nodes, tmp_path):
         server.wait_ready()
         done = command(*options, "--workers", "3")
         assert done.returncode == 1
-        assert (
-            done.stderr.splitlines()[-1]
-            == "ray_tensorflow.py: error: The shared cluster runs with other options: --workers 3 (it runs with 1)"
-        )
+        differs = "The shared cluster runs with other options: --workers 3 (it runs with 1)"
+        assert done.stderr.splitlines()[-1] == f"ray_tensorflow.py: error: {differs}"
         assert server.add() == 1
 
 

@@ -99,7 +99,7 @@ class Learner:
     """Holds a copy of the network on its own graph, and some rows that nobody else has."""
 
     def __init__(self, seed: int):
-        tf = import_tensorflow()
+        tf = import_tensorflow(whole=True)
         inputs, outputs = line(tf)["train"]
         self.variables = TensorFlowVariables(outputs["loss"], tf.Session())
         x = np.random.default_rng(seed).uniform(-1, 1, 100)

@@ -13,7 +13,7 @@ NETWORK = {"net/b": [0.5, -0.5], "net/w": [[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]]}
 @pytest.fixture
 def tf():
     """TensorFlow, inside a fresh graph."""
-    tf = import_tensorflow()
+    tf = import_tensorflow(whole=True)
     with tf.Graph().as_default():
         yield tf
 

@@ -1,0 +1,71 @@
+"""Shows on standard error how far a long job is: a bar on a terminal, else a line every few seconds."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import sys
+import time
+from collections.abc import AsyncIterator, Callable, Iterator
+
+from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
+
+EVERY_S = 2.0  # between two lines
+FRAMES = "⠋⠙⠹⠸⠼⠴⠦⠧⠇⠏"
+BAR = "{percentage:3.0f}% |{bar}| {n_fmt}/{total_fmt}{unit}  {rate_noinv_fmt}  {remaining} left"
+
+
+@contextlib.contextmanager
+def shown_progress(total: int, unit: str) -> Iterator[Callable[[int], None]]:
+    """For a job of so many units; what it yields is called with how many are done more. Log lines go above the bar."""
+    if sys.stderr.isatty():
+        with logging_redirect_tqdm(loggers()), tqdm(total=total, unit=f" {unit}", bar_format=BAR, **width()) as bar:
+            yield bar.update
+        return
+    begun, shown, done = time.monotonic(), 0.0, 0
+
+    def advance(count: int) -> None:
+        nonlocal shown, done
+        done, now = done + count, time.monotonic()
+        if now - shown > EVERY_S or done == total:
+            shown, rate = now, done / max(now - begun, 1e-9)
+            left_s = (total - done) / max(rate, 1e-9)
+            print(f"{done}/{total} {unit}  {rate:.0f} {unit}/s  {left_s:.0f} s left", file=sys.stderr)
+
+    yield advance
+
+
+@contextlib.asynccontextmanager
+async def shown_wait(waits_for: Callable[[], list[str]]) -> AsyncIterator[None]:
+    """While the block runs a terminal shows who is waited for, and how long; elsewhere the log has a line for each."""
+    if not sys.stderr.isatty():
+        yield
+        return
+
+    async def turn(bar: tqdm) -> None:
+        for number in range(sys.maxsize):
+            names = waits_for()
+            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+            bar.set_description_str(f"{FRAMES[number % len(FRAMES)]} waiting for {', '.join(names[:3])}{more}")
+            await asyncio.sleep(0.1)
+
+    with logging_redirect_tqdm(loggers()), tqdm(bar_format="{desc}  {elapsed}", leave=False, **width()) as bar:
+        spinner = asyncio.create_task(turn(bar))
+        try:
+            yield
+        finally:
+            spinner.cancel()
+
+
+def loggers() -> list[logging.Logger]:
+    """Whose lines are shown: ours, if we show them ourselves (see logs), else the program's."""
+    ours = logging.getLogger("shared_graph")
+    return [ours if ours.handlers else logging.getLogger()]
+
+
+def width() -> dict[str, int]:
+    """For tqdm, which shows nothing on a terminal that does not know how wide it is."""
+    return {"dynamic_ncols": True} if os.get_terminal_size(sys.stderr.fileno()).columns else {"ncols": 80}

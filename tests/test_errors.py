@@ -1,0 +1,60 @@
+"""What is told of a failure."""
+
+import pickle
+
+import pytest
+
+from shared_graph import errors
+
+NODE = "text_file_init/InitializeTableFromTextFileV2"
+TRACED = """Graph execution error:
+
+Detected at node 'dense/MatMul' defined at (most recent call last):
+  File "train.py", line 3, in <module>
+    model = build()
+Node: 'dense/MatMul'
+Matrix size-incompatible: In[0]: [1,3], In[1]: [4,5]
+\t [[{{node dense/MatMul}}]]
+
+Original stack trace for 'dense/MatMul':
+  File "train.py", line 3, in <module>
+"""
+
+
+@pytest.mark.parametrize(
+    ["message", "sentence"],
+    [
+        ("one\ntwo", "one"),
+        ("", "RuntimeError"),
+        (TRACED, "Matrix size-incompatible: In[0]: [1,3], In[1]: [4,5]"),
+        (
+            f"Detected at node '{NODE}' defined at (most recent call last):\nNode: '{NODE}'\n/words; No such file",
+            "/words; No such file",
+        ),
+        ("From /job:ps/replica:0/task:0:\nassertion failed: [x]\n\t [[{{node Assert}}]]", "assertion failed: [x]"),
+        (
+            "2 root error(s) found.\n  (0) NOT_FOUND: /words; No such file\n\t [[{{node a}}]]\n  (1) CANCELLED: b",
+            "/words; No such file",
+        ),
+        ("{{function_node __inference_f_3}} {{function_node __inference_g_4}} no [[{{node a}}]]", "no"),
+        (
+            "No OpKernel was registered to support Op 'A' used by {{node b/c}} with these attrs: []",
+            "No OpKernel was registered to support Op 'A' used by b/c with these attrs: []",
+        ),
+    ],
+)
+def test_of_what_tensorflow_tells_the_sentence_that_matters_is_told(message, sentence):
+    assert errors.first_sentence(RuntimeError(message)) == sentence
+
+
+def test_whatever_fails_in_an_actor_arrives_as_an_error_of_ours_made_of_text():
+    class Foreign(Exception):
+        """Which nobody else can import."""
+
+    what = pytest.raises(errors.Error, match=r"^It cannot start: Foreign: why$")
+    with what as caught, errors.as_own_errors("It cannot start"):
+        raise Foreign("why\nand more")
+    assert type(caught.value) is errors.Error
+    for kind in (errors.ModelError, errors.ActorUnavailable, errors.WorkerLost):
+        copy = pickle.loads(pickle.dumps(kind("why", 418)))
+        assert (type(copy), str(copy), copy.status) == (kind, "why", 418)

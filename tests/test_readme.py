@@ -17,7 +17,9 @@ import sys
 from typing import NamedTuple
 
 import pytest
-from conftest import REPOSITORY, START_S, free_port, plain_environment, processes
+from conftest import REPOSITORY, START_S, free_port, plain_environment, processes, wait_until
+
+import shared_graph
 
 LEFT_OUT = ("python3.11 -m venv", ".venv/bin/pip", ".venv/bin/ray stop")  # the last one ends other people's Ray, too
 
@@ -126,6 +128,8 @@ class Clone:
             end_processes()
             raise
         if "ray start" in block.text:
+            actors = lambda: [command for command in processes("test").values() if command.startswith("ray::Param")]
+            wait_until(lambda: not actors(), 60, "the actors to end after the last front end")
             end_processes()
 
 
@@ -167,6 +171,11 @@ def test_each_block_is_of_a_kind_that_is_known_and_each_python_block_names_its_f
         if block.language == "python":
             compile(block.text, str(block), "exec")
             assert re.match(r"# \w+\.py\b", block.text), block
+
+
+def test_the_map_in_the_readme_is_the_package_s():
+    with open(os.path.join(REPOSITORY, "README.md")) as file:
+        assert shared_graph.__doc__.partition("above:\n\n")[2].partition("\n\nOne ring")[0] in file.read()
 
 
 @pytest.fixture(scope="module")

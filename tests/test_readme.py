@@ -5,6 +5,7 @@ run this. What is at 8080 or in /tmp in the README is at a free port and in a fo
 """
 
 import contextlib
+import glob
 import importlib.util
 import os
 import re
@@ -16,7 +17,9 @@ import sys
 from typing import NamedTuple
 
 import pytest
-from conftest import REPOSITORY, START_S, free_port, plain_environment, processes
+from conftest import REPOSITORY, START_S, free_port, plain_environment, processes, wait_until
+
+import shared_graph
 
 LEFT_OUT = ("python3.11 -m venv", ".venv/bin/pip", ".venv/bin/ray stop")  # the last one ends other people's Ray, too
 
@@ -90,7 +93,8 @@ class Clone:
     def here(self, text: str) -> str:
         text = text.replace("/tmp/", f"{self.temporary}/").replace("8080", self.port)
         text = text.replace("ray start --head", f"ray start --head --port {free_port()}")
-        return text.replace(".venv/bin/python", sys.executable).replace(".venv/bin", os.path.dirname(sys.executable))
+        text = text.replace("sleep 1; done", "sleep 1; kill -0 $! || exit 1; done")  # nobody waits for what has ended
+        return text.replace(".venv/bin/", f"{os.path.dirname(sys.executable)}/")
 
     def there(self, text: str) -> str:
         return text.replace(self.temporary, "/tmp").replace(self.port, "8080").strip()
@@ -100,12 +104,15 @@ class Clone:
         commands, script = block.commands(), os.path.join(self.home, "script")
         with open(script, "w") as file:
             for number, (command, _) in enumerate(commands):
-                file.write(f"{{ {self.here(command)}\n}} > {self.home}/{number} 2>&1\n")
+                output = os.path.join(self.home, str(number))
+                file.write(f'{{ {self.here(command)}\n}} > {output} 2>&1 || echo "status $?" >> {output}\n')
         environment = {name: value for name, value in plain_environment().items() if name != "PYTHONPATH"}
         environment |= {"HOME": self.home, "RAY_TENSORFLOW_PORT": self.port}
         with open(os.path.join(self.home, ".curlrc"), "w") as file:
             file.write("silent\n")  # as it is when it writes to a terminal
         printed = ""
+        for path in glob.glob(os.path.join(self.home, "[0-9]*")):  # of the block before
+            os.remove(path)
         try:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 subprocess.run(["bash", script], cwd=self.folder, env=environment, timeout=2 * START_S)
@@ -114,7 +121,6 @@ class Clone:
                 assert os.path.exists(path), f"{command!r} was not reached:\n{printed}"
                 with open(path, errors="replace") as file:
                     output = self.there(file.read())
-                os.remove(path)
                 printed += f"$ {command}\n{output}\n"
                 if not command.endswith("&") and not command.startswith("kill"):  # servers say more than is shown
                     assert re.fullmatch(pattern(shown), output), f"{command} does not print\n{shown}\nbut\n{printed}"
@@ -122,6 +128,8 @@ class Clone:
             end_processes()
             raise
         if "ray start" in block.text:
+            actors = lambda: [command for command in processes("test").values() if command.startswith("ray::Param")]
+            wait_until(lambda: not actors(), 60, "the actors to end after the last front end")
             end_processes()
 
 
@@ -163,6 +171,11 @@ def test_each_block_is_of_a_kind_that_is_known_and_each_python_block_names_its_f
         if block.language == "python":
             compile(block.text, str(block), "exec")
             assert re.match(r"# \w+\.py\b", block.text), block
+
+
+def test_the_map_in_the_readme_is_the_package_s():
+    with open(os.path.join(REPOSITORY, "README.md")) as file:
+        assert shared_graph.__doc__.partition("above:\n\n")[2].partition("\n\nOne ring")[0] in file.read()
 
 
 @pytest.fixture(scope="module")

@@ -339,7 +339,7 @@ def tf():
     from shared_graph.tensorflow_runtime import import_tensorflow
 
     before = dict(os.environ)
-    yield import_tensorflow()
+    yield import_tensorflow(whole=True)
     os.environ.clear()
     os.environ.update(before)
 

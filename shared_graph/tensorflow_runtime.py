@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import os
 import sys
@@ -9,6 +10,7 @@ import sys
 from shared_graph.options import MAX_BATCHES_IN_FLIGHT, REMOTE_CALLS_AT_ONCE, Options
 
 
+@functools.cache  # what it does beside the import takes 10 us, and freezing twice makes every graph immortal
 def import_tensorflow():
     """``tensorflow.compat.v1``, imported here and nowhere else, in the actors alone."""
     if "tensorflow" not in sys.modules:

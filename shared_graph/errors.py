@@ -75,6 +75,8 @@ NOISE = re.compile(
 
 def first_sentence(error: BaseException | str) -> str:
     """A message without what TensorFlow puts around it: "From /job:...", the nodes, the traces."""
+    if isinstance(error, UnicodeDecodeError):  # Python's, of a message of TensorFlow's with bytes of a request in it
+        error = error.object.decode(errors="replace")
     text = re.sub(r"^Detected at node .*?^Node: [^\n]*", "", str(error)[:10_000], flags=re.S | re.M)  # with a trace
     lines = [line for line in map(str.strip, text.splitlines()) if line and not NOISE.match(line)]
     if not lines:

@@ -15,6 +15,7 @@ from shared_graph.errors import ActorUnavailable, Error, ModelError, first_sente
 from shared_graph.graph import Graph, build_graph, is_mirrored
 from shared_graph.load_marks import LoadMarks
 from shared_graph.merging import warm_up
+from shared_graph.model_source import ADDER_SOURCE
 from shared_graph.models import LoadedVersion, ModelKey, ServerInfo, Snapshot, WorkerReport
 from shared_graph.options import Options
 from shared_graph.ray_runtime import Actor
@@ -145,7 +146,8 @@ class Replica:
                 read = functools.partial(self.server.call, "read_bundle", key)
                 origin["folder"] = await stack.enter_async_context(fetched_bundle(read))
             build = functools.partial(build_graph, tf, self.options, source, is_mirror, **origin)
-            await stack.enter_async_context(self._marks.loading(key, [loaded.fingerprint]))
+            if source != ADDER_SOURCE:
+                await stack.enter_async_context(self._marks.loading(key, [loaded.fingerprint]))
             graph = await in_own_thread(build)
             if graph.fingerprint != loaded.fingerprint:
                 raise ModelError("its graph is not the one that the parameter server has built: is it the same code?")

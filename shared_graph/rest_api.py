@@ -160,7 +160,7 @@ def parse_examples(document: dict[str, Any]) -> np.ndarray:
     examples, context = document.get("examples"), document.get("context", {})
     if not isinstance(examples, list) or not examples:
         raise InvalidRequest(f"examples: expected a list that is not empty, got {shown(examples)}")
-    before = serialize_example("context", context)
+    before = serialize_example("context", context) if context != {} else b""
     return object_array(before + serialize_example(f"examples[{i}]", example) for i, example in enumerate(examples))
 
 

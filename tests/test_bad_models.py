@@ -102,6 +102,7 @@ def test_no_failure_makes_this_process_import_tensorflow_and_each_is_an_error_of
         assert told[0][what][0] in ("InvalidRequest", "ModelError", "Error") or what.startswith("reload")
 
 
+@pytest.mark.long
 def test_a_model_that_ends_its_process_is_served_if_it_did_so_once_else_over_and_the_others_are_served(tmp_path):
     told, _ = run(tmp_path, ["ends_once", "ends_always", "well"])
     states = {name: version["state"] for name, version in told["versions"].items()}
@@ -112,6 +113,7 @@ def test_a_model_that_ends_its_process_is_served_if_it_did_so_once_else_over_and
     assert told["predict well"] == told["predict ends_once"] == "{'y': array([6.], dtype=float32)}"
 
 
+@pytest.mark.long
 def test_a_model_that_ends_its_workers_does_not_do_so_for_ever(tmp_path):
     told, _ = run(tmp_path, ["ends_workers", "well"])
     assert told["predict well"] == "{'y': array([6.], dtype=float32)}"

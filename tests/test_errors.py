@@ -55,3 +55,9 @@ def test_whatever_fails_in_an_actor_arrives_as_an_error_of_ours_made_of_text():
     for kind in (errors.ModelError, errors.ActorUnavailable, errors.WorkerLost):
         copy = pickle.loads(pickle.dumps(kind("why", 418)))
         assert (type(copy), str(copy), copy.status) == (kind, "why", 418)
+
+
+def test_of_a_message_with_bytes_that_are_no_utf_8_all_else_is_told():
+    with pytest.raises(UnicodeDecodeError) as caught:
+        b"Could not parse: '\xff'".decode()
+    assert errors.first_sentence(caught.value) == "Could not parse: '\ufffd'"

@@ -14,7 +14,7 @@ from conftest import REPOSITORY, owned_by_session, real_models, wait_until
 from test_models import Reference, assert_same
 
 from shared_graph.cluster import Cluster
-from shared_graph.errors import ModelError
+from shared_graph.errors import InvalidRequest, ModelError
 from shared_graph.rest_api import serialize_example
 
 MORE = real_models("more_models")
@@ -66,6 +66,9 @@ def test_each_is_available_or_over_with_the_reason_that_its_readme_names(all_mod
     assert (FATES[name] or "") in version["status"]["error_message"]
 
 
+BROKEN = b"\x0a\xff"  # of which TensorFlow's message is no UTF-8
+
+
 def rides(seed: int) -> bytes:
     return serialize_example("ride", taxi_ride(seed))
 
@@ -79,30 +82,25 @@ class TaxiReference(Reference):
         return dict.fromkeys(self.plain.names[signature][0], examples)
 
 
-class WithoutTraining(Reference):
-    """ "train" changes what the others answer, and so comes last."""
-
-    def __init__(self, name: str, source: str):
-        super().__init__(name, source)
-        self.cases = sorted(self.cases, key=lambda case: case[0] == "train")
+class TrainReference(Reference):
+    writing = ("train",)
 
 
 @pytest.mark.parametrize("name", SERVED)
 def test_what_is_served_answers_as_in_a_plain_session_alone_and_in_company(all_models, clients, name):
-    kind = {"estimator_taxi": TaxiReference, "train_signature": WithoutTraining}.get(name, Reference)
+    kind = {"estimator_taxi": TaxiReference, "train_signature": TrainReference}.get(name, Reference)
     plain = kind(name, ALL[name])
-    cases = [case for case in plain.cases if case[0] != "train"]
     for count in (1, 32):
-        outputs = clients(count, lambda case: all_models.predict(case[1], name, case[0]), cases)
-        for output, (signature, inputs, _) in zip(outputs, cases):
-            assert_same(output, plain.plain.predict(inputs, signature))
+        outputs = clients(count, lambda case: all_models.predict(case[1], name, case[0]), plain.cases)
+        for output, (_, _, expected) in zip(outputs, plain.cases):
+            assert_same(output, expected)
 
 
 def test_examples_come_to_share_runs_and_a_broken_one_fails_alone(all_models, clients):
     plain, name = example_models.PlainSession(ALL["estimator_taxi"]), "estimator_taxi"
-    examples = [rides(seed) if seed % 16 else b"broken" for seed in range(128)]
+    examples = [rides(seed) if seed % 16 else BROKEN for seed in range(128)]
     [key], [signature] = plain.names["classification"][0], ["classification"]
-    expected = {e: plain.predict({key: np.array([e], object)}, signature) for e in examples if e != b"broken"}
+    expected = {e: plain.predict({key: np.array([e], object)}, signature) for e in examples if e != BROKEN}
 
     def ask(example: bytes):
         try:
@@ -112,8 +110,8 @@ def test_examples_come_to_share_runs_and_a_broken_one_fails_alone(all_models, cl
 
     def shares_runs() -> bool:
         for example, answer in zip(examples, clients(64, ask, examples)):
-            if example == b"broken":
-                assert isinstance(answer, ModelError) and answer.status == 400 and "parse" in str(answer)
+            if example == BROKEN:
+                assert isinstance(answer, ModelError) and answer.status == 400 and "Could not parse" in str(answer)
             else:
                 assert_same(answer, expected[example])
         return signature in all_models.health()["models"][name]["merged"]
@@ -129,6 +127,20 @@ def test_the_readmes_classification(all_models):
     body = json.dumps({"examples": [ride]}).encode(), False
     [[[zero, no], [one, yes]]] = json.loads(all_models.request("estimator_taxi", "classify", body))["results"]
     assert (zero, one) == ("0", "1") and abs(no - 0.8184216) < 1e-6 and abs(yes - 0.18157838) < 1e-6
+
+
+def test_training_is_refused_before_it_changes_anything_or_trains_as_a_plain_session_does(all_models):
+    plain, name = example_models.PlainSession(ALL["train_signature"]), "train_signature"
+    before = all_models.get_weights(name)
+    rows = {"x": [1.0, 2.0], "y": [2.0, 3.0]}
+    by_rows = {"signature_name": "train", "instances": [{"x": 1.0, "y": 2.0}, {"x": 2.0, "y": 3.0}]}
+    with pytest.raises(InvalidRequest, match=r"^Nothing was changed: output 'loss' of signature 'train'"):
+        all_models.request(name, "predict", (json.dumps(by_rows).encode(), False))
+    assert all_models.get_weights(name) == before
+    arrays = {key: np.float32(value) for key, value in rows.items()}
+    expected = [plain.predict(arrays, "train")["loss"] for _ in range(2)]
+    assert [all_models.predict(arrays, name, "train")["loss"] for _ in range(2)] == pytest.approx(expected, rel=1e-6)
+    assert all_models.get_weights(name) != before
 
 
 @pytest.mark.long

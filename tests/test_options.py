@@ -272,6 +272,25 @@ def test_neither_an_empty_source_nor_a_folder_without_a_model_is_one(tmp_path, s
             source(text)
 
 
+@pytest.mark.parametrize(
+    ["file", "what"],
+    [
+        ("m.keras", r"a Keras model: call keras.models.load_model\(FILE\).export\(DIR\)"),
+        ("m.h5", "a Keras model"),
+        ("frozen.pb", "a frozen graph: .* tf.import_graph_def"),
+        ("model.ckpt", "a checkpoint: .* tf.train.init_from_checkpoint"),
+        ("model.ckpt-100.index", "a checkpoint"),
+        ("model.ckpt.data-00000-of-00001", "a checkpoint"),
+    ],
+)
+def test_of_a_file_that_is_no_saved_model_it_is_said_what_to_do_with_it(tmp_path, file, what):
+    (tmp_path / (f"{file}.index" if file == "model.ckpt" else file)).write_bytes(b"")
+    with pytest.raises(OptionError, match=what):
+        source(tmp_path / file)
+    with pytest.raises(OptionError, match="a folder that exists"):
+        source(tmp_path / "none" / file)
+
+
 def test_a_function_is_named_by_its_module_and_a_parsed_source_stays_as_it_is():
     parsed = source("a.b.c:build_2")
     assert parsed == source(parsed) == ModelSource("build_2", 1, function="a.b.c:build_2")

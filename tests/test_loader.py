@@ -1,0 +1,82 @@
+"""The loader and the version manager together, with TensorFlow in this process: what fails at any step is over."""
+
+import asyncio
+import os
+import pickle
+
+import numpy as np
+import pytest
+
+from shared_graph import loader
+from shared_graph.errors import Error
+from shared_graph.graph import Graph
+from shared_graph.model_source import ADDER_SOURCE, ModelSource
+from shared_graph.models import ModelKey
+from shared_graph.options import Options
+from shared_graph.version_manager import VersionManager
+
+GOOD, BAD = (ModelSource(name, 1, function="example_models:linear") for name in ("good", "bad"))
+
+
+def endless(tf):
+    """Its runs do not end."""
+    x = tf.placeholder(tf.float32, [None], name="x")
+    return {"serving_default": ({"x": x}, {"y": tf.while_loop(lambda y: True, lambda y: y + 1, [x])[0]})}
+
+
+def a_loader(address: str, folder, *sources: ModelSource) -> tuple[loader.Loader, VersionManager]:
+    own = loader.Loader(Options(model=list(sources)))
+    own.addresses = [address]
+    (folder / ".run-x").touch()
+    own.open_folder(str(folder), "x")
+    manager = VersionManager([ADDER_SOURCE, *sources], loader.look, own.load, own.unload, lambda snapshot: None)
+    return own, manager
+
+
+@pytest.mark.parametrize("step", ["__init__", "connect", "restore", "metadata", "run", "free", "metadata and free"])
+async def test_what_fails_at_any_step_is_over_with_its_reason_and_others_are_there(
+    tf, address, tmp_path, monkeypatch, step
+):
+    def failing(method):
+        def fail(self, *arguments, **named):
+            if (self.source if method.__name__ != "__init__" else arguments[1]).name == "bad":
+                raise tf.errors.InternalError(None, None, f"{step} failed\nin two lines")
+            return method(self, *arguments, **named)
+
+        return fail
+
+    for name in step.split(" and "):
+        monkeypatch.setattr(Graph, name, failing(getattr(Graph, name)))
+    own, manager = a_loader(address, tmp_path, GOOD, BAD)
+    await asyncio.gather(*(manager.reconcile(name, at_once=True) for name in ("bad", "good")))
+    states = {key.name: version.state for key, version in manager.snapshot.versions.items()}
+    assert states == {"good": "AVAILABLE", "bad": "AVAILABLE" if step == "free" else "END"}
+    bad = manager.snapshot.versions[ModelKey("bad", 1)]
+    assert (
+        bad.error is None if step == "free" else f"InternalError: {step} failed" in bad.error and "\n" not in bad.error
+    )
+    assert b"tensorflow.python" not in pickle.dumps(manager.snapshot)
+    await own.unload(ModelKey("good", 1))
+    assert [name for name in os.listdir(tmp_path) if name.startswith(".loading")] == []
+
+
+async def test_a_trial_that_does_not_end_is_ended_and_its_model_shares_no_runs(tf, address, tmp_path, monkeypatch):
+    monkeypatch.setattr(loader, "TRIAL_LIMIT_S", 1.0)
+    _, manager = a_loader(address, tmp_path, ModelSource("endless", 1, function="test_loader:endless"))
+    await manager.reconcile("endless", at_once=True)
+    version = manager.snapshot.versions[ModelKey("endless", 1)]
+    assert version.state == "AVAILABLE" and version.loaded.batchable == version.loaded.undecided == ()
+
+
+async def test_weights_that_cannot_be_set_are_an_error_of_ours(tf, address, tmp_path):
+    own, manager = a_loader(address, tmp_path, GOOD)
+    await manager.reconcile("good", at_once=True)
+    key = ModelKey("good", 1)
+    loaded = manager.snapshot.versions[key].loaded
+    own._graphs[key].session.close()
+    for call in (own.set_weights(key, loaded, {"b": np.zeros(2)}), own.get_weights(key)):
+        with pytest.raises(
+            Error, match=r"^The weights of model good version 1 cannot be (set|read): RuntimeError: "
+        ) as caught:
+            await call
+        assert type(caught.value) is Error

@@ -61,7 +61,7 @@ def test_from_python(folder, placement):
         assert cluster.status.metadata("m", "stable")["model_spec"]["version"] == "2"
         assert cluster.health()["models"]["m"]["labels"] == {"stable": 2}
         assert cluster.health()["models"]["m"]["version"] == 3
-        assert 'model_version{model="m"} 3\n' in cluster.metrics()
+        assert 'model_version{model="m"} 3.0\n' in cluster.status.metrics.text().decode()
 
         folder.label("stable", 9)  # to nothing: it stays where it was, and says so
         cluster.reload("m")

@@ -2,8 +2,8 @@
 
     python ray_tensorflow_starlette.py --workers 2 --model half_plus_two=DIR
 
-Or any ASGI server on ``ray_tensorflow_starlette:app``: the cluster starts and ends with the application's lifespan. Below
-another application nobody runs that, unless it is handed on, and the cluster starts with the first request:
+Or any ASGI server on ``ray_tensorflow_starlette:app``: the cluster starts and ends with the application's lifespan.
+Below another application nobody runs that, unless it is handed on, and the cluster starts with the first request:
 
     Starlette(routes=[Mount("/tf", app)], lifespan=app.router.lifespan_context)
 """

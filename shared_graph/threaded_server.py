@@ -32,7 +32,7 @@ class Handler(WSGIRequestHandler):
     error_message_format = '{"error": "%(explain)s"}'
 
     def setup(self) -> None:
-        self.timeout = self.server.patience_s  # of one read or write
+        self.timeout = self.server.patience_s + HEAD_S  # of one write: what is read is cut before
         super().setup()
 
     def parse_request(self) -> bool:

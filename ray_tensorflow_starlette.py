@@ -58,8 +58,8 @@ def create_app(options: Options | None = None, on_failure: Callable[[Error], obj
             return await refuse(request, error)
 
     async def answer(request: Request) -> http_api.Answer:
-        query, origin = request.scope["query_string"].decode("latin-1"), request.headers.get("Origin")
-        call = http_api.match_path(request.method, sent_path(request), origin)
+        query = request.scope["query_string"].decode("latin-1")
+        call = http_api.match_path(request.method, sent_path(request), request.headers)
         if answer := http_api.tell(cluster.status, call):
             return answer
         if call.verb == "add":

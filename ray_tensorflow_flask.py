@@ -47,8 +47,8 @@ def create_app(options: Options | None = None, on_failure: Callable[[Error], obj
     @app.route("/<path:path>", methods=http_api.METHODS)
     def serve(path: str = "") -> Response:
         start()
-        query, origin = request.query_string.decode("latin-1"), request.headers.get("Origin")
-        call = http_api.match_path(request.method, sent_path(), origin)
+        query = request.query_string.decode("latin-1")
+        call = http_api.match_path(request.method, sent_path(), request.headers)
         if waited_s() > cluster.options.timeout_s:
             raise Unavailable("Too many connections are waiting already; try again later.")
         if answer := http_api.tell(cluster.status, call):

@@ -2,8 +2,10 @@
 
     python ray_tensorflow_starlette.py --workers 2 --model half_plus_two=DIR
 
-Or any ASGI server on ``ray_tensorflow_starlette:app``: the cluster starts and ends with the application's lifespan, or
-starts with the first request where nobody runs that.
+Or any ASGI server on ``ray_tensorflow_starlette:app``: the cluster starts and ends with the application's lifespan.
+Below another application nobody runs that, unless it is handed on, and the cluster starts with the first request:
+
+    Starlette(routes=[Mount("/tf", app)], lifespan=app.router.lifespan_context)
 """
 
 import asyncio
@@ -56,8 +58,8 @@ def create_app(options: Options | None = None, on_failure: Callable[[Error], obj
             return await refuse(request, error)
 
     async def answer(request: Request) -> http_api.Answer:
-        query, origin = request.scope["query_string"].decode("latin-1"), request.headers.get("Origin")
-        call = http_api.match_path(request.method, sent_path(request), origin)
+        query = request.scope["query_string"].decode("latin-1")
+        call = http_api.match_path(request.method, sent_path(request), request.headers)
         if answer := http_api.tell(cluster.status, call):
             return answer
         if call.verb == "add":

@@ -65,16 +65,15 @@ def path_below(prefix: str, sent: str | None, path: str) -> str:
         return urllib.parse.quote(path or "/", safe="/:!$&'()*+,;=@~")
     sent = sent.partition("?")[0]
     sent = sent if sent.startswith("/") else "/" + sent.split("/", 3)[-1]  # http://host/path, as proxies are asked
-    parts = sent.split("/")
-    count = 1 + prefix.rstrip("/").count("/") if prefix.strip("/") else 1
-    if count > 1 and urllib.parse.unquote("/".join(parts[:count])) == prefix.rstrip("/"):
-        return "/" + "/".join(parts[count:])
-    return sent
+    if not (prefix := prefix.rstrip("/")):
+        return sent
+    parts, count = sent.split("/"), 1 + prefix.count("/")
+    return "/" + "/".join(parts[count:]) if urllib.parse.unquote("/".join(parts[:count])) == prefix else sent
 
 
-def match_path(method: str, path: str, origin: str | None = None) -> Call:
+def match_path(method: str, path: str, headers: Mapping[str, str] | None = None) -> Call:
     """What a method on a path asks for. Raises InvalidRequest."""
-    if method == "OPTIONS" and origin is not None:  # a browser asks what a page may do
+    if method == "OPTIONS" and headers and "Origin" in headers:  # a browser asks what a page may do
         return Call("", None, "options")
     if path in PAGES:
         verb, methods = PAGES[path]
@@ -115,6 +114,8 @@ def parse_value(query: str, http_version: str = "1.1") -> float:
 
 def tell(status: Status, call: Call) -> Answer | None:
     """The answer to what asks for no work; None: a worker has to do it. Raises InvalidRequest, Unavailable."""
+    if call.verb == "add":
+        return None
     if call.verb == "options":
         return Answer(b"", 200, {})
     if call.verb == "health":
@@ -129,8 +130,7 @@ def tell(status: Status, call: Call) -> Answer | None:
         return Answer(json_text(status.version_status(call.model, call.version)))
     if call.verb == "metadata":
         return Answer(json_text(status.metadata(call.model, call.version)))
-    if call.verb != "add":
-        status.get_model(call.model, call.version)  # before its body is read
+    status.get_model(call.model, call.version)  # before its body is read
     return None
 
 
@@ -175,10 +175,10 @@ def counted(error: Exception, status: Status | None, model: str | None = None, v
 def headers_of(answer: Answer, options: Options | None, asked: Mapping[str, str]) -> dict[str, str]:
     """An answer's headers, with those that let a browser show it to a page of another origin, which it is ``asked`` to
     tell by headers of the request's."""
-    allowed, headers = options.allow_origin if options else (), dict(answer.headers)
+    if not options or not (allowed := options.allow_origin):
+        return answer.headers
+    headers = dict(answer.headers)
     origin, wanted = asked.get("Origin"), asked.get("Access-Control-Request-Headers")
-    if not allowed:
-        return headers
     if "*" not in allowed:
         headers["Vary"] = "Origin"
     if origin is None or not ({"*", origin.lower()} & set(allowed)):

@@ -32,7 +32,7 @@ class Handler(WSGIRequestHandler):
     error_message_format = '{"error": "%(explain)s"}'
 
     def setup(self) -> None:
-        self.timeout = self.server.patience_s  # of one read or write
+        self.timeout = self.server.patience_s + HEAD_S  # of one write: what is read is cut before
         super().setup()
 
     def parse_request(self) -> bool:
@@ -71,7 +71,8 @@ class ThreadedServer(ThreadedWSGIServer):
         self.socket.setblocking(False)
         self.patience_s, self.is_stopping = patience_s, False
         self._ends: dict[socket.socket, float] = {}  # by when what is read has to have come
-        self._heads: set[socket.socket] = set()  # connections without a request
+        self._open: set[socket.socket] = set()
+        self._heads: set[socket.socket] = set()  # those without a request
         self.pool = ThreadPoolExecutor(THREADS)
 
     def serve_until_stopped(self) -> None:
@@ -86,15 +87,19 @@ class ThreadedServer(ThreadedWSGIServer):
                         self._accept(silent)
                     else:
                         silent.unregister(key.fileobj)
+                        self._ends.pop(key.fileobj, None)  # while it waits for a thread it need not say more
                         self.pool.submit(self._answer, key.fileobj, key.data, time.monotonic())
                 if time.monotonic() - looked > 0.1:
                     looked = time.monotonic()
-                    self._cut([connection for connection, end in list(self._ends.items()) if end < looked])
+                    self._cut_overdue()
             silent.unregister(self.socket)
             self.server_close()
             for key in list(silent.get_map().values()):
                 self.shutdown_request(key.fileobj)
         self._cut(list(self._heads))
+        while self._open:
+            self._cut_overdue()
+            time.sleep(0.02)
         self.pool.shutdown()
 
     def stop(self) -> None:
@@ -106,15 +111,21 @@ class ThreadedServer(ThreadedWSGIServer):
             connection, address = self.get_request()
             self._ends[connection] = time.monotonic() + HEAD_S
             self._heads.add(connection)
+            self._open.add(connection)
             silent.register(connection, selectors.EVENT_READ, address)
 
     def _answer(self, connection: socket.socket, address: Any, came: float) -> None:
         _thread.waited_s = time.monotonic() - came
+        self._ends[connection] = time.monotonic() + HEAD_S
         self.process_request_thread(connection, address)
 
     def head_has_come(self, connection: socket.socket) -> None:
         self._heads.discard(connection)
         self._ends[connection] = time.monotonic() + self.patience_s
+
+    def _cut_overdue(self) -> None:
+        now = time.monotonic()
+        self._cut([connection for connection, end in list(self._ends.items()) if end < now])
 
     def _cut(self, connections: list[socket.socket]) -> None:
         """Read no more from them; answers can still be sent."""
@@ -126,4 +137,5 @@ class ThreadedServer(ThreadedWSGIServer):
     def shutdown_request(self, request: socket.socket) -> None:
         self._ends.pop(request, None)
         self._heads.discard(request)
+        self._open.discard(request)
         super().shutdown_request(request)

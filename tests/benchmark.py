@@ -707,7 +707,7 @@ def compare(options, what: str, front_end: str, model: str | None, goals: dict[s
     if is_alone or (model in SAVED_MODELS and not os.path.isdir(SAVED_MODELS[model])):
         return
     with contextlib.ExitStack() as stack:
-        targets, all_clients = [], goals[kinds[0]]
+        targets, all_clients = [], next(iter(goals.values()))
         for folder in options.folders:
             try:
                 targets.append(stack.enter_context(ours(folder, front_end, options.options, model)))

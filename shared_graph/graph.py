@@ -226,12 +226,20 @@ class Graph:
             self._loader.run_init_ops(self.session, ["serve"])
             with self.graph.as_default():
                 initializers = [loader_impl.get_init_op(self._loader.get_meta_graph_def_from_tags(["serve"]))]
-        self._check_initialized(initializers)
+            if self._saver:
+                restore = self._saver.saver_def.restore_op_name
+                initializers.append(self.graph.get_operation_by_name(restore))
+        self._check_initialized(initializers, set(weights))
 
-    def _check_initialized(self, initializers: list) -> None:
-        states = self.session.run(self._initialized)
-        lost = [op.name for op, is_there in zip(self.variables.operations, states) if not is_there]
-        made = {op.inputs[1].op for op in operations_behind(initializers) if op.type == "MakeIterator"}
+    def _check_initialized(self, initializers: list, given: set[str]) -> None:
+        run, states = operations_behind(initializers), self.session.run(self._initialized)
+        given |= {op.inputs[0].op.name for op in run if op.type == "Assign"}  # of references; all have been allocated
+        lost = [
+            op.name
+            for op, is_there in zip(self.variables.operations, states)
+            if not is_there or (op.type != "VarHandleOp" and op.name not in given)
+        ]
+        made = {op.inputs[1].op for op in run if op.type == "MakeIterator"}
         lost += [op.name for op in operations_behind(self._outputs) if op.type in ITERATOR and op not in made]
         if lost:
             raise ModelError(f"nothing initializes {', '.join(map(repr, lost[:5]))}, which an output needs")

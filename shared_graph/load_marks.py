@@ -1,6 +1,6 @@
 """Marks on disk of the models that are just being loaded, by which a model that ends its process is known afterwards.
 
-After a death of the parameter server, those that were marked are loaded after the others and one at a time; which one
+After a death of the process, those that were marked are loaded after the others and one at a time; which one
 was alone at two deaths is not tried again until its files change.
 """
 
@@ -21,10 +21,10 @@ OTHERS_FIRST_S = 0.5, 60.0  # so long a suspect waits for others to begin, and a
 
 
 class LoadMarks:
-    """In a folder that outlives this process, for one run of the program."""
+    """In a folder that outlives this process, of what was this process before; without the folder nothing is known."""
 
-    def __init__(self, folder: str, run: str):
-        self._prefix = os.path.join(folder, f".loading-{run}-")
+    def __init__(self, folder: str, of: str):
+        self._prefix = os.path.join(folder, f".loading-{of}-")
         found = {path: _read(path) for path in glob.glob(f"{glob.escape(self._prefix)}*")}
         at_death = [path for path, (_, _, was_loading) in found.items() if was_loading]  # the others waited
         self._suspects = {path: (files, deaths + (at_death == [path])) for path, (files, deaths, _) in found.items()}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import logging
+import os
 import resource
 import socket
 import sys
@@ -40,7 +41,7 @@ def listen(host: str, port: int) -> socket.socket:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0][0]
         listener = socket.create_server((host, port), family=family, backlog=BACKLOG)
     except OSError as error:
-        what = (error.strerror or str(error)).lower()
+        what = (os.strerror(error.errno) if (error.errno or 0) > 0 else error.strerror or str(error)).lower()
         raise OptionError(f"--host {host} --port {port} cannot be listened on: {what}") from None
     address, port = listener.getsockname()[:2]
     shown = f"[{address}]" if ":" in address else address

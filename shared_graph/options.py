@@ -91,9 +91,9 @@ class Options:
         matching("shared|mirrored", "shared or mirrored"),
     )
     max_batch: int = option(64, "most requests that one session.run takes together", number(int, 1))
-    batch_wait_ms: float = option(0.0, "how long a batch may wait for company, in milliseconds", number(float, 0))
+    batch_wait_ms: float = option(0.0, "how long a batch may wait for company, in milliseconds", number(float, 0, 1e9))
     max_queue: int = option(1024, "waiting requests past which new ones are refused", number(int, 1))
-    timeout_s: float = option(30.0, "deadline of one request, in seconds", number(float, 0, above=True))
+    timeout_s: float = option(30.0, "deadline of one request, in seconds", number(float, 0, 1e8, above=True))
     exact: bool = option(
         False, "merge rows of several requests only where every answer stays the same to the last bit", switch
     )

@@ -43,8 +43,9 @@ class Actor:
         try:
             return await reference
         except asyncio.CancelledError:
-            if ray.is_initialized():
-                ray.cancel(reference)  # else its coroutine would wait in the actor for ever
+            with contextlib.suppress(Exception):
+                if ray.is_initialized():
+                    ray.cancel(reference)  # else its coroutine would wait in the actor for ever
             raise
         except ray.exceptions.RayTaskError as error:
             failure = error.cause if isinstance(error.cause, Error) else Error(first_sentence(error))

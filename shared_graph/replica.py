@@ -13,6 +13,7 @@ from typing import Any
 from shared_graph.bundles import fetched_bundle
 from shared_graph.errors import ActorUnavailable, Error, ModelError, first_sentence
 from shared_graph.graph import Graph, build_graph, is_mirrored
+from shared_graph.load_marks import LoadMarks
 from shared_graph.merging import warm_up
 from shared_graph.models import LoadedVersion, ModelKey, ServerInfo, Snapshot, WorkerReport
 from shared_graph.options import Options
@@ -40,7 +41,7 @@ class Replica:
         self.failed: dict[ModelKey, str] = {}
         self.runs: dict[str, set[asyncio.Future]] = collections.defaultdict(set)  # by model
         self.is_left = False
-        self._life, self._left = life, left
+        self._life, self._left, self._marks = life, left, LoadMarks(info.folder, f"worker-{index}")
         self._weights: dict[ModelKey, str] = {}  # the id of those that a graph has
         self._settled: dict[str, int] = {}
         self._bringing_up: set[ModelKey] = set()
@@ -144,15 +145,16 @@ class Replica:
                 read = functools.partial(self.server.call, "read_bundle", key)
                 origin["folder"] = await stack.enter_async_context(fetched_bundle(read))
             build = functools.partial(build_graph, tf, self.options, source, is_mirror, **origin)
+            await stack.enter_async_context(self._marks.loading(key, [loaded.fingerprint]))
             graph = await in_own_thread(build)
             if graph.fingerprint != loaded.fingerprint:
                 raise ModelError("its graph is not the one that the parameter server has built: is it the same code?")
             await in_own_thread(graph.connect, tf, [] if is_mirror else self.addresses, self.options)
             if is_mirror:
                 await in_own_thread(graph.restore, tf, weights)
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(WARM_UP_LIMIT_S):
-                await in_own_thread(warm_up, graph)
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(WARM_UP_LIMIT_S):
+                    await in_own_thread(warm_up, graph)
         self.graphs[key] = graph
         self._set_batchable(key, loaded)
 

@@ -10,7 +10,7 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, BinaryIO
 
 from werkzeug.serving import ThreadedWSGIServer, WSGIRequestHandler
 
@@ -36,9 +36,28 @@ class Handler(WSGIRequestHandler):
         super().setup()
 
     def parse_request(self) -> bool:
-        is_whole = super().parse_request()
+        """Python's own takes a head that was cut short for a whole one, and that would be an add."""
+        stream, self.rfile = self.rfile, HeadLines(self.rfile)
+        try:
+            is_request, last = super().parse_request(), self.rfile.last
+        finally:
+            self.rfile = stream
         self.server.head_has_come(self.connection)
-        return is_whole
+        if is_request and last == b"":
+            self.send_error(400, explain="The head of the request was cut short")
+            return False
+        return is_request
+
+
+class HeadLines:
+    """What the lines of a head are read from, and the last one of them."""
+
+    def __init__(self, stream: BinaryIO):
+        self.last, self._stream = None, stream
+
+    def readline(self, limit: int = -1) -> bytes:
+        self.last = self._stream.readline(limit)
+        return self.last
 
 
 class ThreadedServer(ThreadedWSGIServer):

@@ -41,6 +41,7 @@ class Version:
     state: str = "LOADING"
     error: str | None = None
     loaded: LoadedVersion | None = None
+    was_ready: bool = False  # in any worker: then it may have answered somebody
 
     @property
     def key(self) -> ModelKey:
@@ -76,6 +77,8 @@ class VersionManager:
 
     def report(self, report: WorkerReport) -> None:
         self._reports[report.index] = report
+        for key in report.ready.keys() & self._versions.keys():
+            self._versions[key].was_ready = True
         self._update()
 
     def worker_lost(self, index: int, life: str) -> None:
@@ -112,8 +115,13 @@ class VersionManager:
                 found = await self._look(self.sources[name])
             except OSError as error:
                 raise Unavailable(f"The folder of model {name} cannot be read: {error.strerror or error}") from None
+            for version in [v for v in self._versions.values() if v.source.name == name]:
+                failures = self._failures(version.key)
+                if version.loaded and not version.was_ready and failures and len(failures) == len(self._all()):
+                    await self._fail(version, found.files_seen.get(version.key.version, []), ModelError(failures[0]))
             aspired = {choice: version for (n, choice), version in self._pointers.items() if n == name}
             aspired = {choice: aspired[choice] for choice in [None, *found.labels] if choice in aspired}
+            aspired = {c: v for c, v in aspired.items() if (it := self._versions.get(ModelKey(name, v))) and it.loaded}
             for version in sorted(found.versions, reverse=True):
                 if await self._ensure_loaded(found, version, at_once):
                     aspired[None] = version
@@ -174,14 +182,18 @@ class VersionManager:
             self._update()
             await self._until_brought_up(version)
         except Exception as error:
-            self._failed_files[key] = files
-            why = str(error) if isinstance(error, Error) else f"{type(error).__name__}: {first_sentence(error)}"
-            prefix = "" if str(source) in why else f"Model {source} cannot be loaded: "
-            await self._drop(version, "END", prefix + why)
+            await self._fail(version, files, error)
             return False
         self._failed_files.pop(key, None)
         self._files_seen.pop(key, None)
         return True
+
+    async def _fail(self, version: Version, files: list, error: Exception) -> None:
+        """It is over with these files."""
+        self._failed_files[version.key] = files
+        why = str(error) if isinstance(error, Error) else f"{type(error).__name__}: {first_sentence(error)}"
+        prefix = "" if str(version.source) in why else f"Model {version.source} cannot be loaded: "
+        await self._drop(version, "END", prefix + why)
 
     async def _until_brought_up(self, version: Version) -> None:
         """Raises ModelError with what a worker says that could not."""

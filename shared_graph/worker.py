@@ -75,7 +75,11 @@ class Worker:
                     self._leave()
                     self.compute, self.remote = Lane(MAX_BATCHES_IN_FLIGHT), Lane(REMOTE_CALLS_AT_ONCE)
                     self.replica = Replica(self.index, self.life, self.options, server, info, self._close_connections)
-                    await self.replica.catch_up(info.snapshot, START_PATIENCE_S)
+                    try:
+                        await self.replica.catch_up(info.snapshot, START_PATIENCE_S)
+                    except BaseException:
+                        self._leave()
+                        raise
                 return WorkerInfo(self.process, self.address, self.authkey)
 
     async def sync(self, incarnation: str, snapshot: Snapshot) -> None:

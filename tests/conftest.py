@@ -330,6 +330,56 @@ def clients():
     return run
 
 
+# -- graphs, in this process -------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def tf():
+    """TensorFlow as actors import it; the environment is as before afterwards."""
+    from shared_graph.tensorflow_runtime import import_tensorflow
+
+    before = dict(os.environ)
+    yield import_tensorflow()
+    os.environ.clear()
+    os.environ.update(before)
+
+
+@pytest.fixture(scope="module")
+def address(tf) -> str:
+    server = tf.train.Server({"boot": ["localhost:0"]}, job_name="boot", task_index=0)
+    yield server.target.removeprefix("grpc://")
+
+
+@pytest.fixture
+def load(tf, address):
+    """``load(source)``: a model's graph, connected to the parameter server, first values in place if ``restore``."""
+    from shared_graph.graph import Graph
+    from shared_graph.model_source import ModelSource
+    from shared_graph.options import Options
+
+    graphs = []
+
+    def load(source, restore: bool = True):
+        source = source if isinstance(source, ModelSource) else Options(model=source).model[0]
+        _, source = max(source.versions().items())
+        graphs.append(graph := Graph(tf, source))
+        graph.connect(tf, [address], Options())
+        if restore:
+            graph.restore(tf, {})
+        return graph
+
+    yield load
+    for graph in graphs:
+        graph.disconnect()
+
+
+def one(graph, *arrays, signature: str = "serving_default"):
+    """The first output for these inputs, in the order of the inputs' names."""
+    import numpy as np
+
+    return graph.run(signature, [np.asarray(array) for array in arrays])[0].tolist()
+
+
 # -- models ------------------------------------------------------------------------------------------------------------
 
 
@@ -342,9 +392,9 @@ def models(tmp_path_factory) -> dict[str, str]:
     return saved | {name: f"example_models:{name}" for name in example_models.FUNCTIONS} | real_models()
 
 
-def real_models() -> dict[str, str]:
-    """The SavedModels beside the repository, where they exist."""
-    paths = sorted(glob.glob(os.path.join(REPOSITORY, "..", "shared", "models", "*", "")))
+def real_models(folder: str = "models") -> dict[str, str]:
+    """The SavedModels beside the repository, where they exist; some of those in ``more_models`` cannot be served."""
+    paths = sorted(glob.glob(os.path.join(REPOSITORY, "..", "shared", folder, "*", "")))
     return {os.path.basename(os.path.dirname(path)): os.path.dirname(path) for path in paths}
 
 

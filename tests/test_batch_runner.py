@@ -26,7 +26,7 @@ def rows(*values, signature="serving_default", seconds=60, is_repeated=False) ->
 class PlayedGraph:
     """Doubles its rows; refuses a run with a row that is negative, and gives one row too many for a 13."""
 
-    def __init__(self, batchable: bool, looks_across: bool = False):
+    def __init__(self, batchable: bool, looks_across: float = 0):
         spec = TensorSpec("int64", (None,))
         self.signature = Signature("serving_default", {"x": spec}, {"y": spec}, "", False, False, batchable)
         self.signatures, self.looks_across = {"serving_default": self.signature}, looks_across
@@ -36,17 +36,17 @@ class PlayedGraph:
         self.runs.append(feed[0].tolist())
         if (feed[0] < 0).any():
             raise ModelError("negative", 400)
-        outputs = 2 * feed[0] + (len(feed[0]) if self.looks_across else 0)
+        outputs = 2 * feed[0] + len(feed[0]) * self.looks_across
         return [np.append(outputs, 0)] if 13 in feed[0] else [outputs]
 
 
 class Played:
     """A runner of a played graph, what it answers and what it observes."""
 
-    def __init__(self, batchable: bool = True, undecided: bool = False, now: float = 0.0, **graph):
+    def __init__(self, batchable: bool = True, undecided: bool = False, now: float = 0.0, exact=False, **graph):
         self.graph, self.observed, self.answers = PlayedGraph(batchable, **graph), [], collections.Counter()
         undecided = frozenset({"serving_default"} if undecided else ())
-        self.runner = BatchRunner(self.graph, undecided, False, lambda *what: self.observed.append(what), lambda: now)
+        self.runner = BatchRunner(self.graph, undecided, exact, lambda *what: self.observed.append(what), lambda: now)
         self.found = {}
 
     def answer(self, *requests: WireRequest) -> list:
@@ -86,6 +86,30 @@ def test_where_it_is_not_known_whether_rows_share_runs_a_group_is_run_both_ways_
     assert played.answer(*[rows(value) for value in range(4)]) == [[2 * value + extra] for value in range(4)]
     assert played.graph.runs == [[0], [1], [2], [3], [0, 1, 2, 3]]
     assert played.observed == [("serving_default", not looks_across)]
+
+
+@pytest.mark.parametrize("exact", [False, True])
+def test_with_exact_only_what_is_the_same_to_the_last_bit_speaks_for_sharing_runs(exact):
+    played = Played(batchable=False, undecided=True, exact=exact, looks_across=1e-15)
+    played.answer(*[rows(value) for value in (1, 2, 3)])
+    assert played.observed == [("serving_default", not exact)]
+
+
+def test_what_only_the_run_of_a_writing_signature_shows_is_told_as_done():
+    played = Played(batchable=False)
+    played.graph.signature.outputs["y"] = TensorSpec("int64", None)
+    body = b'{"instances": [13]}'
+    played.runner.answer([WireRequest("predict", (body, False), 60, False)], played.found.update, 0.0)
+    assert isinstance(played.found[0], bytes)
+    played.graph.run = lambda signature, feed: [np.int64(5)]
+    for writes, kind, words in (
+        (False, InvalidRequest, "^Outputs"),
+        (True, ModelError, "^What was asked for has been"),
+    ):
+        played.graph.signature.mutates_state = writes
+        played.runner.answer([WireRequest("predict", (body, False), 60, False)], played.found.update, 0.0)
+        with pytest.raises(kind, match=words):
+            raise played.found[0]
 
 
 def test_a_broken_row_among_those_that_are_run_both_ways_fails_alone():

@@ -6,7 +6,8 @@ import pytest
 
 from shared_graph import errors
 
-NODE = "text_file_init/InitializeTableFromTextFileV2"
+NODE = "init/InitializeTable"
+NO_KERNEL = "No OpKernel was registered to support Op 'A' used by b/c"
 TRACED = """Graph execution error:
 
 Detected at node 'dense/MatMul' defined at (most recent call last):
@@ -28,19 +29,13 @@ Original stack trace for 'dense/MatMul':
         ("", "RuntimeError"),
         (TRACED, "Matrix size-incompatible: In[0]: [1,3], In[1]: [4,5]"),
         (
-            f"Detected at node '{NODE}' defined at (most recent call last):\nNode: '{NODE}'\n/words; No such file",
-            "/words; No such file",
+            f"Detected at node '{NODE}' defined at (most recent call last):\nNode: '{NODE}'\n/words; No such",
+            "/words; No such",
         ),
         ("From /job:ps/replica:0/task:0:\nassertion failed: [x]\n\t [[{{node Assert}}]]", "assertion failed: [x]"),
-        (
-            "2 root error(s) found.\n  (0) NOT_FOUND: /words; No such file\n\t [[{{node a}}]]\n  (1) CANCELLED: b",
-            "/words; No such file",
-        ),
+        ("2 root error(s) found.\n  (0) NOT_FOUND: /words\n\t [[{{node a}}]]\n  (1) CANCELLED: b", "/words"),
         ("{{function_node __inference_f_3}} {{function_node __inference_g_4}} no [[{{node a}}]]", "no"),
-        (
-            "No OpKernel was registered to support Op 'A' used by {{node b/c}} with these attrs: []",
-            "No OpKernel was registered to support Op 'A' used by b/c with these attrs: []",
-        ),
+        ("No OpKernel was registered to support Op 'A' used by {{node b/c}}", NO_KERNEL),
     ],
 )
 def test_of_what_tensorflow_tells_the_sentence_that_matters_is_told(message, sentence):
@@ -51,8 +46,10 @@ def test_whatever_fails_in_an_actor_arrives_as_an_error_of_ours_made_of_text():
     class Foreign(Exception):
         """Which nobody else can import."""
 
-    what = pytest.raises(errors.Error, match=r"^It cannot start: Foreign: why$")
-    with what as caught, errors.as_own_errors("It cannot start"):
+    with (
+        pytest.raises(errors.Error, match=r"^It cannot start: Foreign: why$") as caught,
+        errors.as_own_errors("It cannot start"),
+    ):
         raise Foreign("why\nand more")
     assert type(caught.value) is errors.Error
     for kind in (errors.ModelError, errors.ActorUnavailable, errors.WorkerLost):

@@ -5,56 +5,17 @@ import shutil
 
 import numpy as np
 import pytest
+from conftest import one
 
 from shared_graph.errors import ModelError
 from shared_graph.graph import Graph
 from shared_graph.merging import find_batchable
 from shared_graph.model_source import ADDER_SOURCE, ModelSource
 from shared_graph.options import Options
-from shared_graph.tensorflow_runtime import import_tensorflow
 
 BIG = np.finfo(np.float64).max
 ONES = np.ones((1, 3), np.float32)
 ZERO = np.zeros(1, np.int64)
-
-
-@pytest.fixture(scope="module")
-def tf():
-    """TensorFlow as actors import it; the environment is as before afterwards."""
-    before = dict(os.environ)
-    yield import_tensorflow(whole=True)
-    os.environ.clear()
-    os.environ.update(before)
-
-
-@pytest.fixture(scope="module")
-def address(tf) -> str:
-    server = tf.train.Server({"boot": ["localhost:0"]}, job_name="boot", task_index=0)
-    yield server.target.removeprefix("grpc://")
-
-
-@pytest.fixture
-def load(tf, address):
-    """``load(source)``: a model's graph, connected to the parameter server, first values in place if ``restore``."""
-    graphs = []
-
-    def load(source, restore: bool = True) -> Graph:
-        source = source if isinstance(source, ModelSource) else Options(model=source).model[0]
-        _, source = max(source.versions().items())
-        graphs.append(graph := Graph(tf, source))
-        graph.connect(tf, [address], Options())
-        if restore:
-            graph.restore(tf, {})
-        return graph
-
-    yield load
-    for graph in graphs:
-        graph.session.close()
-
-
-def one(graph: Graph, *arrays, signature: str = "serving_default"):
-    """The first output for these inputs, in the order of the inputs' names."""
-    return graph.run(signature, [np.asarray(array) for array in arrays])[0].tolist()
 
 
 # -- the adder ---------------------------------------------------------------------------------------------------------

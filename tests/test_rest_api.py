@@ -392,3 +392,20 @@ def test_adds_and_arrays_from_python_are_taken_as_they_are():
     assert decoded.encode([np.float64([1, 3])])["sum"].tolist() == [1, 3]
     refused("['value'], not ['x']", decode, adder, "arrays", ("", {"x": np.ones(2)}))
     refused("signature def", decode, adder, "arrays", ("no", np.ones(2)))
+
+
+@pytest.mark.parametrize(
+    ["shape", "is_refused"], [((), True), ((3,), True), ((2,), False), ((None, 5), False), (None, False)]
+)
+def test_what_writes_is_refused_before_it_runs_where_static_shapes_tell_that_its_outputs_have_other_rows(
+    shape, is_refused
+):
+    writing = signature({"x": "int32"}, {"loss": "float32"}, name="train")
+    writing.outputs["loss"], writing.mutates_state = TensorSpec("float32", shape), True
+    by_rows, by_columns = ({"signature_name": "train", where: [1, 2]} for where in ("instances", "inputs"))
+    assert decode({"train": writing}, "predict", HttpBody(json.dumps(by_columns).encode(), False, ""))
+    if is_refused:
+        body = HttpBody(json.dumps(by_rows).encode(), False, "")
+        refused("Nothing was changed", decode, {"train": writing}, "predict", body)
+    else:
+        assert decode({"train": writing}, "predict", HttpBody(json.dumps(by_rows).encode(), False, ""))

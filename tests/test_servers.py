@@ -114,7 +114,7 @@ def ready_in_a_row(server, prefix: str) -> int:
 @pytest.mark.skipif(not (has("gunicorn") and has("gevent")), reason="gunicorn or gevent is not installed")
 def test_gunicorn_with_gevent_is_refused_at_once_with_what_to_use(tmp_path):
     command = [sys.executable, "-m", "gunicorn", "--worker-class", "gevent", "--bind", "127.0.0.1:0"]
-    environment = os.environ | {"PYTHONPATH": REPOSITORY}
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([REPOSITORY, os.environ["PYTHONPATH"]])}
     done = subprocess.run(
         [*command, "ray_tensorflow_flask:app"], env=environment, capture_output=True, text=True, timeout=60
     )

@@ -239,14 +239,28 @@ async def test_without_workers_a_version_is_available_and_a_worker_that_comes_la
     async with playing(workers=0) as stage:
         await asyncio.sleep(20)
         assert stage.state("m", 1) == "AVAILABLE"
-        stage.fates[0, ModelKey("m", 1)] = "fails"
         stage.start_worker(0)
         await asyncio.sleep(20)
+        stage.fates[1, ModelKey("m", 1)] = "fails"
+        stage.start_worker(1)
+        await asyncio.sleep(20)
         version = stage.manager.snapshot.versions["m", 1]
-        assert (version.state, version.missing_on) == ("LOADING", (0,)) and "worker 0: it cannot" in version.error
+        assert (version.state, version.missing_on) == ("LOADING", (1,)) and "worker 1: it cannot" in version.error
         assert stage.latest("m") == 1, "what others have is taken away"
-        stage.workers[0].kill()
+        stage.workers[1].kill()
         assert stage.state("m", 1) == "AVAILABLE"
+
+
+async def test_a_version_that_fails_in_every_worker_before_any_had_it_is_over():
+    async with playing(workers=0) as stage:
+        await asyncio.sleep(20)
+        stage.fates[0, ModelKey("m", 1)] = stage.fates[1, ModelKey("m", 1)] = "fails"
+        for index in range(2):
+            stage.start_worker(index)
+        await asyncio.sleep(20)
+        version = stage.manager.snapshot.versions["m", 1]
+        assert version.state == "END" and "worker 0: it cannot" in version.error
+        assert stage.manager.snapshot.find("m", None) is None and stage.state("n", 1) == "AVAILABLE"
 
 
 async def test_while_weights_change_nothing_shares_a_run_and_afterwards_every_worker_has_the_new_ones():

@@ -1019,6 +1019,8 @@ def beside(options, command: str, models: str, busy: tuple[str, int], others: tu
             targets = {"adds": server} | {
                 name: server._replace(path=f"/v1/models/{name}:predict", model=name) for name in ("fast", "slow")
             }
+            for name, _ in (busy, *others):  # "ready" may be told while a model is still loaded
+                wait_until(lambda: targets[name].ask()[0] == 200)
             for _ in range(options.rounds):
                 alone = at_once(options.seconds, *((targets[name], clients) for name, clients in others))
                 with concurrent.futures.ThreadPoolExecutor() as pool:

@@ -707,7 +707,7 @@ def compare(options, what: str, front_end: str, model: str | None, goals: dict[s
     if is_alone or (model in SAVED_MODELS and not os.path.isdir(SAVED_MODELS[model])):
         return
     with contextlib.ExitStack() as stack:
-        targets, all_clients = [], goals[kinds[0]]
+        targets, all_clients = [], next(iter(goals.values()))
         for folder in options.folders:
             try:
                 targets.append(stack.enter_context(ours(folder, front_end, options.options, model)))
@@ -1019,6 +1019,8 @@ def beside(options, command: str, models: str, busy: tuple[str, int], others: tu
             targets = {"adds": server} | {
                 name: server._replace(path=f"/v1/models/{name}:predict", model=name) for name in ("fast", "slow")
             }
+            for name, _ in (busy, *others):  # "ready" may be told while a model is still loaded
+                wait_until(lambda: targets[name].ask()[0] == 200)
             for _ in range(options.rounds):
                 alone = at_once(options.seconds, *((targets[name], clients) for name, clients in others))
                 with concurrent.futures.ThreadPoolExecutor() as pool:

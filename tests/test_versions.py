@@ -3,6 +3,9 @@ with a version that has been replaced."""
 
 import json
 import os
+import shutil
+import subprocess
+import sys
 import time
 
 import numpy as np
@@ -223,25 +226,53 @@ def test_a_worker_or_the_parameter_server_is_killed_while_a_version_is_loaded(pl
         assert again.check({200, 502, 503, 504}) > 100
 
 
+SAVE_LARGE = """
+import sys
+import example_models, tensorflow
+v1 = tensorflow.compat.v1
+with v1.Graph().as_default(), v1.Session() as session:
+    x = v1.placeholder(v1.float32, [None])
+    w, y = v1.get_variable("w", initializer=[1.0] * 10_000), x
+    for _ in range(500):
+        y = y + w[0]
+    session.run(v1.global_variables_initializer())
+    example_models.write(v1, session, sys.argv[1], {"serving_default": ({"x": x}, {"y": y})})
+"""
+
+
 @pytest.mark.long
 @pytest.mark.parametrize("placement", ["shared", "mirrored"])
-def test_memory_after_20_versions_is_that_after_2(folder, placement):
-    folder.copy(1)
+def test_memory_after_60_versions_and_after_60_failed_loads_is_that_after_5(tmp_path, placement):
+    """With a graph of more than 65 kB, in each actor."""
+    path = tmp_path / "m"
+    path.mkdir()
+    subprocess.run([sys.executable, "-c", SAVE_LARGE, str(path / "1")], check=True, capture_output=True)
+    assert (path / "1" / "saved_model.pb").stat().st_size > 65_000
+    broken = tmp_path / "broken"
+    shutil.copytree(path / "1", broken)
+    os.truncate(broken / "variables" / "variables.index", 5)
 
-    def memory() -> int:
-        """Proportional set size of all actors, in KiB."""
-        health, total = cluster.health(), 0
-        for actor in health["parameter_servers"] + health["workers"]:
+    def memory() -> list[int]:
+        """Proportional set size of each actor, in KiB, when its garbage has been collected."""
+        found = []
+        for actor in cluster.health()["parameter_servers"] + cluster.health()["workers"]:
             with open(f"/proc/{actor['pid']}/smaps_rollup") as file:
-                total += next(int(line.split()[1]) for line in file if line.startswith("Pss:"))
-        return total
+                found.append(next(int(line.split()[1]) for line in file if line.startswith("Pss:")))
+        return found
 
-    with Cluster(workers=2, model=f"m={folder.path}", placement=placement).start(workers=2) as cluster:
-        for version in range(2, 21):
-            os.rename(os.path.join(folder.path, str(version - 1)), os.path.join(folder.path, str(version)))
+    with Cluster(workers=2, model=f"m={path}", placement=placement).start(workers=2) as cluster:
+        for version in range(2, 61):
+            os.rename(path / str(version - 1), path / str(version))
             assert cluster.reload("m") == version
-            for _ in range(20):
-                cluster.predict({"x": [0.0]}, "m")
-            if version == 2:
+            cluster.predict({"x": [0.0]}, "m")
+            if version == 5:
                 before = memory()
-        assert memory() < 1.1 * before
+        versions = memory()
+        for number in range(60):
+            shutil.copytree(broken, path / str(100 + number))
+            assert cluster.reload("m") == 60
+            shutil.rmtree(path / str(100 + number))
+        failed = memory()
+    print(before, versions, failed)
+    assert all(after < 1.05 * first for first, after in zip(before, versions))
+    assert all(after < 1.05 * first for first, after in zip(before, failed))

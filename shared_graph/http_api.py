@@ -151,7 +151,7 @@ def error_answer(error: Exception, code: int | None, status: Status | None, meth
         model, _, verb = match_path(method, path)
     except InvalidRequest as refusal:
         error = refusal if code else error  # a method that the framework does not know, say
-    error = counted(error, status, model, verb)
+    error = own_error(error, status, model, verb)
     if error.status == 405:
         headers["Allow"] = PAGES[path][1]
     if error.status in (429, 503):
@@ -159,7 +159,7 @@ def error_answer(error: Exception, code: int | None, status: Status | None, meth
     return Answer(json_text({"error": str(error)}), error.status, headers)
 
 
-def counted(error: Exception, status: Status | None, model: str | None = None, verb: str | None = None) -> Error:
+def own_error(error: Exception, status: Status | None, model: str | None = None, verb: str | None = None) -> Error:
     """The error as ours; one that nobody foresaw is logged, and told without what is inside."""
     if not isinstance(error, Error):
         log.error("a request failed", exc_info=error)

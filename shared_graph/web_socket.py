@@ -11,7 +11,7 @@ from starlette.websockets import WebSocket, WebSocketDisconnect, WebSocketDiscon
 
 from shared_graph.bodies import HttpBody
 from shared_graph.cluster import Cluster
-from shared_graph.http_api import counted, may_open_socket
+from shared_graph.http_api import own_error, may_open_socket
 from shared_graph.messages import BadMessage, error_text, read_message, result_text
 
 RESTARTING = 1012  # why a WebSocket is closed when the server ends
@@ -72,7 +72,7 @@ class WebSockets:
         except Exception as error:
             identity = error.identity if isinstance(error, BadMessage) else identity
             asked = (call.model, call.verb) if call else ()
-            text = error_text(identity, counted(error, cluster.status, *asked))
+            text = error_text(identity, own_error(error, cluster.status, *asked))
         await websocket.send_text(text)
 
 

@@ -15,7 +15,7 @@ from shared_graph.loader import Loader, look
 from shared_graph.model_source import ADDER, ADDER_SOURCE
 from shared_graph.models import Arrays, ModelKey, ServerInfo, Snapshot, WorkerReport
 from shared_graph.options import Options
-from shared_graph.ray_runtime import Actor, find_actor, node_address, this_actor, this_process
+from shared_graph.ray_runtime import WATCH_S, Actor, find_actor, node_address, this_actor, this_process
 from shared_graph.tensorflow_runtime import import_tensorflow_for, server_config
 from shared_graph.threads import in_own_thread
 from shared_graph.version_manager import VersionManager
@@ -25,7 +25,6 @@ log = logging.getLogger(__name__)
 CHECKPOINT_EVERY_S = 10.0  # how old the saved variables of a model may be that changes them when it runs
 LOOK_EVERY_S = 1.0  # between two looks at the models' folders
 IDLE_SHUTDOWN_S = 10.0  # a shared cluster ends when no front end has been heard for so long
-WATCH_S = 60.0  # after so long a call that watches returns: that of a front end that is gone must not stay for ever
 
 
 class ParameterServer:

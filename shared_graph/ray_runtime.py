@@ -27,6 +27,8 @@ from shared_graph.errors import ActorUnavailable, Error, Unavailable, first_sent
 from shared_graph.options import Options
 from shared_graph.wire import ProcessInfo
 
+WATCH_S = 60.0  # after so long a call that watches an actor returns: who is gone must not leave it there for ever
+
 # -- actors ------------------------------------------------------------------------------------------------------------
 
 

@@ -11,7 +11,7 @@ from starlette.websockets import WebSocket, WebSocketDisconnect, WebSocketDiscon
 
 from shared_graph.bodies import HttpBody
 from shared_graph.cluster import Cluster
-from shared_graph.http_api import own_error, may_open_socket
+from shared_graph.http_api import may_open_socket, own_error
 from shared_graph.messages import BadMessage, error_text, read_message, result_text
 
 RESTARTING = 1012  # why a WebSocket is closed when the server ends

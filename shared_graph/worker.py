@@ -18,7 +18,7 @@ from shared_graph.errors import Error, Unavailable, as_own_errors, first_sentenc
 from shared_graph.graph import Graph
 from shared_graph.models import ModelVersion, Snapshot, not_found
 from shared_graph.options import MAX_BATCHES_IN_FLIGHT, REMOTE_CALLS_AT_ONCE, Options
-from shared_graph.ray_runtime import find_actor, node_address, this_process
+from shared_graph.ray_runtime import WATCH_S, find_actor, node_address, this_process
 from shared_graph.replica import Replica
 from shared_graph.slots import Gate
 from shared_graph.tensorflow_runtime import import_tensorflow, import_tensorflow_for
@@ -30,7 +30,6 @@ log = logging.getLogger(__name__)
 START_PATIENCE_S = 10.0  # a worker that starts waits so long for its versions; what takes longer it has later
 OVERDUE_S = 5.0  # after its deadline a run is cancelled
 STUCK_S = 15.0  # and one that does not end then ends this process
-WATCH_S = 60.0  # see ParameterServer.death_watch
 
 
 class Lane:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import http
+import json
 import logging
 import re
 import urllib.parse
@@ -120,25 +121,33 @@ def tell(status: Status, call: Call) -> Answer | None:
         return Answer(b"", 200, {})
     if call.verb == "health":
         health = status.health()
-        return Answer(json_text(health), 200 if health["status"] == "ready" else 503)
+        return Answer(json_bytes(health), 200 if health["status"] == "ready" else 503)
     if call.verb == "metrics":
         return Answer(status.metrics.text(), 200, {"Content-Type": CONTENT_TYPE})
     if call.verb == "dashboard":
         page, headers = dashboard_page()
         return Answer(page, 200, headers)
     if call.verb == "status":
-        return Answer(json_text(status.version_status(call.model, call.version)))
+        return Answer(json_bytes(status.version_status(call.model, call.version)))
     if call.verb == "metadata":
-        return Answer(json_text(status.metadata(call.model, call.version)))
+        return Answer(json_bytes(status.metadata(call.model, call.version)))
     status.get_model(call.model, call.version)  # before its body is read
     return None
+
+
+def json_bytes(document: Any) -> bytes:
+    """For both front ends alike. A label may be the name of a link, with bytes in it that are no UTF-8."""
+    try:
+        return json_text(document)
+    except TypeError:
+        return json.dumps(document, separators=(",", ":")).encode()
 
 
 def answer_with(result: Any) -> Answer:
     """A sum, or what a worker has written."""
     if isinstance(result, bytes):
         return Answer(result, 200, {"Content-Type": content_type(result)})
-    return Answer(json_text({"result": result}))
+    return Answer(json_bytes({"result": result}))
 
 
 def error_answer(error: Exception, code: int | None, status: Status | None, method: str, path: str) -> Answer:
@@ -156,7 +165,7 @@ def error_answer(error: Exception, code: int | None, status: Status | None, meth
         headers["Allow"] = PAGES[path][1]
     if error.status in (429, 503):
         headers["Retry-After"] = "1"
-    return Answer(json_text({"error": str(error)}), error.status, headers)
+    return Answer(json_bytes({"error": str(error)}), error.status, headers)
 
 
 def own_error(error: Exception, status: Status | None, model: str | None = None, verb: str | None = None) -> Error:

@@ -5,7 +5,8 @@ import re
 import pytest
 
 from shared_graph.errors import InvalidRequest
-from shared_graph.http_api import match_path, parse_value
+from shared_graph.http_api import json_bytes, match_path, may_open_socket, parse_value, path_below
+from shared_graph.options import Options
 
 ODD, ODD_PLAIN = "%21%23%24%25%26%27%28%29%2A%2B%2C%2F%3A%3B%3D%3F%40%5B%5D", "!#$%&'()*+,/:;=?@[]"
 
@@ -123,3 +124,45 @@ def test_a_query_has_one_finite_number_or_means_1_and_any_other_is_refused(query
             parse_value(query)
     else:
         assert parse_value(query) == value
+
+
+@pytest.mark.parametrize(
+    "prefix, sent, path, expected",
+    [
+        ("", "/v1/models/a%2Fb?x=/y", "/v1/models/a/b", "/v1/models/a%2Fb"),
+        ("", "http://h:1/v1/models/m?x", "/v1/models/m", "/v1/models/m"),
+        ("", None, "/v1/models/a b", "/v1/models/a%20b"),
+        ("", None, "", "/"),
+        ("", "//etc/passwd", "//etc/passwd", "//etc/passwd"),
+        ("/tf", "/tf/v1/models/m", "/v1/models/m", "/v1/models/m"),
+        ("/tf/", "/tf/", "/", "/"),
+        ("/tf", "/tf", "", "/"),
+        ("/tf", "/v1/models/m", "/v1/models/m", "/v1/models/m"),  # the proxy has taken it off
+        ("/tf", "/tfx/health", "/tfx/health", "/tfx/health"),
+        ("/a b/c", "/a%20b/c/health?q", "/health", "/health"),
+        ("/tf", "http://h/tf/health", "/health", "/health"),
+    ],
+)
+def test_the_prefix_under_which_a_server_puts_the_application_is_taken_off(prefix, sent, path, expected):
+    assert path_below(prefix, sent, path) == expected
+
+
+@pytest.mark.parametrize(
+    "allowed, origin, host, may",
+    [
+        ([], None, "a", True),
+        ([], "http://a:1", "A:1", True),
+        ([], "http://a:1", "a:2", False),
+        ([], "null", "a", False),
+        ([], "http://evil", None, False),
+        (["http://b"], "http://b", "a", True),
+        (["*"], "http://b", "a", True),
+    ],
+)
+def test_a_browser_opens_a_socket_for_our_own_pages_and_for_allowed_ones(allowed, origin, host, may):
+    assert may_open_socket(Options(allow_origin=allowed), origin, host) is may
+
+
+def test_a_document_is_compact_and_any_name_can_be_in_it():
+    assert json_bytes({"a": [1.0, "é"]}) == '{"a":[1.0,"é"]}'.encode()
+    assert json_bytes({"a\udcff": [1.0, "é"]}) == b'{"a\\udcff":[1.0,"\\u00e9"]}'

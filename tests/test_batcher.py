@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from shared_graph.batcher import Batcher, hint_of
+from shared_graph.bodies import HttpBody
 from shared_graph.connection import WorkerConnection
 from shared_graph.errors import DeadlineExceeded, InvalidRequest, Unavailable, WorkerLost
 from shared_graph.model_source import ModelSource
@@ -196,9 +197,10 @@ def test_the_signature_that_a_body_asks_for_is_seen_where_it_stands_and_never_in
         (b'{"signature\\u005fname": "slow"}', ""),
         (b"\xff\x00", ""),
     ]:
-        assert hint_of(two, (body, False)) == hint
+        assert hint_of(two, HttpBody(body)) == hint
     assert hint_of(two, ("slow", {})) == "slow" and hint_of(two, 3.0) == ""
-    assert hint_of(VERSIONS["m"], (b'{"signature_name": "serving_default"}', False)) == ""
+    assert hint_of(VERSIONS["m"], HttpBody(b'{"signature_name": "serving_default"}')) == ""
+    assert hint_of(two, HttpBody(b"\x93NUMPY", query="a=b&signature_name=fast")) == "fast"
 
 
 async def test_a_batch_waits_for_company_as_long_as_batch_wait_ms_with_one_timer_a_queue():

@@ -223,12 +223,12 @@ async def test_ends_save_and_then_end_every_actor_and_remove_the_folder():
         assert not os.path.exists(folder)
 
 
-@pytest.mark.parametrize("seed", range(100))
+@pytest.mark.parametrize("seed", range(60))
 async def test_whatever_dies_or_hangs_all_are_ready_in_the_end_and_nobody_is_ended_who_answers(seed):
     chance = random.Random(seed)
     async with playing(seed, workers=chance.randint(1, 4), parameter_servers=chance.randint(1, 2)) as stage:
         await asyncio.sleep(30)
-        for _ in range(30):
+        for _ in range(15):
             actor = chance.choice(list(stage.actors.values()))
             what = chance.choice(["kill", "stop", "nothing"])
             if what == "kill" and actor.is_alive:
@@ -239,9 +239,9 @@ async def test_whatever_dies_or_hangs_all_are_ready_in_the_end_and_nobody_is_end
                     str(s) == f"{actor.kind} {actor.index}" and s.process == actor.process for s in ready
                 )
             before, stopped = len(stage.killed), {a.process.pid for a in stage.actors.values() if a.is_stopped}
-            await asyncio.sleep(chance.choice([0.01, 1, 10, 60]))
+            await asyncio.sleep(chance.choice([0.01, 1, 6, 40]))
             assert set(stage.killed[before:]) <= stopped, "one that answers was ended"
-        await asyncio.sleep(300)
+        await asyncio.sleep(150)
         assert set(stage.states()) == {"ready"}
         for status in stage.status.workers:
             assert not status.connection.closed.done() and not status.connection.is_hung

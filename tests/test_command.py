@@ -95,8 +95,12 @@ def test_it_ends_with_the_sum_of_the_workers_numbers_has_a_line_for_each_event_a
             assert after == total  # the sum right after its own add
         assert last == f"sum: {total:.1f}"
         actors = ["parameter server 0", *(f"worker {i}" for i in range(workers))]
-        pattern = r"\d\d:\d\d:\d\d (.*) ready  pid \d+  \d+\.\d s"
-        assert sorted(re.fullmatch(pattern, line)[1] for line in run.read("stderr").splitlines()) == sorted(actors)
+        pattern = r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d INFO (.*)"
+        events = [re.fullmatch(pattern, line)[1] for line in run.read("stderr").splitlines()]
+        ready = [match[1] for event in events if (match := re.fullmatch(r"(.*) ready  pid \d+  \d+\.\d s", event))]
+        assert sorted(ready) == sorted(actors)
+        others = [event for event in events if "  pid " not in event]
+        assert others == [f"starting: {workers} workers", f"ready: {workers} workers", "stopping"]
         assert (run.left, run.files()) == ({}, [])
 
 

@@ -77,7 +77,8 @@ class Status:
         before, self.snapshot = self.snapshot, snapshot
         versions = {**snapshot.pointers, **{(key.name, key.version): key.version for key in snapshot.versions}}
         found = {asked: snapshot.find(*asked) for asked in versions}
-        kept = {asked: v for asked, v in self._last_known.items() if snapshot.is_moving(*asked)}
+        served = {name for name, _ in snapshot.pointers}
+        kept = {asked: its for asked, its in self._last_known.items() if asked[0] not in served}
         self._last_known = kept | {asked: version for asked, version in found.items() if version}
         for key, version in snapshot.versions.items():
             old = before.versions.get(key)

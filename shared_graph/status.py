@@ -78,7 +78,8 @@ class Status:
         versions = {**snapshot.pointers, **{(key.name, key.version): key.version for key in snapshot.versions}}
         found = {asked: snapshot.find(*asked) for asked in versions}
         served = {name for name, _ in snapshot.pointers}
-        kept = {asked: its for asked, its in self._last_known.items() if asked[0] not in served}
+        known = self._last_known.items()
+        kept = {asked: its for asked, its in known if asked[0] not in served or snapshot.is_moving(*asked)}
         self._last_known = kept | {asked: version for asked, version in found.items() if version}
         for key, version in snapshot.versions.items():
             old = before.versions.get(key)

@@ -123,7 +123,9 @@ class Batcher:
         self._observe(request, self._answered_at - request.begun)
 
     def _enqueue(self, request: Request, first: bool = False) -> None:
-        queue = self._queues.setdefault(request.key, Queue()).requests
+        if (found := self._queues.get(request.key)) is None:
+            found = self._queues[request.key] = Queue()
+        queue = found.requests
         queue.appendleft(request) if first else queue.append(request)
         request.is_sent = False
         self.waiting += 1

@@ -39,14 +39,17 @@ class PendingBytes:
 
     def hold(self, size_bytes: int) -> None:
         """Raises Unavailable when there are too many."""
+        if not size_bytes:
+            return
         with self._lock:
             if self.count + size_bytes > MAX_PENDING_BYTES and self.count:
                 raise Unavailable("Too many requests are waiting already, with too many bytes; try again later.")
             self.count += size_bytes
 
     def release(self, size_bytes: int) -> None:
-        with self._lock:
-            self.count -= size_bytes
+        if size_bytes:
+            with self._lock:
+                self.count -= size_bytes
 
     @contextlib.contextmanager
     def arriving(self) -> Iterator[Callable[[bytes], None]]:

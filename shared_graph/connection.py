@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from shared_graph.models import ModelVersion, VersionChoice
 from shared_graph.options import MAX_BATCHES_IN_FLIGHT
 from shared_graph.slots import Slots
-from shared_graph.wire import Answers, Batch, WireRequest, read_frame, to_frame
+from shared_graph.wire import Answers, Batch, read_frame, to_frame
 
 
 class QueueKey(NamedTuple):
@@ -64,7 +64,7 @@ class WorkerConnection:
     def send(self, key: QueueKey, requests: list[Request], now: float) -> None:
         """Raises whatever pickling raises; then nothing has been sent."""
         batch_id = next(self._batch_ids)
-        contents = [WireRequest(r.verb, r.body, r.deadline - now, r.is_repeated) for r in requests]
+        contents = [(r.verb, r.body, r.deadline - now, r.is_repeated) for r in requests]
         frame = to_frame(Batch(batch_id, (key.model, key.choice), key.signature_hint, contents))
         self.in_flight[batch_id] = key, dict(enumerate(requests))
         self.slots.take(key)

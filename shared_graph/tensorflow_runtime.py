@@ -30,7 +30,7 @@ import threading
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
-from shared_graph.options import MAX_BATCHES_IN_FLIGHT, REMOTE_CALLS_AT_ONCE, Options
+from shared_graph.options import REMOTE_CALLS_AT_ONCE, Options
 
 log = logging.getLogger(__name__)
 
@@ -207,7 +207,7 @@ def server_config(tf, options: Options, runs_python: bool):
     another server have more runs, else they wait for themselves; and there is one thread in which a new version can be
     restored while others compute.
     """
-    runs = options.workers * (MAX_BATCHES_IN_FLIGHT + (REMOTE_CALLS_AT_ONCE if runs_python else 0))
+    runs = options.workers * (1 + (REMOTE_CALLS_AT_ONCE if runs_python else 0))
     return tf.ConfigProto(
         intra_op_parallelism_threads=options.threads,
         inter_op_parallelism_threads=options.threads + runs + 1,

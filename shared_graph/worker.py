@@ -23,7 +23,7 @@ from shared_graph.replica import Replica
 from shared_graph.slots import Gate
 from shared_graph.tensorflow_runtime import import_tensorflow, import_tensorflow_for
 from shared_graph.threads import in_own_thread
-from shared_graph.wire import Answers, Batch, WorkerInfo, read_frame, to_frame
+from shared_graph.wire import Answers, Batch, WireRequest, WorkerInfo, read_frame, to_frame
 
 log = logging.getLogger(__name__)
 
@@ -137,7 +137,8 @@ class Worker:
             reply(dict.fromkeys(range(len(batch.requests)), failure.with_traceback(None)))
 
     async def _run(self, replica: Replica | None, batch: Batch, reply: Callable[[dict[int, Any]], None]) -> None:
-        arrived, left_s = time.monotonic(), max(request.left_s for request in batch.requests)
+        requests = list(map(WireRequest._make, batch.requests))
+        arrived, left_s = time.monotonic(), max(request.left_s for request in requests)
         turn = *batch.key, batch.signature_hint
         while True:
             version = await self._find(replica, batch, arrived + left_s)
@@ -149,7 +150,7 @@ class Worker:
         try:
             observe = functools.partial(self._observe, replica, version)
             runner = BatchRunner(graph, frozenset(version.loaded.undecided), self.options.exact, observe)
-            run = self.loop.run_in_executor(lane.executor, runner.answer, batch.requests, reply, arrived)
+            run = self.loop.run_in_executor(lane.executor, runner.answer, requests, reply, arrived)
             runs = replica.runs[version.key.name]
             runs.add(run)
             run.add_done_callback(runs.discard)

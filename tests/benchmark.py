@@ -269,11 +269,12 @@ def serve_constant(framework: str, port: str) -> None:
     else:
         from flask import Flask, Response
 
-        from ray_tensorflow_flask import Server, WSGIRequestHandler
+        from shared_graph.logs import listen
+        from shared_graph.threaded_server import ThreadedServer
 
-        app, WSGIRequestHandler.log_request = Flask("constant"), lambda *_: None
+        app = Flask("constant")
         app.route("/")(lambda: Response(b'{"result": 1.0}', mimetype="application/json"))
-        Server("127.0.0.1", int(port), app).serve_forever()
+        ThreadedServer(listen("127.0.0.1", int(port)), app, 30).serve_until_stopped()
 
 
 def serve_gathered(model: str, port: str) -> None:

@@ -325,9 +325,9 @@ async def test_a_reply_that_comes_twice_leaves_the_connection_as_it_is_and_what_
         while True:
             batch = await read_frame(reader)
             for _ in range(2):
-                answers = {index: 2 * request.body for index, request in enumerate(batch.requests)}
+                answers = {index: 2 * body for index, (_, body, _, _) in enumerate(batch.requests)}
                 writer.writelines(to_frame(Answers(batch.batch_id, answers)))
-            if batch.requests[0].body == 3:
+            if batch.requests[0][1] == 3:
                 writer.write(b"\x01\0\0\0\x05\0\0\0\0\0\0\0not a pickle")
 
     stage = Stage(workers=0)

@@ -12,12 +12,11 @@ import collections
 import dataclasses
 import math
 import os
-import re
 from collections.abc import Callable
 from typing import Any
 
-from shared_graph.bodies import HttpBody, PendingBytes
-from shared_graph.connection import QueueKey, Request, WorkerConnection
+from shared_graph.bodies import PendingBytes
+from shared_graph.connection import QueueKey, Request, WorkerConnection, hint_of, size_of
 from shared_graph.errors import DeadlineExceeded, Error, InvalidRequest, Unavailable, WorkerLost
 from shared_graph.models import ModelVersion, VersionChoice
 from shared_graph.options import MAX_BATCHES_IN_FLIGHT, Options
@@ -25,8 +24,7 @@ from shared_graph.slots import Recent
 from shared_graph.wire import Answers
 
 MAX_BATCH_BYTES = 2**25  # of requests that travel together
-SIGNATURE_HINT = re.compile(rb'"signature_name"\s*:\s*"([^"\\]{1,100})"|^(?:.*&)?signature_name=([^&]{1,100})')
-HINT_BYTES = 2000  # at each end of a body, in which the hint is looked for
+SLOW_S = 0.03  # a batch that takes longer may hold up others in the parameter server
 MAYBE = "a change that was asked for may or may not have been applied"
 
 
@@ -38,9 +36,11 @@ class Queue:
     timer: asyncio.TimerHandle | None = None  # that looks again when it may be due
 
     def set_timer(self, when: float, callback: Callable[[], None]) -> None:
-        if self.timer is None or self.timer.cancelled() or self.timer.when() > when:
+        """Call it then, unless that is to happen sooner already."""
+        loop = asyncio.get_running_loop()
+        if self.timer is None or self.timer.cancelled() or not loop.time() < self.timer.when() <= when:
             self.stop_timer()
-            self.timer = asyncio.get_running_loop().call_at(when, callback)
+            self.timer = loop.call_at(when, callback)
 
     def stop_timer(self) -> None:
         if self.timer is not None:
@@ -66,6 +66,7 @@ class Batcher:
         self._observe, self._observe_batch = observe, observe_batch
         self._queues: dict[QueueKey, Queue] = {}  # whose turn it is comes first
         self._recent = Recent()
+        self._run_s: dict[QueueKey, float] = {}  # how long a batch of a queue takes
         # while one runs, decoding the next one takes processor time from it where there is hardly any to spare
         self.max_concurrent_batches = MAX_BATCHES_IN_FLIGHT if os.cpu_count() > 2 else 1
         self._answered_at = -math.inf  # when a caller last got a result
@@ -177,10 +178,14 @@ class Batcher:
     def receive(self, connection: WorkerConnection, message: Answers) -> None:
         """What a worker has answered of a batch."""
         key, batch = connection.in_flight.get(message.batch_id, (None, {}))
+        request = None
         for index, answer in message.answers.items():
-            if request := batch.pop(index, None):
+            if answered := batch.pop(index, None):
+                request = answered
                 self.resolve(request, answer)
-        if key is not None and not batch:
+        if request is not None and not batch:
+            took_s = asyncio.get_running_loop().time() - request.sent_at
+            self._run_s[key] = (self._run_s.get(key, took_s) + took_s) / 2
             del connection.in_flight[message.batch_id]
             connection.slots.give_back(key)
             self.dispatch()
@@ -226,7 +231,7 @@ class Batcher:
         for request in requests:
             if request.is_patient:
                 self._set_deadline(request, now)
-            request.is_sent = True
+            request.is_sent, request.sent_at = True, now
         try:
             connection.send(key, requests, now)
         except Exception as error:  # there is no end to what pickling raises
@@ -263,6 +268,9 @@ class Batcher:
         is_one_run, count = bool(version.loaded.batchable) and self.options.placement == "shared", len(queue.requests)
         if not is_one_run:  # all workers get their part
             count = -(-count // sum(c.slots.free for c in candidates))
+        if alone_at > now and self._is_slow(key) and not self._may_compute():
+            queue.set_timer(alone_at, self.dispatch)
+            return None
         if version.loaded.batchable and count < self.options.max_batch:
             due_at = queue.requests[0].begun + self.options.batch_wait_ms / 1000
             if due_at > now:
@@ -280,29 +288,15 @@ class Batcher:
         found = [c for c in found if c.index not in version.missing_on] or found
         return [c for c in found if not c.is_hung] or found
 
+    def _is_slow(self, key: QueueKey) -> bool:
+        """As far as is known; what has not been seen yet may be."""
+        return self._run_s.get(key, math.inf) > SLOW_S
+
+    def _may_compute(self) -> bool:
+        """May one more slow batch run, and leave a thread of the parameter server to what is fast?"""
+        slow = sum(self._is_slow(key) for c in self.connections for key, _ in c.in_flight.values())
+        return self.options.placement == "mirrored" or slow < self.options.compute_threads - 1
+
     def _remote_calls(self) -> int:
         batches = [batch for c in self.connections for _, batch in c.in_flight.values()]
         return sum(next(iter(batch.values())).version.loaded.runs_python for batch in batches if batch)
-
-
-def hint_of(version: ModelVersion, body: Any) -> str:
-    """The signature that is asked for, as far as it is seen without reading a body: for whose turn it is, no more."""
-    signatures = version.loaded.metadata["signature_def"]["signature_def"]
-    if len(signatures) == 1:
-        return ""
-    if isinstance(body, HttpBody):
-        content = body.content
-        ends = (content,) if len(content) <= 2 * HINT_BYTES else (content[:HINT_BYTES], content[-HINT_BYTES:])
-        match = next(filter(None, map(SIGNATURE_HINT.search, [*ends, body.query.encode()])), None)
-        hint = (match[1] or match[2]).decode(errors="replace") if match else ""
-    else:
-        hint = body[0] if isinstance(body, tuple) else ""
-    return hint if hint in signatures else ""
-
-
-def size_of(body: Any) -> int:
-    """Roughly the bytes that travel: an HTTP body's, or those of arrays."""
-    if isinstance(body, HttpBody):
-        return len(body.content) + len(body.query)
-    arrays = body[1] if isinstance(body, tuple) else 0
-    return sum(getattr(array, "nbytes", 0) for array in (arrays.values() if isinstance(arrays, dict) else [arrays]))

@@ -5,13 +5,18 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import itertools
+import re
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+from shared_graph.bodies import HttpBody
 from shared_graph.models import ModelVersion, VersionChoice
 from shared_graph.options import MAX_BATCHES_IN_FLIGHT
 from shared_graph.slots import Slots
 from shared_graph.wire import Answers, Batch, read_frame, to_frame
+
+SIGNATURE_HINT = re.compile(rb'"signature_name"\s*:\s*"([^"\\]{1,100})"|^(?:.*&)?signature_name=([^&]{1,100})')
+HINT_BYTES = 2000  # at each end of a body, in which the hint is looked for
 
 
 class QueueKey(NamedTuple):
@@ -38,6 +43,7 @@ class Request:
     deadline: float = 0.0
     timer: asyncio.TimerHandle | None = None  # that ends the wait at the deadline
     is_sent: bool = False
+    sent_at: float = 0.0
     is_repeated: bool = False  # a worker was lost that had it
 
 
@@ -82,3 +88,26 @@ class WorkerConnection:
         finally:
             self._writer.close()
             remove(self)
+
+
+def hint_of(version: ModelVersion, body: Any) -> str:
+    """The signature that is asked for, as far as it is seen without reading a body: for whose turn it is, no more."""
+    signatures = version.loaded.metadata["signature_def"]["signature_def"]
+    if len(signatures) == 1:
+        return ""
+    if isinstance(body, HttpBody):
+        content = body.content
+        ends = (content,) if len(content) <= 2 * HINT_BYTES else (content[:HINT_BYTES], content[-HINT_BYTES:])
+        match = next(filter(None, map(SIGNATURE_HINT.search, [*ends, body.query.encode()])), None)
+        hint = (match[1] or match[2]).decode(errors="replace") if match else ""
+    else:
+        hint = body[0] if isinstance(body, tuple) else ""
+    return hint if hint in signatures else ""
+
+
+def size_of(body: Any) -> int:
+    """Roughly the bytes that travel: an HTTP body's, or those of arrays."""
+    if isinstance(body, HttpBody):
+        return len(body.content) + len(body.query)
+    arrays = body[1] if isinstance(body, tuple) else 0
+    return sum(getattr(array, "nbytes", 0) for array in (arrays.values() if isinstance(arrays, dict) else [arrays]))

@@ -167,6 +167,12 @@ class Options:
             parser.exit(2, f"{parser.prog}: error: {error}\n")
 
     @property
+    def compute_threads(self) -> int:
+        """In which a TensorFlow server runs operations. Not as many as there can be runs: on two processors seven took
+        one and a half times as long as three. So the batcher sees to it that slow runs leave one to the others."""
+        return self.threads + 2
+
+    @property
     def shared(self) -> dict[str, str]:
         """What all front ends of one shared cluster must have in common, as text: the code, too."""
         code = hashlib.sha256()

@@ -203,14 +203,12 @@ def session_config(tf, addresses: list[str]):
 def server_config(tf, options: Options, runs_python: bool):
     """Thread and GPU limits, for a server or a local session; a session on a server ignores them (tensorflow#4455).
 
-    As many inter-op threads as there can be runs, else slow ones stop all others; Python functions that wait for
-    another server have more runs, else they wait for themselves; and there is one thread in which a new version can be
-    restored while others compute.
+    Python functions that wait for another server have threads beside those that compute, else they wait for themselves.
     """
-    runs = options.workers * (1 + (REMOTE_CALLS_AT_ONCE if runs_python else 0))
+    waiting = REMOTE_CALLS_AT_ONCE * options.workers if runs_python else 0
     return tf.ConfigProto(
         intra_op_parallelism_threads=options.threads,
-        inter_op_parallelism_threads=options.threads + runs + 1,
+        inter_op_parallelism_threads=options.compute_threads + waiting,
         gpu_options=tf.GPUOptions(allow_growth=True),
         allow_soft_placement=True,
     )

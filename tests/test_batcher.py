@@ -8,9 +8,9 @@ import random
 import numpy as np
 import pytest
 
-from shared_graph.batcher import Batcher, hint_of
+from shared_graph.batcher import Batcher
 from shared_graph.bodies import HttpBody
-from shared_graph.connection import WorkerConnection
+from shared_graph.connection import WorkerConnection, hint_of
 from shared_graph.errors import DeadlineExceeded, InvalidRequest, Unavailable, WorkerLost
 from shared_graph.model_source import ModelSource
 from shared_graph.models import LoadedVersion, ModelVersion
@@ -66,7 +66,7 @@ class Stage:
     """A batcher and its workers; ``sent`` is what went to them: (worker, model, bodies) of each batch."""
 
     def __init__(self, workers: int = 1, **options):
-        self.batcher, self.sent = Batcher(Options(**options)), []
+        self.batcher, self.sent = Batcher(Options(**{"threads": 100} | options)), []
         self.batcher.max_concurrent_batches = 2  # as on a machine of many processors
         self.workers = [self.add_worker(index) for index in range(workers)]
 
@@ -183,6 +183,36 @@ async def test_a_slow_signature_leaves_a_place_to_others_and_has_all_again_when_
     await asyncio.sleep(RECENT_S + 1)
     assert all(worker.slots.free == 0 for worker in stage.workers) or not stage.batcher.waiting
     for future in slow + fast:
+        future.cancel()
+
+
+@pytest.mark.parametrize("slow", [["single"], ["single", "caller", "n"]], ids=["one", "three"])
+async def test_slow_runs_leave_a_thread_of_the_parameter_server_to_what_is_fast_unless_nobody_asks(slow):
+    stage = Stage(workers=4, max_batch=1, threads=1)  # so there are three threads
+    futures = stage.ask(*range(5), model="other")
+    await turn()
+    for _ in range(5):  # now it is known that this one is fast
+        for worker in stage.workers:
+            while worker.in_flight:
+                worker.answer()
+    for model in slow:
+        futures += stage.ask(*range(50), model=model)
+    for _ in range(20):
+        await asyncio.sleep(1.0)
+        fast = stage.ask(1, model="other")
+        await turn()
+        kinds = [(key.model, worker, id) for worker in stage.workers for id, (key, _) in worker.in_flight.items()]
+        assert sum(model in slow for model, *_ in kinds) == 2
+        [[_, worker, batch_id]] = [kind for kind in kinds if kind[0] == "other"]
+        worker.answer(batch_id)
+        await turn()
+        assert fast[0].done(), "it waits for slow ones"
+        if chosen := [kind for kind in kinds if kind[0] in slow]:
+            chosen[0][1].answer(chosen[0][2])
+    if len(slow) == 1:
+        await asyncio.sleep(RECENT_S + 1)
+        assert sum(len(worker.in_flight) for worker in stage.workers) == 8
+    for future in futures:
         future.cancel()
 
 

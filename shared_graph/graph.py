@@ -18,12 +18,12 @@ from shared_graph.graph_definition import (
     KERAS,
     check_keras,
     describe_signature,
+    ingredients,
     is_initialized,
     memory_graph,
     name_python_functions,
     operations_behind,
     prepare_nodes,
-    without_numbers,
 )
 from shared_graph.model_source import ADDER, ADDER_SOURCE, ModelSource
 from shared_graph.models import Arrays
@@ -131,8 +131,8 @@ class Graph:
         if self._loader:
             return hashlib.sha256(meta_graph.SerializeToString(deterministic=True)).hexdigest()
         names = sorted({operation.name for operation in self._outputs})
-        graph_def = without_numbers(tf.graph_util.extract_sub_graph(meta_graph.graph_def, names))
-        return hashlib.sha256(graph_def.SerializeToString(deterministic=True)).hexdigest()
+        parts = ingredients(tf.graph_util.extract_sub_graph(meta_graph.graph_def, names))
+        return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
     def connect(self, tf, addresses: list[str], options: Options) -> None:
         """Make the session, on the parameter servers at these addresses or in this process, and a callable for each

@@ -61,31 +61,20 @@ def name_python_functions(graph_def, names: list[str] | None) -> list[str]:
     return tokens
 
 
-def without_numbers(graph_def):
-    """The same for the same graph in each process: TensorFlow numbers functions in the order in which they are made."""
-    library = {function.signature.name: function for function in graph_def.library.function}
-    names: dict[str, str] = {}  # in the order in which they are called
-    nodes = list(graph_def.node)
+def ingredients(graph_def) -> list[str]:
+    """What a graph and the functions in it are made of, sorted: operations with their attributes, such as the values of
+    constants. Not how they are named, numbered and ordered, which differs from process to process."""
+    functions = {function.signature.name: function.node_def for function in graph_def.library.function}
+    names, nodes, found = set(functions), list(graph_def.node), []
     for node in nodes:  # which grow meanwhile
-        for name in [key for key in node.attr if key.startswith("_")]:
-            del node.attr[name]
-        attributes = [attribute for _, attribute in sorted(node.attr.items())]
-        called = [f for attribute in attributes for f in [attribute.func, *attribute.list.func] if f.name]
-        for name in [node.op, *(f.name for f in called)]:
-            if name in library and name not in names:
-                names[name] = f"function {len(names)}"
-                nodes.extend(library[name].node_def)
-        node.op = names.get(node.op, node.op)
-        for f in called:
-            f.name = names.get(f.name, f.name)
-    name_python_functions(graph_def, [str(number) for number in range(len(name_python_functions(graph_def, None)))])
-    functions = [library[name] for name in names]
-    for function in functions:
-        function.signature.name = names[function.signature.name]
-        function.attr.clear()
-    graph_def.library.Clear()
-    graph_def.library.function.extend(functions)
-    return graph_def
+        called = [f.name for attribute in node.attr.values() for f in [attribute.func, *attribute.list.func] if f.name]
+        for name in [node.op, *called]:
+            nodes.extend(functions.pop(name, ()))
+        is_call = bool(called) or node.op in names  # its attributes are in the order of what it captures
+        attributes = {} if is_call else {key: a for key, a in node.attr.items() if key[0] != "_" and key != "token"}
+        plain = sorted((key, attribute.SerializeToString(deterministic=True)) for key, attribute in attributes.items())
+        found.append(f"{'a function' if node.op in names else node.op} {plain}")
+    return sorted(found)
 
 
 def operation_types(tf, graph_def, names: list[str]) -> set[str]:

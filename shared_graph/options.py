@@ -170,7 +170,7 @@ class Options:
     def compute_threads(self) -> int:
         """In which a TensorFlow server runs operations. Not as many as there can be runs: on two processors seven took
         one and a half times as long as three. So the batcher sees to it that slow runs leave one to the others."""
-        return self.threads + 2
+        return max(self.threads + 1, 3)
 
     @property
     def shared(self) -> dict[str, str]:

@@ -1,11 +1,15 @@
 """What a model's graph promises, with TensorFlow in this process and a parameter server's TensorFlow server."""
 
+import ast
 import os
 import shutil
+import subprocess
+import sys
 
+import example_models
 import numpy as np
 import pytest
-from conftest import one
+from conftest import HERE, REPOSITORY, one
 
 from shared_graph.errors import ModelError
 from shared_graph.graph import Graph
@@ -251,3 +255,31 @@ def test_a_failure_has_tensorflow_servings_status_for_its_code_and_one_sentence(
         load(f"example_models:{name}").run(signature, [x])
     assert caught.value.status == status
     assert str(caught.value) and not [part for part in ("\n", "[[", "/job:") if part in str(caught.value)]
+
+
+LOOPS = """
+import sys
+from shared_graph.graph import Graph
+from shared_graph.model_source import ModelSource
+from shared_graph.tensorflow_runtime import import_tensorflow
+names = sys.argv[1:]
+tf = import_tensorflow(whole=True)
+made = {name: Graph(tf, ModelSource(name, 1, function=f"example_models:{name}")).fingerprint for name in names}
+print(sorted(made.items()))
+"""
+
+
+def test_a_function_has_the_same_fingerprint_in_each_process_whatever_is_built_before_it_and_others_have_others():
+    """Also with loops, conditions and Python functions, which TensorFlow numbers, and whose captures it orders by
+    hash."""
+    names, seen = list(example_models.FUNCTIONS), set()
+    for seed in range(3):
+        order = names[seed:] + names[:seed]
+        environment = os.environ | {"PYTHONHASHSEED": str(seed), "PYTHONPATH": f"{REPOSITORY}:{HERE}"}
+        command = [sys.executable, "-c", LOOPS, *order]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=100)
+        assert done.returncode == 0, done.stderr
+        seen.add(done.stdout)
+    [found] = seen
+    fingerprints = [fingerprint for _, fingerprint in ast.literal_eval(found)]
+    assert len(set(fingerprints)) == len(names)

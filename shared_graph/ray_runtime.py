@@ -44,11 +44,6 @@ class Actor:
         reference = getattr(self._handle, method).remote(*arguments)
         try:
             return await reference
-        except asyncio.CancelledError:
-            with contextlib.suppress(Exception):
-                if ray.is_initialized():
-                    ray.cancel(reference)  # else its coroutine would wait in the actor for ever
-            raise
         except ray.exceptions.RayTaskError as error:
             failure = error.cause if isinstance(error.cause, Error) else Error(first_sentence(error))
         except ray.exceptions.RayError as error:

@@ -53,10 +53,10 @@ def test_what_unpacks_to_as_much_as_is_allowed_is_unpacked():
 
 
 def test_a_body_of_countless_empty_members_takes_no_time():
-    begun = time.process_time()
+    begun = time.thread_time()
     refused("members", unpack, gzip.compress(b"") * 3_000_000, status=413)
     unpack(gzip.compress(b"") * MAX_MEMBERS)
-    assert time.process_time() - begun < 1
+    assert time.thread_time() - begun < 3
 
 
 def test_the_first_bytes_tell_what_a_body_and_an_answer_are():

@@ -6,6 +6,7 @@ Three speeds: pure (no Ray, no TensorFlow), TensorFlow in this process, cluster.
 import asyncio
 import atexit
 import contextlib
+import functools
 import glob
 import http.client
 import inspect
@@ -89,6 +90,18 @@ class JumpingSelector(selectors.DefaultSelector):
             assert timeout is not None, "nothing will ever happen any more"
             self.loop.now += timeout
         return events
+
+
+def in_a_process_of_its_own(test):
+    """Decorates a test of memory: tracemalloc is not to be switched on beside threads of Ray, and would count them."""
+
+    @functools.wraps(test)
+    def run():
+        code = f"import {test.__module__} as tests; tests.{test.__name__}.__wrapped__()"
+        done = subprocess.run([sys.executable, "-c", code], cwd=HERE, capture_output=True, text=True, timeout=START_S)
+        assert done.returncode == 0, done.stderr
+
+    return run
 
 
 def wait_until(condition, seconds: float = START_S, what: str = ""):

@@ -7,6 +7,7 @@ import tracemalloc
 import zlib
 
 import pytest
+from conftest import in_a_process_of_its_own
 from test_json_codec import refused
 
 from shared_graph.bodies import FREE_BYTES, MAX_BODY_BYTES, MAX_MEMBERS, MAX_RATIO, content_type, is_array_file, unpack
@@ -33,6 +34,7 @@ def test_what_is_cut_short_damaged_or_followed_by_something_is_refused(body):
     refused("gzip", unpack, body)
 
 
+@in_a_process_of_its_own
 def test_what_unpacks_to_more_than_the_limits_is_refused_without_being_unpacked():
     for body in (
         gzip.compress(bytes(65 * 2**20), 1),

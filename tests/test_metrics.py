@@ -1,6 +1,5 @@
 """What a scrape says: parsed by Prometheus' own parser, bounded, and cheap for each request."""
 
-import inspect
 import math
 import subprocess
 import sys
@@ -8,7 +7,7 @@ import threading
 import tracemalloc
 
 import pytest
-from conftest import REPOSITORY
+from conftest import REPOSITORY, in_a_process_of_its_own
 from prometheus_client.parser import text_string_to_metric_families
 
 from shared_graph.metrics import CONTENT_TYPE, LATENCY_BUCKETS_S, Gauges, Metrics
@@ -118,6 +117,7 @@ def test_two_clusters_in_one_process_count_for_themselves():
     assert "ray_tensorflow_answers_total" not in scrape(two)
 
 
+@in_a_process_of_its_own
 def test_models_that_there_are_not_take_no_memory():
     metrics = serving("m")
 
@@ -129,8 +129,7 @@ def test_models_that_there_are_not_take_no_memory():
     lines = len(metrics.text().splitlines())
     tracemalloc.start()
     ask(100_000)
-    here = tracemalloc.Filter(True, inspect.getfile(Metrics))  # other threads of this process allocate, too
-    grown = sum(one.size for one in tracemalloc.take_snapshot().filter_traces([here]).statistics("filename"))
+    grown, _ = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert grown < 10_000 and len(metrics.text().splitlines()) == lines
     assert scrape(metrics)["ray_tensorflow_errors_total"] == {("404", "predict", ""): 100_100}

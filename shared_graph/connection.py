@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
 import itertools
 import re
@@ -68,13 +69,14 @@ class WorkerConnection:
         self.closed = asyncio.create_task(self._listen(reader, receive, remove))
 
     def send(self, key: QueueKey, requests: list[Request], now: float) -> None:
-        """Raises whatever pickling raises; then nothing has been sent."""
+        """Raises whatever pickling raises; then nothing has been sent. What is in flight when it is gone, is lost."""
         batch_id = next(self._batch_ids)
         contents = [(r.verb, r.body, r.deadline - now, r.is_repeated) for r in requests]
         frame = to_frame(Batch(batch_id, (key.model, key.choice), key.signature_hint, contents))
         self.in_flight[batch_id] = key, dict(enumerate(requests))
         self.slots.take(key)
-        self._writer.writelines(frame)
+        with contextlib.suppress(RuntimeError):  # uvloop's, once it is closed: ``_listen`` is about to see that
+            self._writer.writelines(frame)
 
     def close(self) -> None:
         self._writer.close()

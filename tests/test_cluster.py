@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import socket
 import subprocess
 import sys
 import tempfile
@@ -13,6 +14,7 @@ import numpy as np
 import pytest
 from conftest import REPOSITORY, plain_environment
 
+from shared_graph.connection import QueueKey, WorkerConnection
 from shared_graph.errors import InvalidRequest
 
 X = {"x": np.array([[1, 1, 1]], np.float32)}
@@ -333,3 +335,23 @@ def test_at_the_end_what_may_have_been_applied_is_told_from_what_was_not(tmp_pat
     doubtful = report["statuses"].count(502)
     assert not report["hang"] and set(report["statuses"]) <= {502, 503} and len(report["statuses"]) == 64
     assert report["results"] <= report["sum"] <= report["results"] + doubtful
+
+
+@pytest.mark.parametrize("end", ["abort", "close"])
+@pytest.mark.parametrize("run", [asyncio.run, uvloop_run])
+def test_what_is_sent_on_a_connection_that_has_just_been_lost_is_lost_with_it_and_not_a_bad_request(run, end):
+    async def main():
+        ours, theirs = socket.socketpair()
+        lost = []
+        reader, writer = await asyncio.open_connection(sock=ours)
+        connection = WorkerConnection(0, reader, writer, None, lambda one: lost.append(dict(one.in_flight)))
+        await asyncio.sleep(0)
+        getattr(writer.transport, end)()
+        while not lost:
+            connection.send(QueueKey("m", None, "", None), [], 0.0)
+            await asyncio.sleep(0)
+        theirs.close()
+        return lost
+
+    [in_flight] = run(main())
+    assert in_flight

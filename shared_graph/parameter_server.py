@@ -41,11 +41,13 @@ class ParameterServer:
         self.workers: dict[int, tuple[str, Actor]] = {}  # the life of each, and how to call it
         self.troubles: dict[str, str] = {}  # with saving variables, or with a model's folder
         self.idle_s = 0  # how long no front end has been heard
-        self.starting, self.idle_watch, self.tasks = asyncio.Lock(), None, set()
+        self.starting, self.tasks = asyncio.Lock(), set()
         self.loader = Loader(options)
         self.manager = VersionManager(
             [ADDER_SOURCE, *options.model], look, self.loader.load, self.loader.unload, self._publish
         )
+        if options.address:  # from here on: who has made it may be gone before it calls
+            self._keep_task(self._end_when_idle())
 
     # -- called by front ends ------------------------------------------------------------------------------------------
 
@@ -56,8 +58,6 @@ class ParameterServer:
         which it would share.
         """
         self.idle_s, ours = 0, self.options.shared
-        if self.options.address and self.idle_watch is None:
-            self.idle_watch = asyncio.create_task(self._end_when_idle())
         if differs := [
             f"{name} {value} (it runs with {ours[name]})"
             for name, value in (wanted or ours).items()

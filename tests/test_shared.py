@@ -149,6 +149,25 @@ def test_nothing_is_left_of_a_front_end_that_is_killed_while_it_starts(nodes, ad
         server.process.kill()
 
 
+MAKE_AND_DIE = """
+import os, sys
+from shared_graph.actors import create_actor
+from shared_graph.options import Options
+from shared_graph.ray_runtime import ray_runtime
+
+options = Options(address=sys.argv[1], parameter_servers=2)
+with ray_runtime(options):
+    for index in range(2):
+        create_actor(options, "ray_tensorflow", "parameter server", index, sys.argv[2], "run")
+    os._exit(0)
+"""
+
+
+def test_nothing_is_left_of_actors_that_were_made_and_never_called(nodes, address, tmp_path):
+    subprocess.run([sys.executable, "-c", MAKE_AND_DIE, address, str(tmp_path / "folder")], check=True, timeout=180)
+    wait_until(nodes.actors)
+
+
 def test_nothing_is_left_of_a_start_that_fails(address, tmp_path):
     (tmp_path / "adder.sum").write_bytes(b"???")
     done = command("--address", address, "--workers", "1", "--checkpoint-dir", str(tmp_path))

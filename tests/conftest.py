@@ -68,6 +68,11 @@ def pytest_pyfunc_call(pyfuncitem):
         return True
 
 
+def long(*values):
+    """Parameters of a test that are tried with --long only."""
+    return pytest.param(*values, marks=pytest.mark.long)
+
+
 class JumpingLoop(asyncio.SelectorEventLoop):
     """An event loop whose clock jumps to the next timer whenever nothing is left to do. So hours pass in no time, and a
     test decides what happens when."""

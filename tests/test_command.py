@@ -13,7 +13,7 @@ import tempfile
 from dataclasses import dataclass, field
 
 import pytest
-from conftest import OWNER, REPOSITORY, START_S, Server, plain_environment, processes, wait_until
+from conftest import OWNER, REPOSITORY, START_S, Server, long, plain_environment, processes, wait_until
 
 names = itertools.count()
 
@@ -80,7 +80,7 @@ def running(*options: str, before=()):
             shutil.rmtree(folder, ignore_errors=True)
 
 
-@pytest.mark.parametrize("options, workers", [([], 4), pytest.param(["--workers", "10"], 10, marks=pytest.mark.long)])
+@pytest.mark.parametrize("options, workers", [([], 4), long(["--workers", "10"], 10)])
 def test_it_ends_with_the_sum_of_the_workers_numbers_has_a_line_for_each_event_and_leaves_nothing(options, workers):
     with running(*options) as run:
         assert run.wait() == 0, run.read("stderr")
@@ -110,7 +110,7 @@ def test_it_ends_with_the_sum_of_the_workers_numbers_has_a_line_for_each_event_a
         ("gcs_server", "Ctrl-C"),
         ("ray::ParameterServer", "SIGTERM"),
         *(
-            pytest.param(*case, marks=pytest.mark.long)
+            long(*case)
             for case in [("gcs_server", "SIGTERM"), ("ray::ParameterServer", "Ctrl-C"), ("ray::Worker", "Ctrl-C")]
         ),
     ],
@@ -170,7 +170,7 @@ def small(*changes: str) -> list[str]:
     return [*mounts, "env", "-u", "no_proxy", "-u", "NO_PROXY", *changes, *PROXIES, *ONE_CPU]
 
 
-@pytest.mark.parametrize("kind", [pytest.param("flask", marks=pytest.mark.long), "starlette"])
+@pytest.mark.parametrize("kind", [long("flask"), "starlette"])
 def test_a_front_end_serves_on_one_cpu_with_64_mb_of_shared_memory_behind_a_dead_proxy_with_no_home_to_write_to(kind):
     options = "--workers", "1", "--model", "linear=example_models:linear"
     with Server(kind, *options, before=small("HOME=/proc/nothing")) as server:

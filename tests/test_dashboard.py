@@ -12,12 +12,12 @@ import time
 
 import pytest
 from browser import CHROMIUM, Browser
-from conftest import Server, owned_by_session, wait_until
+from conftest import Server, long, owned_by_session, wait_until
 
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium")
 
 
-@pytest.fixture(scope="module", params=["flask", "starlette"])
+@pytest.fixture(scope="module", params=[long("flask"), "starlette"])
 def server(request):
     """Each front end in turn, with two workers, as a process of its own: a worker is killed."""
     models = "--model", "example_models:linear", "--model", "example_models:several"

@@ -11,7 +11,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import REPOSITORY, Answer, Server, command_of, error, family, good, processes, wait_until
+from conftest import REPOSITORY, Answer, Server, command_of, error, family, good, long, processes, wait_until
 from prometheus_client.parser import text_string_to_metric_families
 
 KINDS = pytest.mark.parametrize("kind", ["flask", "starlette"])
@@ -199,7 +199,7 @@ def test_when_nothing_can_be_served_any_more_the_program_ends_with_status_1_and_
         assert "Traceback" not in server.output()
 
 
-@KINDS
+@pytest.mark.parametrize("kind", ["flask", long("starlette")])
 def test_when_ray_dies_the_program_ends_with_status_1(kind):
     with Server(kind, "--workers", "1").wait_ready() as server:
         before = family(server.process.pid)
@@ -211,7 +211,7 @@ def test_when_ray_dies_the_program_ends_with_status_1(kind):
             os.kill(pid, signal.SIGKILL)
 
 
-@KINDS
+@pytest.mark.parametrize("kind", [long("flask"), "starlette"])
 def test_the_log_says_with_date_and_level_what_happens(kind):
     with Server(kind, "--workers", "2", "--host", "::1", "--model", "example_models:linear") as server:
         log = lambda what: re.findall(rf"^\d{{4}}-\d\d-\d\d \d\d:\d\d:\d\d INFO {what}$", server.output(), re.M)

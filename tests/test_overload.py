@@ -11,7 +11,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from conftest import Server, good, wait_until
+from conftest import Server, good, long, wait_until
 from websockets.exceptions import ConnectionClosed
 from websockets.sync.client import connect
 
@@ -109,7 +109,7 @@ def test_a_signal_lets_what_is_under_way_on_a_websocket_finish(tmp_path):
         assert "Traceback" not in server.output()
 
 
-@KINDS
+@pytest.mark.parametrize("kind", ["flask", long("starlette")])
 def test_connections_that_say_nothing_keep_nobody_waiting_and_are_closed_at_the_end(kind):
     with contextlib.ExitStack() as stack, Server(kind, "--workers", "1").wait_ready() as server:
 
@@ -137,7 +137,7 @@ def test_connections_that_say_nothing_keep_nobody_waiting_and_are_closed_at_the_
         assert "Traceback" not in server.output()
 
 
-@KINDS
+@pytest.mark.parametrize("kind", [long("flask"), "starlette"])
 def test_bodies_that_are_still_arriving_count_as_waiting_bytes(kind):
     """Of eight clients that stop after 50 MiB each five at most are let in."""
     with contextlib.ExitStack() as stack, Server(kind, "--workers", "1").wait_ready() as server:

@@ -17,7 +17,7 @@ import sys
 from typing import NamedTuple
 
 import pytest
-from conftest import REPOSITORY, START_S, free_port, plain_environment, processes, wait_until
+from conftest import REPOSITORY, START_S, free_port, long, plain_environment, processes, wait_until
 
 import shared_graph
 
@@ -191,7 +191,7 @@ def clone(tmp_path_factory) -> Clone:
 FIRST, *OTHERS = CONSOLES
 
 
-@pytest.mark.parametrize("block", [FIRST, *(pytest.param(b, marks=pytest.mark.long) for b in OTHERS)], ids=str)
+@pytest.mark.parametrize("block", [FIRST, *map(long, OTHERS)], ids=str)
 def test_a_block_prints_what_the_readme_shows(clone, block):
     if "bin/gunicorn" in block.text and not importlib.util.find_spec("gunicorn"):
         pytest.skip("there is no gunicorn")

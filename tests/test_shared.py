@@ -143,6 +143,7 @@ def test_front_ends_that_share_a_graph_change_versions_together(address, folder)
         assert seen == sorted(seen) and set(seen) == {1, 2, 3, 4}
 
 
+@pytest.mark.long
 def test_nothing_is_left_of_a_front_end_that_is_killed_while_it_starts(nodes, address):
     with Server("starlette", "--address", address, "--workers", "1") as server:
         wait_until(nodes.actors)

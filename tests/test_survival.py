@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import numpy as np
 import pytest
-from conftest import Server, command_of, error, family, folders, owned_by_session, processes, wait_until
+from conftest import Server, command_of, error, family, folders, long, owned_by_session, processes, wait_until
 from test_command import running, with_mounts
 
 from shared_graph.checkpoints import Checkpoints
@@ -109,7 +109,7 @@ def server():
         yield server.wait_ready(workers=3)
 
 
-@pytest.fixture(scope="module", params=[1, pytest.param(6, marks=pytest.mark.long)], ids=["once", "often"])
+@pytest.fixture(scope="module", params=[1, long(6)], ids=["once", "often"])
 def killed(request, server):
     """What clients were answered while processes were killed: adds and what they came to, predictions, and those that
     were answered before anything but a worker was killed."""

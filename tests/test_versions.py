@@ -10,7 +10,7 @@ import time
 
 import numpy as np
 import pytest
-from conftest import Folder, Server, wait_until
+from conftest import Folder, Server, long, wait_until
 from test_survival import Clients, kill
 
 from shared_graph.cluster import Cluster
@@ -179,8 +179,8 @@ def options(folder: Folder, *more: str) -> list[str]:
     return ["--workers", "2", "--threads", "2", "--model", f"m={folder.path}", *more]
 
 
-@pytest.mark.parametrize("seconds", [5, pytest.param(60, marks=pytest.mark.long)])
-@pytest.mark.parametrize("kind", ["flask", "starlette"])
+@pytest.mark.parametrize("seconds", [5, long(60)])
+@pytest.mark.parametrize("kind", [long("flask"), "starlette"])
 def test_no_request_fails_while_versions_come_and_go_and_one_is_broken(kind, seconds, folder):
     with Server(kind, *options(folder)) as server:
         server.wait_ready(workers=2)
@@ -204,7 +204,7 @@ def test_no_request_fails_while_versions_come_and_go_and_one_is_broken(kind, sec
         assert server.output().count("99) cannot be loaded") >= 1
 
 
-@pytest.mark.parametrize("placement", ["shared", pytest.param("mirrored", marks=pytest.mark.long)])
+@pytest.mark.parametrize("placement", [long("shared"), long("mirrored")])
 def test_a_worker_or_the_parameter_server_is_killed_while_a_version_is_loaded(placement, folder):
     with Server("starlette", *options(folder, "--placement", placement)) as server:
         server.wait_ready(workers=2)

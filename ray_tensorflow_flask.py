@@ -62,7 +62,7 @@ def create_app(options: Options | None = None, on_failure: Callable[[Error], obj
 
     def read_body() -> bytes:
         parts = []
-        with cluster.status.arriving() as hold:
+        with cluster.status.batcher.pending.arriving() as hold:
             try:
                 while part := request.stream.read(PART_BYTES):
                     hold(part)

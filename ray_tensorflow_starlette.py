@@ -71,7 +71,7 @@ def create_app(options: Options | None = None, on_failure: Callable[[Error], obj
 
     async def read_body(request: Request) -> bytes:
         parts = []
-        with cluster.status.arriving() as hold:
+        with cluster.status.batcher.pending.arriving() as hold:
             try:
                 async with asyncio.timeout(cluster.options.timeout_s):
                     async for part in request.stream():

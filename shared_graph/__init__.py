@@ -24,7 +24,7 @@ requests into batches and hands them round-robin to the workers. From the bottom
     metrics, status, supervisor               what its process counts and knows; who of the actors lives
     home_loop, mapping, cluster               the calls, from any thread or event loop
     progress, files                           whole files, and how far they are
-    dashboard, http_api, messages             what front ends answer, over HTTP and on a WebSocket
+    http_api, messages                        what front ends answer, over HTTP and on a WebSocket
     threaded_server, web_socket               the server under Flask; the WebSocket of Starlette
 
 One ring is not seen in the imports: the parameter server calls ``worker.sync``, and the worker its ``report``.

@@ -10,11 +10,12 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Callable, Hashable
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from shared_graph.errors import DeadlineExceeded, Error, ModelError, WorkerLost
+from shared_graph.graph import Graph
 from shared_graph.json_codec import plain
 from shared_graph.merging import answers_equal
 from shared_graph.models import Signature
@@ -25,14 +26,6 @@ MAX_SHARED_ROWS = 4096  # of one request: more of them gain nothing by company, 
 TRIED_ROWS = 16  # of a group that is run both ways
 MAX_DECODED_BYTES = 64 * 2**20  # of arrays that wait for their run: small bodies may become large ones
 NOT_HALVED = (499, 502, 503, 504)  # a run that failed so would do so again for reasons that are not in the requests
-
-
-class RunnableGraph(Protocol):
-    """What is asked of a ``graph.Graph``."""
-
-    signatures: dict[str, Signature]
-
-    def run(self, signature: str, feed: list[np.ndarray]) -> list[np.ndarray]: ...
 
 
 class Item(NamedTuple):
@@ -61,7 +54,7 @@ class BatchRunner:
 
     def __init__(
         self,
-        graph: RunnableGraph,
+        graph: Graph,
         undecided: frozenset[str],
         exact: bool,
         observe: Callable[[str, bool], None],

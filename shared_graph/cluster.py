@@ -67,9 +67,8 @@ class Cluster:
 
     def __init__(self, options: Options | None = None, **changes: Any):
         self.options = dataclasses.replace(options or Options(), **changes)
-        self._on_failure: Callable[[Error], object] = lambda error: None
         self._supervisor: Supervisor | None = None
-        self.status = Status(self.options, lambda error: self._on_failure(error))
+        self.status = Status(self.options)
         self._home = HomeLoop(lambda: Unavailable(str(self.status.failure or CLOSED)))
 
     # -- life ----------------------------------------------------------------------------------------------------------
@@ -86,7 +85,7 @@ class Cluster:
             self.status.fail(failure, is_over=True)
 
         show_log()
-        self._on_failure = on_failure
+        self.status.on_over = on_failure
         if self._home.start(home, self._serve, self._surroundings, fail):
             atexit.register(self.close)
             log.info("starting: %s", counted(self.options.workers, "worker"))
@@ -249,9 +248,7 @@ class Cluster:
         is_patient: bool = False,
     ) -> Any:
         if worker is not None and worker not in range(self.options.workers):
-            raise InvalidRequest(
-                f"There is no worker {worker!r:.100}: there are {self.options.workers}, counted from 0"
-            )
+            raise InvalidRequest(f"There is no worker {worker!r:.100}: they are 0 to {self.options.workers - 1}")
         version = self.status.get_model(model, choice)
         return await self.status.batcher.submit(model, choice, version, verb, body, worker, is_patient)
 

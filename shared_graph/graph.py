@@ -112,10 +112,7 @@ class Graph:
                 raise ModelError(f"{name} returned {signatures!r:.100}, not a dict of signatures: (inputs, outputs)")
             for signature, sides in signatures.items():
                 infos = [
-                    {
-                        key: tensor_info(tf, f"signature {signature!r}: {kind} {key!r}", value)
-                        for key, value in side.items()
-                    }
+                    {key: tensor_info(tf, f"signature {signature!r}: {kind} {key!r}", t) for key, t in side.items()}
                     for kind, side in zip(("input", "output"), sides)
                 ]
                 definition = tf.saved_model.build_signature_def(*infos, tf.saved_model.PREDICT_METHOD_NAME)
@@ -269,21 +266,7 @@ def tensor_info(tf, what: str, value):
 
 
 # tensorflow::error::Code to HTTP status, as TensorFlow Serving has it; any other is 500
-HTTP_STATUS = {
-    1: 499,
-    3: 400,
-    4: 504,
-    5: 404,
-    6: 409,
-    7: 403,
-    8: 429,
-    9: 400,
-    10: 409,
-    11: 400,
-    12: 501,
-    14: 503,
-    16: 401,
-}
+STATUS = {1: 499, 3: 400, 4: 504, 5: 404, 6: 409, 7: 403, 8: 429, 9: 400, 10: 409, 11: 400, 12: 501, 14: 503, 16: 401}
 CANCELLED, PERHAPS_DISCONNECTED = 1, (10, 14)
 
 
@@ -293,7 +276,7 @@ def failure_of(error: Exception) -> ModelError:
         return ModelError(ours[2], int(ours[1]))
     if isinstance(error, UnicodeDecodeError):  # what was wrong with a request's bytes has no code any more
         return ModelError(first_sentence(error), 400)
-    return ModelError(first_sentence(error), HTTP_STATUS.get(getattr(error, "error_code", None), 500))
+    return ModelError(first_sentence(error), STATUS.get(getattr(error, "error_code", None), 500))
 
 
 def is_mirrored(options: Options, source: ModelSource) -> bool:

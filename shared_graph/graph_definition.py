@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import re
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -61,31 +62,27 @@ def name_python_functions(graph_def, names: list[str] | None) -> list[str]:
     return tokens
 
 
-def ingredients(graph_def) -> list[str]:
-    """What a graph and the functions in it are made of, sorted: operations with their attributes, such as the values of
-    constants. Not how they are named, numbered and ordered, which differs from process to process."""
+def nodes_run(graph_def) -> Iterator[tuple[Any, list[str]]]:
+    """The nodes of a graph and of all functions that are called in it, each with the names that it calls."""
     functions = {function.signature.name: function.node_def for function in graph_def.library.function}
-    names, nodes, found = set(functions), list(graph_def.node), []
+    nodes = list(graph_def.node)
     for node in nodes:  # which grow meanwhile
         called = [f.name for attribute in node.attr.values() for f in [attribute.func, *attribute.list.func] if f.name]
         for name in [node.op, *called]:
             nodes.extend(functions.pop(name, ()))
+        yield node, called
+
+
+def ingredients(graph_def) -> list[str]:
+    """What a graph and the functions in it are made of, sorted: operations with their attributes, such as the values of
+    constants. Not how they are named, numbered and ordered, which differs from process to process."""
+    names, found = {function.signature.name for function in graph_def.library.function}, []
+    for node, called in nodes_run(graph_def):
         is_call = bool(called) or node.op in names  # its attributes are in the order of what it captures
         attributes = {} if is_call else {key: a for key, a in node.attr.items() if key[0] != "_" and key != "token"}
         plain = sorted((key, attribute.SerializeToString(deterministic=True)) for key, attribute in attributes.items())
         found.append(f"{'a function' if node.op in names else node.op} {plain}")
     return sorted(found)
-
-
-def operation_types(tf, graph_def, names: list[str]) -> set[str]:
-    """The types of these operations and of all that they depend on, those within called functions included."""
-    functions = {function.signature.name: function.node_def for function in graph_def.library.function}
-    nodes = list(tf.graph_util.extract_sub_graph(graph_def, names).node)
-    for node in nodes:  # which grow meanwhile
-        called = [f.name for attribute in node.attr.values() for f in [attribute.func, *attribute.list.func]]
-        for name in [node.op, *called]:
-            nodes.extend(functions.pop(name, ()))
-    return {node.op for node in nodes}
 
 
 def operations_behind(operations: list) -> set:
@@ -120,7 +117,8 @@ def describe_signature(tf, graph, graph_def, name: str, definition, atomic: bool
                 signature.refusal = f"Signature {name!r} cannot be served: its {side} {key!r} {why}"
                 return signature, [], []
     feeds, fetches = ({key: graph.get_tensor_by_name(infos[key].name) for key in sorted(infos)} for _, infos in sides)
-    types = operation_types(tf, graph_def, [tensor.op.name for tensor in fetches.values()])
+    part = tf.graph_util.extract_sub_graph(graph_def, [tensor.op.name for tensor in fetches.values()])
+    types = {node.op for node, _ in nodes_run(part)}
     signature.inputs = {key: tensor_spec(tensor, definition.inputs[key]) for key, tensor in feeds.items()}
     signature.outputs = {key: tensor_spec(tensor, definition.outputs[key]) for key, tensor in fetches.items()}
     signature.mutates_state = any(map(STATE_CHANGING.fullmatch, types))
@@ -137,13 +135,10 @@ def strange_tensor(tf, info) -> str | None:
             return "is a composite tensor (ragged or sparse)"
     try:
         dtype = tf.as_dtype(info.dtype)
-        return (
-            f"is of type {dtype.name}"
-            if dtype.is_quantized or (np.dtype(dtype.as_numpy_dtype).kind == "V" and (dtype != tf.bfloat16))
-            else None
-        )
+        is_odd = dtype.is_quantized or (np.dtype(dtype.as_numpy_dtype).kind == "V" and dtype != tf.bfloat16)
     except (TypeError, KeyError, ValueError):
         return "is of no type that has arrays"
+    return f"is of type {dtype.name}" if is_odd else None
 
 
 def tensor_spec(tensor, info) -> TensorSpec:

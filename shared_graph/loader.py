@@ -47,7 +47,6 @@ class Loader:
     def __init__(self, options: Options):
         self._options, self.addresses = options, []
         self._graphs: dict[ModelKey, Graph] = {}
-        self._loaded: set[ModelKey] = set()  # those of which the variables are in place
         self.bundles: dict[ModelKey, Bundle] = {}
         self._serial_executor = concurrent.futures.ThreadPoolExecutor(1)  # what is saved is saved in order
 
@@ -76,9 +75,9 @@ class Loader:
     async def checkpoint_all(self) -> None:
         """Save the variables of the models that change them when they run."""
         with as_own_errors("The variables cannot be saved"):
-            for key in list(self._loaded):
-                if self._graphs[key].mutates_state:
-                    await self._in_turn(self._checkpoint, self._graphs[key])
+            for graph in list(self._graphs.values()):
+                if graph.mutates_state and graph.checkpointed is not None:
+                    await self._in_turn(self._checkpoint, graph)
 
     def _graph(self, key: ModelKey) -> Graph:
         if (graph := self._graphs.get(key)) is None:
@@ -92,13 +91,11 @@ class Loader:
             graph = await in_own_thread(self._build_and_restore, key, source)
             rule = f"{self._options.max_batch} {self._options.exact} {graph.fingerprint}"
             weights = f"{json.dumps(files)} {self._checkpoints.stamp(source)}"
-            cached = functools.partial(
-                self._checkpoints.cached, hashlib.sha256(f"{rule} {weights}".encode()).hexdigest()
-            )
+            known_by = hashlib.sha256(f"{rule} {weights}".encode()).hexdigest()
+            cached = functools.partial(self._checkpoints.cached, known_by)
             verdict = Verdict(*map(tuple, await self._try_batchable(graph, cached)))
             if graph.mutates_state:
                 await self._in_turn(self._checkpoint, graph)
-        self._loaded.add(key)
         return LoadedVersion(
             graph.metadata(), graph.fingerprint, tuple(graph.tokens), *verdict, graph.runs_python, secrets.token_hex(8)
         )
@@ -135,15 +132,17 @@ class Loader:
     async def unload(self, key: ModelKey) -> None:
         self.bundles.pop(key, None)
         if graph := self._graphs.pop(key, None):
-            if graph.mutates_state and key in self._loaded:
-                await self._in_turn(self._checkpoint, graph)
-            self._loaded.discard(key)
-            await in_own_thread(graph.free, import_tensorflow())
+            try:
+                if graph.mutates_state and graph.checkpointed is not None:
+                    await self._in_turn(self._checkpoint, graph)
+            finally:
+                await in_own_thread(graph.free, import_tensorflow())
 
     def _checkpoint(self, graph: Graph) -> None:
         """Save a model's variables, if they are not as they were saved last."""
         if graph.source == ADDER_SOURCE:  # each run saves the sum, and no other add can come between
             graph.run("serving_default", [np.zeros(1)])
+            graph.checkpointed = 0
             return
         weights = graph.variables.get_weights()
         fingerprint = zlib.crc32(pickle.dumps(weights))

@@ -7,7 +7,7 @@ import contextlib
 import queue
 import threading
 from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterable, Iterator
-from concurrent.futures import Future, wait
+from concurrent.futures import Future
 from typing import Any
 
 from shared_graph.errors import Error
@@ -28,20 +28,17 @@ class Pulled:
         threading.Thread(target=self._pull, daemon=True, name="map").start()
 
     def _pull(self) -> None:
-        numbered, failure, futures = enumerate(self._batches), None, []
+        numbered, failure = enumerate(self._batches), None
         try:
             while self.places.acquire() and not self._is_stopped and (item := next(numbered, None)):
                 number, batch = item
                 self.pending[number] = future = self._submitted(batch)
-                futures = [other for other in futures if not other.done()] + [future]
                 if self._ordered:
                     self.arrived.put((number, future))
                 else:
                     future.add_done_callback(lambda future, number=number: self.arrived.put((number, future)))
-        except Exception as error:
+        except BaseException as error:  # whatever it is: who iterates is not to wait for ever
             failure = error
-        if not self._ordered:
-            wait(futures)
         self.arrived.put((END, failure))
 
     def _submitted(self, batch: Any) -> Future:
@@ -66,14 +63,13 @@ def map_batches(
     wait for answers that come from here. Raises Error that says which batch it is about, or what the iterable raises.
     """
     limit = min(2 * MAX_BATCHES_IN_FLIGHT * options.workers, options.max_queue)
-    pulled = Pulled(batches, submit, limit, ordered)
+    pulled, is_ended, failure = Pulled(batches, submit, limit, ordered), False, None
     try:
-        while True:
+        while not is_ended or pulled.pending:
             number, future = pulled.arrived.get()
             if number is END:
-                if future:
-                    raise future
-                return
+                is_ended, failure = True, future
+                continue
             try:
                 outputs = future.result()
             except Error as error:
@@ -81,6 +77,8 @@ def map_batches(
             del pulled.pending[number]
             pulled.places.release()
             yield outputs
+        if failure:
+            raise failure
     finally:
         pulled.stop()
 

@@ -32,9 +32,8 @@ def find_batchable(graph: Graph, options: Options) -> Verdict:
     """The signatures of which several requests may share a run, with the weights that there are."""
     found: dict[bool | None, list[str]] = {True: [], False: [], None: []}
     for name, signature in graph.signatures.items():
-        found[
-            may_share(signature, graph.atomic) and (signature.mutates_state or try_rows(graph, signature, options))
-        ].append(name)
+        may = may_share(signature, graph.atomic)
+        found[may and (signature.mutates_state or try_rows(graph, signature, options))].append(name)
     if graph.mutates_state and not graph.atomic and found[True]:
         found[True] = _with_other_weights(graph, found[True], options)
     return Verdict(tuple(found[True]), tuple(found[None]))

@@ -40,13 +40,11 @@ class ModelSource(NamedTuple):
             return {}
         with os.scandir(self.folder) as entries:
             links = [entry.path for entry in entries if entry.is_symlink() and not entry.name.isdecimal()]
-        targets = {
-            os.path.basename(link): os.path.normpath(os.path.join(self.folder, os.readlink(link))) for link in links
-        }
+        to = {os.path.basename(link): os.path.normpath(os.path.join(self.folder, os.readlink(link))) for link in links}
         here = (os.path.normpath(self.folder), os.path.realpath(self.folder))
         return {
             label: int(os.path.basename(target))
-            for label, target in targets.items()
+            for label, target in to.items()
             if os.path.dirname(target) in here and os.path.basename(target).isdecimal()
         }
 
@@ -152,7 +150,5 @@ def _function_fault(module: str, name: str) -> str | None:
             nodes = list(ast.walk(ast.parse(file.read())))
     except (OSError, SyntaxError, ValueError) as error:
         return f"the module {module!r} cannot be read: {error}"
-    names = {
-        getattr(node, "asname", None) or getattr(node, "name", None) or getattr(node, "id", None) for node in nodes
-    }
+    names = {getattr(n, "asname", None) or getattr(n, "name", None) or getattr(n, "id", None) for n in nodes}
     return None if names & {name, "*", "__getattr__"} else f"the module {module!r} has no {name!r}"

@@ -164,9 +164,7 @@ def to_array(what: str, value: Any, dtype: np.dtype) -> np.ndarray:
         try:
             flat = [v.encode() if isinstance(v, str) else v for v in array.astype(object).ravel().tolist()]
         except UnicodeEncodeError:
-            raise InvalidRequest(
-                f"{what} has a string with half of a surrogate pair, which UTF-8 does not have"
-            ) from None
+            raise InvalidRequest(f"{what} has a string with half of a surrogate pair, which is no UTF-8") from None
         if not all(isinstance(v, bytes) for v in flat):
             raise InvalidRequest(f"{what} takes strings or bytes, not {array.dtype}")
         return object_array(flat).reshape(array.shape)

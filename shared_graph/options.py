@@ -180,16 +180,7 @@ class Options:
             with open(path, "rb") as file:
                 code.update(f"{os.path.basename(path)} {hashlib.sha256(file.read()).hexdigest()}\n".encode())
         texts = {"the code of shared_graph": code.hexdigest()}
-        for name in [
-            "workers",
-            "threads",
-            "model",
-            "parameter_servers",
-            "placement",
-            "max_batch",
-            "exact",
-            "checkpoint_dir",
-        ]:
+        for name in SHARED:
             value = getattr(self, name)
             texts[f"--{name.replace('_', '-')}"] = ",".join(map(str, value)) if name == "model" else str(value)
         return texts
@@ -205,7 +196,7 @@ def mistyped(environment: Mapping[str, str], names: list[str]) -> dict[str, str]
     return found
 
 
-MAX_BATCHES_IN_FLIGHT = (
-    2  # that a front end sends a worker at once, and that run there: one runs while the next one is decoded
-)
+# that a front end sends a worker at once, and that run there: one runs while the next one is decoded
+MAX_BATCHES_IN_FLIGHT = 2
+SHARED = ("workers", "threads", "model", "parameter_servers", "placement", "max_batch", "exact", "checkpoint_dir")
 REMOTE_CALLS_AT_ONCE = 16  # in a worker, of models that call out, perhaps to each other

@@ -8,7 +8,6 @@ import logging
 import os
 import secrets
 import shutil
-from typing import Any
 
 from shared_graph.errors import ActorUnavailable, Error, ModelError, OptionError, as_own_errors, first_sentence
 from shared_graph.loader import Loader, look
@@ -17,7 +16,7 @@ from shared_graph.models import Arrays, ModelKey, ServerInfo, Snapshot, WorkerRe
 from shared_graph.options import Options
 from shared_graph.ray_runtime import WATCH_S, Actor, find_actor, node_address, this_actor, this_process
 from shared_graph.tensorflow_runtime import import_tensorflow_for, server_config
-from shared_graph.threads import in_own_thread
+from shared_graph.threads import in_own_thread, keep_task, watch_death
 from shared_graph.version_manager import VersionManager
 
 log = logging.getLogger(__name__)
@@ -43,11 +42,10 @@ class ParameterServer:
         self.idle_s = 0  # how long no front end has been heard
         self.starting, self.tasks = asyncio.Lock(), set()
         self.loader = Loader(options)
-        self.manager = VersionManager(
-            [ADDER_SOURCE, *options.model], look, self.loader.load, self.loader.unload, self._publish
-        )
+        sources, loader = [ADDER_SOURCE, *options.model], self.loader
+        self.manager = VersionManager(sources, look, loader.load, loader.unload, self._publish)
         if options.address:  # from here on: who has made it may be gone before it calls
-            self._keep_task(self._end_when_idle())
+            keep_task(self.tasks, self._end_when_idle())
 
     # -- called by front ends ------------------------------------------------------------------------------------------
 
@@ -58,11 +56,10 @@ class ParameterServer:
         which it would share.
         """
         self.idle_s, ours = 0, self.options.shared
-        if differs := [
-            f"{name} {value} (it runs with {ours[name]})"
-            for name, value in (wanted or ours).items()
-            if value != ours[name]
-        ]:
+        differs = [
+            f"{name} {it} (it runs with {ours[name]})" for name, it in (wanted or ours).items() if it != ours[name]
+        ]
+        if differs:
             raise OptionError(f"The shared cluster runs with other options: {', '.join(differs)}")
         async with self.starting:
             if self.incarnation is None:
@@ -114,7 +111,7 @@ class ParameterServer:
         if self.workers.get(report.index, ("", None))[0] != report.life:
             worker = await find_actor(f"worker {report.index}", self.namespace)
             self.workers[report.index] = report.life, worker
-            self._keep_task(self._watch_worker(report.index, report.life, worker))
+            keep_task(self.tasks, self._watch_worker(report.index, report.life, worker))
         self.manager.report(report)
         return self.manager.snapshot
 
@@ -127,25 +124,18 @@ class ParameterServer:
             return await asyncio.to_thread(self.loader.bundles[key].read, offset)
 
     async def _watch_worker(self, index: int, life: str, worker: Actor) -> None:
-        with contextlib.suppress(Error):
-            while True:
-                await worker.call("death_watch")
+        await watch_death(worker)
         self.manager.worker_lost(index, life)
 
     def _publish(self, snapshot: Snapshot) -> None:
         for index, (_, worker) in self.workers.items():
-            self._keep_task(self._tell(index, worker, snapshot))
+            keep_task(self.tasks, self._tell(index, worker, snapshot))
 
     async def _tell(self, index: int, worker: Actor, snapshot: Snapshot) -> None:
         with contextlib.suppress(ActorUnavailable):  # one that is gone begins its next life with what there is then
             await worker.call("sync", self.incarnation, snapshot)
 
     # -- life ----------------------------------------------------------------------------------------------------------
-
-    def _keep_task(self, coroutine: Any) -> None:
-        task = asyncio.get_running_loop().create_task(coroutine)
-        self.tasks.add(task)
-        task.add_done_callback(self.tasks.discard)
 
     def _boot(self) -> str:
         """The address of a TensorFlow server on a port that the system picks. It ends with this process.
@@ -172,10 +162,10 @@ class ParameterServer:
         if error := self.manager.snapshot.versions[ModelKey(ADDER, 1)].error:
             raise ModelError(error)
         for other in others:
-            self._keep_task(self._end_with(other))
-        self._keep_task(self._checkpoint_now_and_then())
+            keep_task(self.tasks, self._end_with(other))
+        keep_task(self.tasks, self._checkpoint_now_and_then())
         for source in self.options.model:
-            self._keep_task(self._watch_folder(source.name))
+            keep_task(self.tasks, self._watch_folder(source.name))
 
     async def _watch_folder(self, name: str) -> None:
         at_once = True
@@ -190,9 +180,7 @@ class ParameterServer:
 
     async def _end_with(self, other: Actor) -> None:
         """End with another parameter server, so that Ray brings both back and all is loaded anew."""
-        with contextlib.suppress(Error):
-            while True:
-                await other.call("death_watch")
+        await watch_death(other)
         os._exit(1)
 
     async def _checkpoint_now_and_then(self) -> None:

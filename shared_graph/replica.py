@@ -11,7 +11,7 @@ from collections.abc import Callable, Coroutine
 from typing import Any
 
 from shared_graph.bundles import fetched_bundle
-from shared_graph.errors import ActorUnavailable, Error, ModelError, first_sentence
+from shared_graph.errors import ActorUnavailable, ModelError, first_sentence
 from shared_graph.graph import Graph, build_graph, is_mirrored
 from shared_graph.load_marks import LoadMarks
 from shared_graph.merging import warm_up
@@ -20,7 +20,7 @@ from shared_graph.models import LoadedVersion, ModelKey, ServerInfo, Snapshot, W
 from shared_graph.options import Options
 from shared_graph.ray_runtime import Actor
 from shared_graph.tensorflow_runtime import import_tensorflow
-from shared_graph.threads import in_own_thread
+from shared_graph.threads import in_own_thread, keep_task, watch_death
 
 log = logging.getLogger(__name__)
 
@@ -50,7 +50,7 @@ class Replica:
         self._revision = self._reported = 0  # how often something has changed, and when that was reported
         self._tasks: set[asyncio.Task] = set()
         self._reporting = asyncio.Lock()
-        self._keep_task(self._watch_server())
+        keep_task(self._tasks, self._watch_server())
 
     def changed(self) -> Coroutine:
         """To be awaited until something else is answered than at this call."""
@@ -75,7 +75,7 @@ class Replica:
                 while self._bringing_up - self.failed.keys():
                     await self._changed.wait()
         await self._report()
-        self._keep_task(self._keep_reporting())
+        keep_task(self._tasks, self._keep_reporting())
 
     def apply(self, snapshot: Snapshot) -> None:
         """Begin to have what is in it."""
@@ -91,9 +91,9 @@ class Replica:
                     self._weights[key] = version.loaded.weights_id
             if key not in self._bringing_up and self._weights.get(key) != version.loaded.weights_id:
                 self._bringing_up.add(key)
-                self._keep_task(self._bring_up(key))
+                keep_task(self._tasks, self._bring_up(key))
         for name in {key.name for key in [*before.versions, *snapshot.versions, *self.graphs]}:
-            self._keep_task(self._settle(name, snapshot, part_of(name, before) != part_of(name, snapshot)))
+            keep_task(self._tasks, self._settle(name, snapshot, part_of(name, before) != part_of(name, snapshot)))
         self.failed = {key: why for key, why in self.failed.items() if key in snapshot.versions}
         self._notify()
 
@@ -184,22 +184,15 @@ class Replica:
 
     def observe(self, key: ModelKey, signature: str, weights_id: str, agrees: bool) -> None:
         """Tell what a run showed of whether requests for a signature may share runs."""
-        self._keep_task(self._observe(key, signature, weights_id, agrees))
+        keep_task(self._tasks, self._observe(key, signature, weights_id, agrees))
 
     async def _observe(self, *observation: Any) -> None:
         with contextlib.suppress(ActorUnavailable):
             await self.server.call("observe", *observation)
 
     async def _watch_server(self) -> None:
-        with contextlib.suppress(Error):
-            while True:
-                await self.server.call("death_watch")
+        await watch_death(self.server)
         self.leave()
-
-    def _keep_task(self, coroutine: Any) -> None:
-        task = asyncio.get_running_loop().create_task(coroutine)
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
 
 
 def part_of(name: str, snapshot: Snapshot) -> tuple[dict, dict]:

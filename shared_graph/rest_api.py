@@ -210,8 +210,6 @@ def encode_results(signature: Signature, verb: str, examples: int, outputs: list
     if verb == "regress" or not named.keys() <= {"classes", "scores"} or not is_table:
         expected = "'outputs' [n]" if verb == "regress" else "'classes', 'scores' or both, [n, classes]"
         raise InvalidRequest(f"To {verb} {examples} examples there must be {expected}, not {list(named)} {shapes}")
-    columns = [
-        rows_of(named.get(name, np.full(shape, default, object)))
-        for name, default in (("classes", ""), ("scores", 0.0))
-    ]
+    defaults = {"classes": np.full(shape, "", object), "scores": np.full(shape, 0.0, object)}
+    columns = [rows_of(named.get(name, default)) for name, default in defaults.items()]
     return json_text({"results": [list(zip(*row)) for row in zip(*columns)]})

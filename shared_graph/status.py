@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import logging
 import threading
@@ -34,8 +33,7 @@ class ActorStatus:
     index: int
     state: str = "starting"  # ready, hung
     restarts: int = 0
-    process: ProcessInfo | None = None  # while it is ready
-    last_process: ProcessInfo | None = None  # that it was or is
+    process: ProcessInfo | None = None  # that it is, or was
     trouble: str | None = None  # what it says is wrong
     actor: Any = None
     connection: WorkerConnection | None = None  # to a worker
@@ -45,7 +43,7 @@ class ActorStatus:
 
     def as_json(self) -> dict[str, Any]:
         known = {"index": self.index, "state": self.state, "restarts": self.restarts}
-        if self.process:
+        if self.state != "starting":
             known |= self.process._asdict() | {"trouble": self.trouble}
         if self.connection:
             known["in_flight"] = sum(len(batch) for _, batch in self.connection.in_flight.values())
@@ -55,9 +53,9 @@ class ActorStatus:
 class Status:
     """Written in the home loop, read in any thread."""
 
-    def __init__(self, options: Options, on_over: Callable[[Error], object] = lambda error: None):
-        """``on_over`` is called when nothing will be served any more."""
-        self.options, self._on_over = options, on_over
+    def __init__(self, options: Options):
+        self.options = options
+        self.on_over: Callable[[Error], object] = lambda error: None  # called when nothing will be served any more
         self.metrics = Metrics(self._gauges, lambda name: (name, None) in self.snapshot.pointers)
         self.batcher = Batcher(options, self._observe, self.metrics.observe_batch)
         self.servers = [ActorStatus("parameter server", index) for index in range(options.parameter_servers)]
@@ -66,7 +64,7 @@ class Status:
         self._last_known: dict[tuple[str, VersionChoice], ModelVersion] = {}
         self.failure: Error | None = None  # why nothing is served, when that is not just for the moment
         self.is_over = False  # and never will be any more
-        self._worker_since: float | None = None  # when the first worker was ready
+        self.worker_since: float | None = None  # when the first worker was ready
         self._is_told = False  # that all is ready: once
         self.changed = threading.Condition()
 
@@ -101,16 +99,13 @@ class Status:
         was_over, self.failure, self.is_over = self.is_over, error, is_over
         self.notify()
         if is_over and not was_over:
-            self._on_over(error)
+            self.on_over(error)
 
     def recover(self) -> None:
         if not self.is_over:
             self.failure = None
             self.batcher.close(None)
             self.notify()
-
-    def has_worker(self) -> None:
-        self._worker_since = self._worker_since or time.monotonic()
 
     def notify(self) -> None:
         with self.changed:
@@ -193,9 +188,9 @@ class Status:
 
     def health(self) -> dict[str, Any]:
         """What ``GET /health`` answers: status, parameter servers, workers, models; asks nobody, waits for nothing."""
-        status = "failed" if self.failure else "recovering" if self._worker_since else "starting"
+        status = "failed" if self.failure else "recovering" if self.worker_since else "starting"
         if not self.failure and any(worker.state != "starting" for worker in self.workers):
-            is_new = time.monotonic() - (self._worker_since or 0) < LOADING_PATIENCE_S
+            is_new = time.monotonic() - (self.worker_since or 0) < LOADING_PATIENCE_S
             status = "loading" if is_new and self.snapshot.loading else "ready"
         return {
             "status": status,
@@ -207,9 +202,7 @@ class Status:
         }
 
     def _models_as_json(self) -> dict[str, dict[str, Any]]:
-        names = dict.fromkeys(
-            [ADDER, *(source.name for source in self.options.model)] if self.snapshot.versions else []
-        )
+        names = [ADDER, *(source.name for source in self.options.model)] if self.snapshot.versions else []
         models = {name: {"version": None, "merged": [], "labels": {}, "error": None} for name in names}
         for (name, choice), number in self.snapshot.pointers.items():
             version = self.snapshot.find(name, number) if number is not None else None
@@ -221,10 +214,6 @@ class Status:
             if version.error:
                 models[key.name]["error"] = version.error
         return models
-
-    def arriving(self) -> contextlib.AbstractContextManager[Callable[[bytes], None]]:
-        """For as long as a request's body arrives: see ``PendingBytes``. For any thread."""
-        return self.batcher.pending.arriving()
 
     def _gauges(self) -> Gauges:
         """For a scrape, in any thread."""

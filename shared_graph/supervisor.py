@@ -15,13 +15,13 @@ import shutil
 import tempfile
 import time
 from collections.abc import Awaitable, Callable
-from typing import Any, Protocol
+from typing import Any
 
 from shared_graph.connection import WorkerConnection
 from shared_graph.errors import ActorUnavailable, Error, OptionError, Unavailable, first_sentence
 from shared_graph.options import Options
 from shared_graph.status import ActorStatus, Status
-from shared_graph.threads import in_own_thread
+from shared_graph.threads import in_own_thread, watch_death
 from shared_graph.wire import ProcessInfo, WorkerInfo
 
 log = logging.getLogger(__name__)
@@ -33,23 +33,15 @@ START_PATIENCE_S = 30.0  # and one that does so while it starts
 LONGEST_PAUSE_S = 30.0  # between two attempts to start what cannot start
 
 
-class CallableActor(Protocol):
-    """What is asked of a ``ray_runtime.Actor``."""
-
-    async def call(self, method: str, *arguments: Any) -> Any: ...
-
-    def end(self) -> None: ...
-
-
 class Supervisor:
-    """``create(kind, index, *arguments)`` makes an actor, or finds it; ``kill`` ends a process; ``connect`` makes the
-    connection to a worker that has said where it is."""
+    """``create(kind, index, *arguments)`` makes a ``ray_runtime.Actor``, or finds it; ``kill`` ends a process;
+    ``connect`` makes the connection to a worker that has said where it is."""
 
     def __init__(
         self,
         options: Options,
         status: Status,
-        create: Callable[..., Awaitable[CallableActor]],
+        create: Callable[..., Awaitable[Any]],
         kill: Callable[[ProcessInfo], Awaitable[None]],
         connect: Callable[[int, WorkerInfo], Awaitable[WorkerConnection]],
     ):
@@ -74,10 +66,10 @@ class Supervisor:
             started = loop.time()
             try:
                 await self._start(actor)
-                log.info("%s ready  pid %d  %.1f s", actor, actor.last_process.pid, loop.time() - started)
+                log.info("%s ready  pid %d  %.1f s", actor, actor.process.pid, loop.time() - started)
                 self._status.tell_when_ready()
                 pause_s, told = PING_S, None
-                log.warning("%s lost  pid %d  %s", actor, actor.last_process.pid, await self.wait_until_lost(actor))
+                log.warning("%s lost  pid %d  %s", actor, actor.process.pid, await self.wait_until_lost(actor))
             except OptionError as error:
                 self.remove_folder()
                 return self._status.fail(error, is_over=True)
@@ -112,9 +104,9 @@ class Supervisor:
             await self._server_ready.wait()
             actor.connection = await self._connect(actor.index, info)
             self._worker_ready.set()
-            self._status.has_worker()
-        actor.restarts += actor.last_process is not None and actor.last_process.pid != info.process.pid
-        actor.state, actor.process, actor.last_process, actor.trouble = "ready", info.process, info.process, None
+            self._status.worker_since = self._status.worker_since or time.monotonic()
+        actor.restarts += actor.process is not None and actor.process.pid != info.process.pid
+        actor.process, actor.trouble, actor.state = info.process, None, "ready"  # others read it in this order
         self._status.notify()
 
     async def _call_start(self, actor: ActorStatus, *arguments: Any) -> Any:
@@ -124,8 +116,8 @@ class Supervisor:
             while not start.done():
                 ping = asyncio.ensure_future(actor.actor.call("ping", 0))
                 await asyncio.wait([start, ping], timeout=START_PATIENCE_S, return_when=asyncio.FIRST_COMPLETED)
-                if not start.done() and not ping.done() and actor.last_process:
-                    await self._kill(actor.last_process)
+                if not start.done() and not ping.done() and actor.process:
+                    await self._kill(actor.process)
                 await asyncio.wait([start], timeout=PING_S)
             return start.result()
         finally:
@@ -170,12 +162,12 @@ class Supervisor:
     def _set_hung(self, actor: ActorStatus, is_hung: bool) -> None:
         if is_hung != (actor.state == "hung"):
             actor.state = "hung" if is_hung else "ready"
-            log.warning("%s is %s  pid %d", actor, actor.state, actor.last_process.pid)
+            log.warning("%s is %s  pid %d", actor, actor.state, actor.process.pid)
         if actor.connection:
             actor.connection.is_hung = is_hung
 
     def mark_lost(self, actor: ActorStatus) -> None:
-        actor.state, actor.process, actor.trouble = "starting", None, None
+        actor.state, actor.trouble = "starting", None
         for worker in [actor] if actor.kind == "worker" else self._status.workers:  # which have to connect anew
             if worker.connection:
                 worker.connection.close()
@@ -218,10 +210,3 @@ class Supervisor:
                 if not os.path.exists(self._folder):
                     return
                 time.sleep(0.1)
-
-
-async def watch_death(actor: CallableActor) -> None:
-    """Returns when it is gone; such a call returns now and then, and is made again."""
-    with contextlib.suppress(Error):
-        while True:
-            await actor.call("death_watch")

@@ -1,4 +1,4 @@
-"""A thread for each thing that may never end: none of them can use up a pool that others need."""
+"""What is waited for in the background: a thread for each thing that may never end, and tasks that are kept."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from typing import Any
 
 from shared_graph.errors import Error
@@ -37,6 +37,20 @@ async def in_own_thread(function: Callable, *arguments: Any) -> Any:
 
     threading.Thread(target=run, daemon=True, name=getattr(function, "__name__", "work")).start()
     return await future
+
+
+def keep_task(tasks: set[asyncio.Task], coroutine: Coroutine) -> None:
+    """Run it in the background, and keep it in ``tasks`` until it is done: a loop forgets what nobody holds."""
+    task = asyncio.get_running_loop().create_task(coroutine)
+    tasks.add(task)
+    task.add_done_callback(tasks.discard)
+
+
+async def watch_death(actor: Any) -> None:
+    """Returns when it is gone; such a call returns now and then, and is made again."""
+    with contextlib.suppress(Error):
+        while True:
+            await actor.call("death_watch")
 
 
 def check_threads() -> None:

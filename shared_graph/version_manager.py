@@ -202,10 +202,9 @@ class VersionManager:
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(BRING_UP_LIMIT_S):
                 await self._until(lambda: self._failures(key) or all(key in report.ready for report in self._all()))
-        if missing := self._failures(key) or [
-            f"worker {r.index} does not have it" for r in self._all() if key not in r.ready
-        ]:
-            raise ModelError(missing[0])
+        missing = [f"worker {report.index} does not have it" for report in self._all() if key not in report.ready]
+        if why := self._failures(key) or missing:
+            raise ModelError(why[0])
 
     async def _switch(self, name: str, aspired: dict[str | None, int]) -> None:
         """Let the latest and the labels stand for other versions, in two steps."""

@@ -22,7 +22,7 @@ from shared_graph.ray_runtime import WATCH_S, find_actor, node_address, this_pro
 from shared_graph.replica import Replica
 from shared_graph.slots import Gate
 from shared_graph.tensorflow_runtime import import_tensorflow, import_tensorflow_for
-from shared_graph.threads import in_own_thread
+from shared_graph.threads import in_own_thread, keep_task
 from shared_graph.wire import Answers, Batch, WireRequest, WorkerInfo, read_frame, to_frame
 
 log = logging.getLogger(__name__)
@@ -52,9 +52,7 @@ class Worker:
         self.starting = asyncio.Lock()
         self.trouble: str | None = None  # such as a run that does not end
         importer = concurrent.futures.ThreadPoolExecutor(1)  # imports in two threads may block each other
-        self.tensorflow = importer.submit(
-            import_tensorflow_for, options
-        )  # now, while the parameter server does the same
+        self.tensorflow = importer.submit(import_tensorflow_for, options)  # while the parameter server does the same
 
     # -- called by front ends and by the parameter server --------------------------------------------------------------
 
@@ -114,9 +112,7 @@ class Worker:
                 return
             self.connections.add(writer)
             while True:
-                task = asyncio.create_task(self._answer(await read_frame(reader), writer))
-                self.tasks.add(task)
-                task.add_done_callback(self.tasks.discard)
+                keep_task(self.tasks, self._answer(await read_frame(reader), writer))
         self.connections.discard(writer)
 
     async def _answer(self, batch: Batch, writer: asyncio.StreamWriter) -> None:

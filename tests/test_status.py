@@ -71,7 +71,8 @@ def test_what_a_start_waits_for_are_actors_and_models(status):
 
 def test_a_failure_for_ever_is_told_once_to_who_wants_to_know_and_answers_everybody(log):
     told = []
-    status = Status(Options(workers=1), told.append)
+    status = Status(Options(workers=1))
+    status.on_over = told.append
     for _ in range(2):
         status.fail(Unavailable("The sum is damaged."), is_over=True)
     assert [str(error) for error in told] == ["The sum is damaged."] and log() == ["ERROR The sum is damaged."]

@@ -99,7 +99,8 @@ class Stage:
         self.chance, self.pids, self.events = random.Random(seed), 100, []
         self.over: list[Error] = []
         self.options = Options(**options)
-        self.status = Status(self.options, self.over.append)
+        self.status = Status(self.options)
+        self.status.on_over = self.over.append
         self.actors: dict[str, PlayedActor] = {}
         self.supervisor = Supervisor(self.options, self.status, self.create, self.kill, self.connect)
         self.killed: list[int] = []

@@ -56,7 +56,7 @@ def create_app(options: Options | None = None, on_failure: Callable[[Error], obj
         if call.verb == "add":
             value = http_api.parse_value(query, request.environ["SERVER_PROTOCOL"])
             return respond(http_api.answer_with(cluster.add(value)))
-        is_gzip = "gzip" in request.headers.get("Content-Encoding", "")
+        is_gzip = "gzip" in request.headers.get("Content-Encoding", "").lower()
         body = HttpBody(read_body(), is_gzip, query)
         return respond(http_api.answer_with(cluster.request(call.model, call.verb, body, call.version)))
 

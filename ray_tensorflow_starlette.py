@@ -65,7 +65,7 @@ def create_app(options: Options | None = None, on_failure: Callable[[Error], obj
         if call.verb == "add":
             value = http_api.parse_value(query, request.scope["http_version"])
             return http_api.answer_with(await cluster.add_async(value))
-        is_gzip = "gzip" in request.headers.get("Content-Encoding", "")
+        is_gzip = "gzip" in request.headers.get("Content-Encoding", "").lower()
         body = HttpBody(await read_body(request), is_gzip, query)
         return http_api.answer_with(await cluster.request_async(call.model, call.verb, body, call.version))
 

@@ -133,23 +133,26 @@ class BatchRunner:
         for item in group:
             try:
                 outputs = self._graph.run(item.signature.name, item.feed)
-            except ModelError as error:
+                answer = encoded(item, presentable(item, outputs))
+            except Error as error:
                 reply({item.index: error.with_traceback(None)})
                 continue
-            reply({item.index: encoded(item, presentable(item, outputs))})
+            reply({item.index: answer})
             if sum(other.rows for other in tried) + item.rows <= TRIED_ROWS:
                 alone.append(outputs)
                 tried.append(item)
         if len(tried) > 1:
             try:
                 together = self._graph.run(tried[0].signature.name, joined(tried))
+                agrees = all(
+                    len(output) == sum(item.rows for item in tried)
+                    and answers_equal(output, np.concatenate(parts), self._exact)
+                    for output, *parts in zip(together, *alone)
+                )
             except ModelError:
                 return
-            agrees = all(
-                len(output) == sum(item.rows for item in tried)
-                and answers_equal(output, np.concatenate(parts), self._exact)
-                for output, *parts in zip(together, *alone)
-            )
+            except (ValueError, TypeError):  # rows of answers that do not fit together
+                agrees = False
             self._observe(tried[0].signature.name, agrees)
 
     def _answer_alone(self, item: Item) -> Any:

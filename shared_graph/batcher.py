@@ -91,7 +91,7 @@ class Batcher:
         size_bytes = size_of(body)
         if self.waiting >= self.options.max_queue:
             raise Unavailable(f"Too many requests are waiting already ({self.waiting}); try again later.")
-        self.pending.hold(size_bytes)
+        self.pending.hold(size_bytes, *([math.inf] if is_patient else []))  # of those ``map`` has a few under way
         loop = asyncio.get_running_loop()
         key, now = QueueKey(name, choice, hint_of(version, body), worker), loop.time()
         request = Request(key, version, verb, body, loop.create_future(), size_bytes, now, is_patient)

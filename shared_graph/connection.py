@@ -78,6 +78,11 @@ class WorkerConnection:
         with contextlib.suppress(RuntimeError):  # uvloop's, once it is closed: ``_listen`` is about to see that
             self._writer.writelines(frame)
 
+    @property
+    def unanswered(self) -> int:
+        """How many requests the worker has. For any thread."""
+        return sum(len(batch) for _, batch in list(self.in_flight.values()))
+
     def close(self) -> None:
         self._writer.close()
 

@@ -194,7 +194,7 @@ def error_answer(error: Exception, code: int | None, status: Status | None, meth
     except InvalidRequest as refusal:
         error = refusal if code else error  # a method that the framework does not know, say
     error = own_error(error, status, model, verb)
-    if error.status == 405:
+    if error.status == 405 and path in PAGES:
         headers["Allow"] = PAGES[path][1]
     if error.status in (429, 503):
         headers["Retry-After"] = "1"

@@ -47,11 +47,14 @@ class Loader:
     def __init__(self, options: Options):
         self._options, self.addresses = options, []
         self._graphs: dict[ModelKey, Graph] = {}
+        self._checkpoints: Checkpoints | None = None
         self.bundles: dict[ModelKey, Bundle] = {}
         self._serial_executor = concurrent.futures.ThreadPoolExecutor(1)  # what is saved is saved in order
 
     def open_folder(self, folder: str, run: str) -> None:
-        """Where variables are saved. Raises Unavailable."""
+        """Where variables are saved. Idempotent. Raises Unavailable."""
+        if self._checkpoints is not None:
+            return
         self._checkpoints = Checkpoints(folder, run, durable=self._options.checkpoint_dir is not None)
         self._marks = LoadMarks(folder, run)
         checkpoint_with(self._checkpoints.save_sum)
@@ -67,8 +70,9 @@ class Loader:
         """They are saved when this returns; what is so with them."""
         with as_own_errors(f"The weights of model {key} cannot be set"):
             graph = self._graph(key)
-            await self._in_turn(graph.variables.set_weights, weights)
-            await self._in_turn(self._checkpoint, graph)
+            await self._in_turn(self._set_and_save, graph, weights)
+            if graph.mutates_state:  # who may share runs was found for whatever weights it may come to
+                return loaded._replace(weights_id=secrets.token_hex(8))
             verdict = await self._try_batchable(graph)
         return loaded._replace(**verdict._asdict(), weights_id=secrets.token_hex(8))
 
@@ -137,6 +141,16 @@ class Loader:
                     await self._in_turn(self._checkpoint, graph)
             finally:
                 await in_own_thread(graph.free, import_tensorflow())
+
+    def _set_and_save(self, graph: Graph, weights: Arrays) -> None:
+        """Those that cannot be saved are not kept either."""
+        before = {name: value for name, value in graph.variables.get_weights().items() if name in weights}
+        graph.variables.set_weights(weights)
+        try:
+            self._checkpoint(graph)
+        except Exception:
+            graph.variables.set_weights(before)
+            raise
 
     def _checkpoint(self, graph: Graph) -> None:
         """Save a model's variables, if they are not as they were saved last."""

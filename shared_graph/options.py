@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import dataclasses
 import difflib
+import functools
 import glob
 import hashlib
 import logging
@@ -175,15 +176,21 @@ class Options:
     @property
     def shared(self) -> dict[str, str]:
         """What all front ends of one shared cluster must have in common, as text: the code, too."""
-        code = hashlib.sha256()
-        for path in sorted(glob.glob(os.path.join(os.path.dirname(os.path.abspath(__file__)), "*.py"))):
-            with open(path, "rb") as file:
-                code.update(f"{os.path.basename(path)} {hashlib.sha256(file.read()).hexdigest()}\n".encode())
-        texts = {"the code of shared_graph": code.hexdigest()}
+        texts = {"the code of shared_graph": code_of_package()}
         for name in SHARED:
             value = getattr(self, name)
             texts[f"--{name.replace('_', '-')}"] = ",".join(map(str, value)) if name == "model" else str(value)
         return texts
+
+
+@functools.cache
+def code_of_package() -> str:
+    """A hash of the modules, as they are when it is first asked for: those on the disk may become others."""
+    code = hashlib.sha256()
+    for path in sorted(glob.glob(os.path.join(os.path.dirname(os.path.abspath(__file__)), "*.py"))):
+        with open(path, "rb") as file:
+            code.update(f"{os.path.basename(path)} {hashlib.sha256(file.read()).hexdigest()}\n".encode())
+    return code.hexdigest()
 
 
 def mistyped(environment: Mapping[str, str], names: list[str]) -> dict[str, str]:

@@ -57,7 +57,9 @@ class ParameterServer:
         """
         self.idle_s, ours = 0, self.options.shared
         differs = [
-            f"{name} {it} (it runs with {ours[name]})" for name, it in (wanted or ours).items() if it != ours[name]
+            f"{name} {it} (it runs with {ours.get(name)})"
+            for name, it in (wanted or ours).items()
+            if it != ours.get(name)
         ]
         if differs:
             raise OptionError(f"The shared cluster runs with other options: {', '.join(differs)}")
@@ -89,9 +91,7 @@ class ParameterServer:
         """They are saved when this returns, and every worker has them, or is dead."""
         await self.start()
         key = self.manager.latest(model)
-
-        loaded = self.manager.snapshot.versions[key].loaded
-        await self.manager.change_weights(key, lambda: self.loader.set_weights(key, loaded, weights))
+        await self.manager.change_weights(key, lambda loaded: self.loader.set_weights(key, loaded, weights))
 
     async def reload(self, model: str) -> Snapshot:
         """Look at a model's folder now; what is served then."""
@@ -143,9 +143,9 @@ class ParameterServer:
         Its own job is called ``boot``, because the sessions that come with a cluster of their own call it ``ps``.
         """
         tf = import_tensorflow_for(self.options)
+        if self.index == 0:
+            self.loader.open_folder(self.folder, self.run)
         if self.server is None:
-            if self.index == 0:
-                self.loader.open_folder(self.folder, self.run)
             runs_python = any(source.function for source in self.options.model)
             config = server_config(tf, self.options, runs_python)
             self.server = tf.train.Server({"boot": ["localhost:0"]}, job_name="boot", task_index=0, config=config)

@@ -45,6 +45,7 @@ class Replica:
         self._life, self._left, self._marks = life, left, LoadMarks(info.folder, f"worker-{index}")
         self._weights: dict[ModelKey, str] = {}  # the id of those that a graph has
         self._settled: dict[str, int] = {}
+        self._turns: dict[str, asyncio.Lock] = collections.defaultdict(asyncio.Lock)  # one snapshot after another
         self._bringing_up: set[ModelKey] = set()
         self._changed = asyncio.Event()
         self._revision = self._reported = 0  # how often something has changed, and when that was reported
@@ -103,15 +104,16 @@ class Replica:
 
     async def _settle(self, name: str, snapshot: Snapshot, is_other: bool) -> None:
         """Wait for what runs by the rules of before; then drop what is no longer served."""
-        if is_other and (runs := list(self.runs[name])):
-            await asyncio.wait(runs)
-        for key in [key for key in self.graphs if key.name == name]:
-            version = self.snapshot.versions.get(key)
-            if version is None or version.loaded is None:
-                self.graphs.pop(key).disconnect()
-                self._weights.pop(key, None)
-        self._settled[name] = max(self._settled.get(name, 0), snapshot.snapshot_id)
-        self._notify()
+        async with self._turns[name]:
+            if is_other and (runs := list(self.runs[name])):
+                await asyncio.wait(runs)
+            for key in [key for key in self.graphs if key.name == name]:
+                version = self.snapshot.versions.get(key)
+                if version is None or version.loaded is None:
+                    self.graphs.pop(key).disconnect()
+                    self._weights.pop(key, None)
+            self._settled[name] = snapshot.snapshot_id
+            self._notify()
 
     async def _bring_up(self, key: ModelKey) -> None:
         """Have a version that the parameter server has loaded, or say why not. Other versions do not wait for it."""

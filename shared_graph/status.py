@@ -45,8 +45,8 @@ class ActorStatus:
         known = {"index": self.index, "state": self.state, "restarts": self.restarts}
         if self.state != "starting":
             known |= self.process._asdict() | {"trouble": self.trouble}
-        if self.connection:
-            known["in_flight"] = sum(len(batch) for _, batch in self.connection.in_flight.values())
+        if connection := self.connection:
+            known["in_flight"] = connection.unanswered
         return known
 
 
@@ -137,8 +137,9 @@ class Status:
             raise Unavailable(str(failure))
         if not self.snapshot.versions:
             raise Unavailable("The server is starting; try again later.")
-        version = self.snapshot.find(name, choice)
-        if version is None and self.snapshot.is_moving(name, choice):  # a request waits for that, in a worker
+        snapshot = self.snapshot
+        version = snapshot.find(name, choice)
+        if version is None and snapshot.is_moving(name, choice):  # a request waits for that, in a worker
             version = self._last_known.get((name, choice))
             if version is None:
                 raise Unavailable(f"Model {name} is being loaded; try again later.")
@@ -202,26 +203,26 @@ class Status:
         }
 
     def _models_as_json(self) -> dict[str, dict[str, Any]]:
-        names = [ADDER, *(source.name for source in self.options.model)] if self.snapshot.versions else []
+        snapshot = self.snapshot
+        names = [ADDER, *(source.name for source in self.options.model)] if snapshot.versions else []
         models = {name: {"version": None, "merged": [], "labels": {}, "error": None} for name in names}
-        for (name, choice), number in self.snapshot.pointers.items():
-            version = self.snapshot.find(name, number) if number is not None else None
+        for (name, choice), number in snapshot.pointers.items():
+            version = snapshot.find(name, number) if number is not None else None
             if choice is None and version:
                 models[name] |= {"version": number, "merged": list(version.loaded.batchable)}
             elif choice is not None:
                 models[name]["labels"][choice] = number
-        for key, version in self.snapshot.versions.items():
+        for key, version in snapshot.versions.items():
             if version.error:
                 models[key.name]["error"] = version.error
         return models
 
     def _gauges(self) -> Gauges:
         """For a scrape, in any thread."""
-        batches = {w.index: w.connection.in_flight for w in self.workers if w.connection}
         pointers = self.snapshot.pointers.items()
         return Gauges(
             self.batcher.waiting,
-            {str(index): sum(len(batch) for _, batch in list(its.values())) for index, its in batches.items()},
+            {str(worker.index): its.unanswered for worker in self.workers if (its := worker.connection)},
             {str(actor): actor.restarts for actor in self.servers + self.workers},
             {name: number for (name, choice), number in pointers if choice is None and number is not None},
         )

@@ -28,10 +28,9 @@ async def in_own_thread(function: Callable, *arguments: Any) -> Any:
     def run() -> None:
         try:
             outcome = function(*arguments), None
-        except (StopIteration, SystemExit, KeyboardInterrupt) as error:  # a user's; no future takes them
-            outcome = None, RuntimeError(f"{type(error).__name__} {error}".strip())
-        except Exception as error:
-            outcome = None, error
+        except BaseException as error:  # a user's; a future takes neither StopIteration nor what ends programs
+            is_plain = isinstance(error, Exception) and not isinstance(error, StopIteration)
+            outcome = None, error if is_plain else RuntimeError(f"{type(error).__name__} {error}".strip())
         with contextlib.suppress(RuntimeError):  # the loop is closed
             loop.call_soon_threadsafe(finish, *outcome)
 

@@ -33,8 +33,8 @@ class TensorFlowVariables:
         self.operations = found  # which hold them, in the same order
         if not found:
             return
-        graph, scopes = found[0].graph, [f"/{op.name}".rpartition("/")[0] for op in found]
-        scope = os.path.commonpath(scopes or ["/"])[1:] if prefix else ""
+        graph, scopes = found[0].graph, [os.path.dirname(f"/{op.name}") for op in found]
+        scope = os.path.commonpath(scopes)[1:] if prefix else ""
         objects = {v.op.name: v for v in graph.get_collection(tf.GraphKeys.GLOBAL_VARIABLES)}
         for operation in found:
             name = operation.name[len(scope) + 1 :] if scope else operation.name

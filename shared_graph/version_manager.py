@@ -114,6 +114,8 @@ class VersionManager:
             try:
                 found = await self._look(self.sources[name])
             except OSError as error:
+                self._loading.discard(name)  # nobody is to wait for it
+                self._update()
                 raise Unavailable(f"The folder of model {name} cannot be read: {error.strerror or error}") from None
             for version in [v for v in self._versions.values() if v.source.name == name]:
                 failures = self._failures(version.key)
@@ -144,9 +146,10 @@ class VersionManager:
                 if not version.loaded and version.source.version not in {*found.versions, *found.labels.values()}:
                     self._forget(version)
 
-    async def change_weights(self, key: ModelKey, change: Callable[[], Awaitable[LoadedVersion]]) -> None:
-        """``change`` sets weights, and tells what is so with them. Meanwhile no two requests share a run, since that
-        was decided for other weights. When this returns each worker has the new ones, or is gone."""
+    async def change_weights(self, key: ModelKey, change: Callable[[LoadedVersion], Awaitable[LoadedVersion]]) -> None:
+        """``change`` sets weights; it is given what was so with those of before, and tells what is so with them.
+        Meanwhile no two requests share a run, since that was decided for other weights. When this returns each worker
+        has the new ones, or is gone."""
         async with self._turns.get(key.name, contextlib.nullcontext()):
             version = self._versions[key]
             if version.loaded is None:
@@ -155,7 +158,7 @@ class VersionManager:
             self._update()
             await self._until_settled(key.name)
             try:
-                version.loaded = await change()
+                version.loaded = await change(before)
             except Exception:
                 version.loaded = before
                 raise

@@ -112,6 +112,13 @@ def test_what_only_the_run_of_a_writing_signature_shows_is_told_as_done():
             raise played.found[0]
 
 
+def test_rows_of_answers_that_do_not_fit_together_speak_against_sharing_runs_and_all_are_answered():
+    played = Played(batchable=False, undecided=True)
+    played.graph.run = lambda signature, feed: [np.zeros((len(feed[0]), feed[0].max()))]  # as wide as the rows need
+    assert played.answer(rows(1), rows(2), rows(3)) == [[[0]], [[0, 0]], [[0, 0, 0]]]
+    assert played.observed == [("serving_default", False)]
+
+
 def test_a_broken_row_among_those_that_are_run_both_ways_fails_alone():
     played = Played(batchable=False, undecided=True)
     answers = played.answer(rows(1), rows(-1), rows(2))

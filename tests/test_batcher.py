@@ -339,6 +339,21 @@ async def test_a_request_without_an_answer_gets_504_at_its_deadline_and_makes_ro
     assert len(stage.sent) == workers
 
 
+async def test_large_batches_of_a_map_are_never_too_many_bytes_since_it_has_only_a_few_under_way():
+    stage = Stage(workers=0)
+    large = "serving_default", {"x": np.broadcast_to(np.float32(0), (64, 2**20))}  # 256 MiB
+    patient = stage.ask(large, large, large, is_patient=True)
+    await turn()
+    [refused] = stage.ask(large)
+    assert isinstance(await error_of(refused), Unavailable) and stage.batcher.waiting == 3
+    stage.add_worker(0)
+    await turn()
+    while stage.batcher.pending.count:
+        stage.batcher.connections[0].answer()
+        await turn()
+    assert all(future.done() for future in patient)
+
+
 async def test_a_patient_request_has_its_deadline_from_when_it_is_sent_unless_nobody_gets_on():
     stage, loop = Stage(max_batch=1, timeout_s=10), asyncio.get_running_loop()
     futures = stage.ask(*range(6), model="single", is_patient=True)

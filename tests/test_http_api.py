@@ -1,11 +1,12 @@
 """Paths and values of requests, without a server: what each path asks for, and with which words it is refused."""
 
+import json
 import re
 
 import pytest
 
-from shared_graph.errors import InvalidRequest
-from shared_graph.http_api import json_bytes, match_path, may_open_socket, parse_value, path_below
+from shared_graph.errors import Error, InvalidRequest
+from shared_graph.http_api import error_answer, json_bytes, match_path, may_open_socket, parse_value, path_below
 from shared_graph.options import Options
 
 ODD, ODD_PLAIN = "%21%23%24%25%26%27%28%29%2A%2B%2C%2F%3A%3B%3D%3F%40%5B%5D", "!#$%&'()*+,/:;=?@[]"
@@ -161,6 +162,11 @@ def test_the_prefix_under_which_a_server_puts_the_application_is_taken_off(prefi
 )
 def test_a_browser_opens_a_socket_for_our_own_pages_and_for_allowed_ones(allowed, origin, host, may):
     assert may_open_socket(Options(allow_origin=allowed), origin, host) is may
+
+
+def test_an_error_that_another_server_gave_a_model_is_passed_on_as_it_is():
+    answer = error_answer(Error("Method Not Allowed", 405), None, None, "POST", "/v1/models/m:predict")
+    assert answer.status == 405 and json.loads(answer.body) == {"error": "Method Not Allowed"}
 
 
 def test_a_document_is_compact_and_any_name_can_be_in_it():

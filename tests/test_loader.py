@@ -68,6 +68,18 @@ async def test_a_trial_that_does_not_end_is_ended_and_its_model_shares_no_runs(t
     assert version.state == "AVAILABLE" and version.loaded.batchable == version.loaded.undecided == ()
 
 
+async def test_weights_that_cannot_be_saved_are_not_set(tf, address, tmp_path, monkeypatch):
+    own, manager = a_loader(address, tmp_path, GOOD)
+    await manager.reconcile("good", at_once=True)
+    key, loaded = ModelKey("good", 1), manager.snapshot.versions[ModelKey("good", 1)].loaded
+    before = await own.get_weights(key)
+    (tmp_path / "good.1.npz.new").mkdir()  # where it would be written first
+    with pytest.raises(Error, match="cannot be kept"):
+        await own.set_weights(key, loaded, {"b": np.ones(2)})
+    after = await own.get_weights(key)
+    assert all(np.array_equal(after[name], value) for name, value in before.items())
+
+
 async def test_weights_that_cannot_be_set_are_an_error_of_ours(tf, address, tmp_path):
     own, manager = a_loader(address, tmp_path, GOOD)
     await manager.reconcile("good", at_once=True)

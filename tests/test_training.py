@@ -90,6 +90,26 @@ def test_once_set_weights_returns_no_request_is_answered_with_the_old_ones(serve
     assert sorted(clients(16, lambda _: served.add(1), range(100))) == [before + i for i in range(1, 101)]
 
 
+def test_while_weights_of_a_model_that_trains_are_set_nobody_is_answered_with_others(cluster, clients):
+    given, stop = set(), threading.Event()
+
+    def ask(_):
+        while not stop.is_set():
+            given.update(cluster.predict({"x": [1.0]}, "line")["y"].tolist())
+
+    def change(_):
+        try:
+            for _ in range(5):
+                cluster.set_weights("line", {"w": 1, "b": 1})
+        finally:
+            stop.set()
+
+    cluster.set_weights("line", {"w": 1, "b": 1})
+    clients(4, lambda function: function(None), [change] + [ask] * 3)
+    assert given == {2.0}
+    cluster.set_weights("line", {"w": 0, "b": 0})
+
+
 def assert_learned(weights: dict[str, np.ndarray]) -> None:
     """y = 0.1 x + 0.3"""
     assert abs(weights["w"] - 0.1) < 0.001 and abs(weights["b"] - 0.3) < 0.001

@@ -268,7 +268,7 @@ async def test_while_weights_change_nothing_shares_a_run_and_afterwards_every_wo
         await asyncio.sleep(20)
         key, seen = ModelKey("m", 1), []
 
-        async def change() -> LoadedVersion:
+        async def change(loaded: LoadedVersion) -> LoadedVersion:
             for worker in stage.workers.values():
                 seen.append(worker.snapshot.versions[key].loaded.batchable)
             await stage.pause()
@@ -278,7 +278,7 @@ async def test_while_weights_change_nothing_shares_a_run_and_afterwards_every_wo
         assert seen == [(), ()]
         assert all(worker.ready[key] == "second" for worker in stage.workers.values())
 
-        async def fail() -> LoadedVersion:
+        async def fail(loaded: LoadedVersion) -> LoadedVersion:
             raise InvalidRequest("wrong shape")
 
         before = stage.manager.snapshot.versions[key]
@@ -301,8 +301,8 @@ async def test_some_observations_decide_whether_requests_share_runs_and_those_of
             manager.observe(key, "serving_default", "of before", False)
         assert loaded().batchable == ()
 
-        async def change() -> LoadedVersion:
-            return loaded()._replace(undecided=("serving_default",), weights_id="second")
+        async def change(loaded: LoadedVersion) -> LoadedVersion:
+            return loaded._replace(undecided=("serving_default",), weights_id="second")
 
         await manager.change_weights(key, change)
         for _ in range(EVIDENCE):

@@ -110,6 +110,11 @@ def test_control_dependencies_and_input_variables_count_and_others_do_not(tf):
     assert [*TensorFlowVariables(tf.constant(1.0)).variables] == []
 
 
+def test_without_the_prefix_variables_in_no_scope_and_in_one_keep_their_names(tf):
+    a, b = tf.get_variable("a", initializer=1.0), tf.get_variable("net/b", initializer=2.0)
+    assert list(TensorFlowVariables(a + b, prefix=True).variables) == ["a", "net/b"]
+
+
 def test_two_copies_under_two_scopes_exchange_weights_without_the_prefix(tf):
     with tf.variable_scope("worker"):
         mine = ready(tf, network(tf, "online"), prefix=True)

@@ -24,6 +24,7 @@ from shared_graph.wire import WireRequest
 MAX_SHARED_ROWS = 4096  # of one request: more of them gain nothing by company, which would have to wait for them
 TRIED_ROWS = 16  # of a group that is run both ways
 MAX_DECODED_BYTES = 64 * 2**20  # of arrays that wait for their run: small bodies may become large ones
+LATE = "The deadline passed in the worker"
 NOT_HALVED = (499, 502, 503, 504)  # a run that failed so would do so again for reasons that are not in the requests
 
 
@@ -32,7 +33,7 @@ class RunnableGraph(Protocol):
 
     signatures: dict[str, Signature]
 
-    def run(self, signature: str, feed: list[np.ndarray]) -> list[np.ndarray]: ...
+    def run(self, signature: str, feed: list[np.ndarray], deadline: float) -> list[np.ndarray]: ...
 
 
 class Item(NamedTuple):
@@ -108,7 +109,7 @@ class BatchRunner:
         late = [item for item in group if now >= item.deadline]
         due = [item for item in group if now < item.deadline]
         if late:
-            reply({item.index: DeadlineExceeded("The deadline passed in the worker") for item in late})
+            reply({item.index: DeadlineExceeded(LATE) for item in late})
         if len(due) > 1 and due[0].signature.batchable:
             self._answer_together(due, reply)
         elif len(due) > 1 and due[0].signature.name in self._undecided:
@@ -119,7 +120,7 @@ class BatchRunner:
 
     def _answer_together(self, group: list[Item], reply: Callable[[dict[int, Any]], None]) -> None:
         try:
-            outputs = presentable(group[0], self._graph.run(group[0].signature.name, joined(group)))
+            outputs = presentable(group[0], self._run(group))
         except Error as error:
             if error.status in NOT_HALVED:
                 return reply({item.index: error for item in group})
@@ -139,8 +140,8 @@ class BatchRunner:
         alone, tried = [], []
         for item in group:
             try:
-                outputs = self._graph.run(item.signature.name, item.feed)
-            except ModelError as error:
+                outputs = self._run([item])
+            except Error as error:
                 reply({item.index: error.with_traceback(None)})
                 continue
             reply({item.index: encoded(item, presentable(item, outputs))})
@@ -149,8 +150,8 @@ class BatchRunner:
                 tried.append(item)
         if len(tried) > 1:
             try:
-                together = self._graph.run(tried[0].signature.name, joined(tried))
-            except ModelError:
+                together = self._run(tried)
+            except Error:
                 return
             agrees = all(
                 len(output) == sum(item.rows for item in tried)
@@ -159,9 +160,17 @@ class BatchRunner:
             )
             self._observe(tried[0].signature.name, agrees)
 
+    def _run(self, group: list[Item]) -> list[np.ndarray]:
+        """Not if it is too late by now: others of the same batch may have taken long. Raises Error."""
+        deadline = max(item.deadline for item in group)
+        if self._clock() >= deadline:
+            raise DeadlineExceeded(LATE)
+        feed = joined(group) if len(group) > 1 else group[0].feed
+        return self._graph.run(group[0].signature.name, feed, deadline)
+
     def _answer_alone(self, item: Item) -> Any:
         try:
-            return encoded(item, presentable(item, self._graph.run(item.signature.name, item.feed)))
+            return encoded(item, presentable(item, self._run([item])))
         except Error as error:
             return error.with_traceback(None)
 

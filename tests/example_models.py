@@ -167,6 +167,13 @@ def asleep(tf):
     return {"serving_default": ({"x": x}, {"y": tf.numpy_function(sleep, [x], tf.float32)})}
 
 
+def napping(tf):
+    """y = x, after as many seconds as the first row says."""
+    x = tf.placeholder(tf.float32, [None], name="x")
+    nap = lambda x: time.sleep(float(x[0])) or x
+    return {"serving_default": ({"x": x}, {"y": tf.numpy_function(nap, [x], tf.float32)})}
+
+
 def announced(tf):
     """y = 2 x; a new file in a folder tells that it is being built."""
     with open(os.path.join(os.environ["RAY_TENSORFLOW_TEST_GATE"], str(os.getpid())), "x"):

@@ -56,7 +56,7 @@ def test_2000_clients_at_once_are_each_answered_and_what_was_refused_changed_not
 def impatient():
     """A cluster of one worker in which deadlines are short."""
     with owned_by_session():
-        models = [f"example_models:{name}" for name in ("gate", "spinning")]
+        models = [f"example_models:{name}" for name in ("gate", "spinning", "napping")]
         cluster = Cluster(workers=1, timeout_s=2, model=models).start()
     yield cluster
     cluster.close()
@@ -74,6 +74,11 @@ def test_after_requests_have_expired_in_a_worker_the_next_ones_are_served(impati
     (tmp_path / "shut").touch()
     wait_until(lambda: impatient.health()["workers"][0]["in_flight"] == 0)
     assert clients(20, ask, ["open"] * 20) == [[str(tmp_path / "open").encode()]] * 20
+
+
+def test_the_deadline_of_a_batch_of_a_map_counts_from_when_it_is_sent_and_no_other_runs_within_it(impatient):
+    results = impatient.map([[1.2]] * 3, "napping")
+    assert [result["y"].item() for result in results] == [np.float32(1.2)] * 3
 
 
 def run_endlessly(cluster, model: str) -> None:

@@ -76,6 +76,24 @@ def test_after_requests_have_expired_in_a_worker_the_next_ones_are_served(impati
     assert clients(20, ask, ["open"] * 20) == [[str(tmp_path / "open").encode()]] * 20
 
 
+def test_requests_past_their_deadline_cost_no_add_beside_them(impatient, clients):
+    """Such a run made a worker look for another parameter server: 10,000 adds a second became 1,483."""
+    before, added = impatient.health()["workers"][0], impatient.add(0)
+
+    def nap(_) -> bool:
+        with pytest.raises(DeadlineExceeded):
+            impatient.predict([2.5], "napping")
+        return True
+
+    with ThreadPoolExecutor(1) as pool:
+        napping = pool.submit(clients, 4, nap, range(4))
+        while not napping.done():
+            added += 1
+            assert impatient.add(1) == added
+        assert napping.result() == [True] * 4
+    wait_until(lambda: impatient.health()["workers"][0] == before, 30)
+
+
 def test_the_deadline_of_a_batch_of_a_map_counts_from_when_it_is_sent_and_no_other_runs_within_it(impatient):
     results = impatient.map([[1.2]] * 3, "napping")
     assert [result["y"].item() for result in results] == [np.float32(1.2)] * 3

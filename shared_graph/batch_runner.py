@@ -25,6 +25,7 @@ from shared_graph.wire import WireRequest
 MAX_SHARED_ROWS = 4096  # of one request: more of them gain nothing by company, which would have to wait for them
 TRIED_ROWS = 16  # of a group that is run both ways
 MAX_DECODED_BYTES = 64 * 2**20  # of arrays that wait for their run: small bodies may become large ones
+LATE = "The deadline passed in the worker"
 NOT_HALVED = (499, 502, 503, 504)  # a run that failed so would do so again for reasons that are not in the requests
 
 
@@ -101,7 +102,7 @@ class BatchRunner:
         late = [item for item in group if now >= item.deadline]
         due = [item for item in group if now < item.deadline]
         if late:
-            reply({item.index: DeadlineExceeded("The deadline passed in the worker") for item in late})
+            reply({item.index: DeadlineExceeded(LATE) for item in late})
         if len(due) > 1 and due[0].signature.batchable:
             self._answer_together(due, reply)
         elif len(due) > 1 and due[0].signature.name in self._undecided:
@@ -112,7 +113,7 @@ class BatchRunner:
 
     def _answer_together(self, group: list[Item], reply: Callable[[dict[int, Any]], None]) -> None:
         try:
-            outputs = presentable(group[0], self._graph.run(group[0].signature.name, joined(group)))
+            outputs = presentable(group[0], self._run(group))
         except Error as error:
             if error.status in NOT_HALVED:
                 return reply({item.index: error for item in group})
@@ -132,7 +133,7 @@ class BatchRunner:
         alone, tried = [], []
         for item in group:
             try:
-                outputs = self._graph.run(item.signature.name, item.feed)
+                outputs = self._run([item])
                 answer = encoded(item, presentable(item, outputs))
             except Error as error:
                 reply({item.index: error.with_traceback(None)})
@@ -143,21 +144,29 @@ class BatchRunner:
                 tried.append(item)
         if len(tried) > 1:
             try:
-                together = self._graph.run(tried[0].signature.name, joined(tried))
+                together = self._run(tried)
                 agrees = all(
                     len(output) == sum(item.rows for item in tried)
                     and answers_equal(output, np.concatenate(parts), self._exact)
                     for output, *parts in zip(together, *alone)
                 )
-            except ModelError:
+            except Error:
                 return
             except (ValueError, TypeError):  # rows of answers that do not fit together
                 agrees = False
             self._observe(tried[0].signature.name, agrees)
 
+    def _run(self, group: list[Item]) -> list[np.ndarray]:
+        """Not if it is too late by now: others of the same batch may have taken long. Raises Error."""
+        deadline = max(item.deadline for item in group)
+        if self._clock() >= deadline:
+            raise DeadlineExceeded(LATE)
+        feed = joined(group) if len(group) > 1 else group[0].feed
+        return self._graph.run(group[0].signature.name, feed, deadline)
+
     def _answer_alone(self, item: Item) -> Any:
         try:
-            return encoded(item, presentable(item, self._graph.run(item.signature.name, item.feed)))
+            return encoded(item, presentable(item, self._run([item])))
         except Error as error:
             return error.with_traceback(None)
 

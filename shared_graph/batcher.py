@@ -222,7 +222,7 @@ class Batcher:
                     is_any_sent = True
 
     def _send(self, key: QueueKey, queue: Queue, connection: WorkerConnection, count: int) -> None:
-        now, requests = asyncio.get_running_loop().time(), self._take(queue, count)
+        now, requests = asyncio.get_running_loop().time(), self._take(key, queue, count)
         self._queues.pop(key)
         if queue.requests:
             self._queues[key] = queue  # behind all others
@@ -242,9 +242,11 @@ class Batcher:
         self.connections.remove(connection)
         self.connections.append(connection)
 
-    def _take(self, queue: Queue, count: int) -> list[Request]:
+    def _take(self, key: QueueKey, queue: Queue, count: int) -> list[Request]:
         requests, size_bytes = [], 0
         while queue.requests and len(requests) < count and size_bytes < MAX_BATCH_BYTES:
+            if requests and self._is_slow(key) and (requests[-1].is_patient or queue.requests[0].is_patient):
+                break  # its deadline is not to pass while others run that have been sent with it
             request = self._dequeue(queue)
             if request.future.done():
                 self.resolve(request, None)

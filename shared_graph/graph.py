@@ -6,8 +6,10 @@ import copy
 import hashlib
 import importlib
 import logging
+import math
 import re
 import threading
+import time
 from typing import Any
 
 import numpy as np
@@ -157,7 +159,8 @@ class Graph:
             threading.Thread(target=left.clear, daemon=True).start()
 
     def cancel_runs(self, tf, addresses: list[str], options: Options) -> None:
-        """End what runs, as far as its kernels let themselves be ended, and go on in another session."""
+        """End what runs, as far as its kernels let themselves be ended, and go on in another session; there what may
+        still be in time begins anew."""
         session = self.session
         self.connect(tf, addresses, options)
         session.close()
@@ -171,10 +174,13 @@ class Graph:
             with tf.Session(self._target, graph, self._config) as own:
                 own.run(free)
 
-    def run(self, signature: str, feed: list[np.ndarray], is_first: bool = True) -> list[np.ndarray]:
+    def run(
+        self, signature: str, feed: list[np.ndarray], deadline: float = -math.inf, is_first: bool = True
+    ) -> list[np.ndarray]:
         """The one ``session.run``: arrays in the order of the sorted input names to arrays in that of the outputs.
 
-        Raises ModelError with the HTTP status that fits, or ConnectionError when the parameter server has gone.
+        If it is cancelled since another run does not end, it is repeated, until the ``deadline`` (of the monotonic
+        clock). Raises ModelError with the HTTP status that fits, or ConnectionError when the parameter server has gone.
         """
         session, callables = self.session, self._callables
         if callables is None:
@@ -186,12 +192,13 @@ class Graph:
         if failure is None:
             return [np.array(output, object) if isinstance(output, bytes) else np.asarray(output) for output in outputs]
         # out here, where it does not hold the session: its end would wait for its server
-        if code == CANCELLED and self.session is not session and not self.signatures[signature].mutates_state:
-            return self.run(signature, feed)  # see cancel_runs
+        may_repeat = not self.signatures[signature].mutates_state
+        if code == CANCELLED and self.session is not session and may_repeat and time.monotonic() < deadline:
+            return self.run(signature, feed, deadline)  # see cancel_runs
         if code in PERHAPS_DISCONNECTED and not self._is_connected(session):
             raise ConnectionError(str(failure))
-        if code in PERHAPS_DISCONNECTED and is_first and not self.signatures[signature].mutates_state:
-            return self.run(signature, feed, is_first=False)  # TensorFlow itself is sometimes out of step
+        if code in PERHAPS_DISCONNECTED and is_first and may_repeat:
+            return self.run(signature, feed, deadline, is_first=False)  # TensorFlow itself is sometimes out of step
         raise failure
 
     def _is_connected(self, session) -> bool:

@@ -22,7 +22,7 @@ import orjson
 from shared_graph.errors import InvalidRequest, first_sentence
 from shared_graph.models import object_array
 
-MAX_VALUES = 4_000_000  # commas, colons and opening brackets; a string counts one more, an object three more
+MAX_VALUES = 4_000_000  # commas, colons and opening brackets; strings and lists count two more, objects three more
 MAX_AXES = 64  # numpy's
 
 # -- reading -----------------------------------------------------------------------------------------------------------
@@ -47,7 +47,7 @@ def survey(body: bytes) -> bool:
     """May there be integers past 64 bits? Raises InvalidRequest where there are too many values."""
     outline = body.translate(OUTLINE)
     if len(body) > MAX_VALUES // 4:
-        count = count_of(outline, b",") + count_of(body, b'"') // 2 + 3 * count_of(body, b"{")
+        count = count_of(outline, b",") + count_of(body, b'"') + 2 * count_of(body, b"[") + 3 * count_of(body, b"{")
         if count > MAX_VALUES:
             count -= sum(count_of(body, blank) for blank in (b" ", b"\t", b"\r", b"\n"))
         if count > MAX_VALUES:

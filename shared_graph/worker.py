@@ -30,6 +30,7 @@ log = logging.getLogger(__name__)
 START_PATIENCE_S = 10.0  # a worker that starts waits so long for its versions; what takes longer it has later
 OVERDUE_S = 5.0  # after its deadline a run is cancelled
 STUCK_S = 15.0  # and one that does not end then ends this process
+TOLD_S = 3.0  # for so long after it has ended health tells of it
 
 
 class Lane:
@@ -50,7 +51,7 @@ class Worker:
         self.connections: set[asyncio.StreamWriter] = set()
         self.tasks: set[asyncio.Task] = set()
         self.starting = asyncio.Lock()
-        self.trouble: str | None = None  # such as a run that does not end
+        self.overdue: dict[asyncio.Future, str] = {}  # runs that do not end, and what is told of them
         importer = concurrent.futures.ThreadPoolExecutor(1)  # imports in two threads may block each other
         self.tensorflow = importer.submit(import_tensorflow_for, options)  # while the parameter server does the same
 
@@ -90,7 +91,7 @@ class Worker:
 
     async def ping(self, snapshot_id: int) -> tuple[str | None, None]:
         """Is the event loop alive, and what is wrong, if anything is?"""
-        return self.trouble, None
+        return next(iter(self.overdue.values()), None), None
 
     def _leave(self) -> None:
         """Answer nobody until the next ``start``."""
@@ -178,15 +179,14 @@ class Worker:
 
     async def _end_overdue(self, replica: Replica, version: ModelVersion, graph: Graph, run: asyncio.Future) -> None:
         """End a run that has not ended at its deadline; if that cannot be done, this process with it."""
-        self.trouble = f"a run of model {version.key} has not ended at its deadline"
+        self.overdue[run] = f"a run of model {version.key} has not ended at its deadline"
         addresses = [] if graph.is_mirror else replica.addresses
-        with contextlib.suppress(Exception):
-            cancelling = in_own_thread(graph.cancel_runs, import_tensorflow(), addresses, self.options)
-            await asyncio.wait_for(cancelling, STUCK_S)
+        cancelling = in_own_thread(graph.cancel_runs, import_tensorflow(), addresses, self.options)
+        asyncio.gather(cancelling, return_exceptions=True)  # it may wait for the very run
         done, _ = await asyncio.wait([run], timeout=STUCK_S)
         if not done:
             os._exit(1)
-        self.trouble = None
+        self.loop.call_later(TOLD_S, self.overdue.pop, run)
 
     def _observe(self, replica: Replica, version: ModelVersion, signature: str, agrees: bool) -> None:
         """Called in the threads of runs."""

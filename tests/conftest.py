@@ -12,6 +12,7 @@ import http.client
 import inspect
 import json
 import os
+import re
 import selectors
 import shutil
 import signal
@@ -107,6 +108,17 @@ def in_a_process_of_its_own(test):
         assert done.returncode == 0, done.stderr
 
     return run
+
+
+def memory_mb(pid: int, which: str) -> int:
+    """What a process has ("VmRSS"), or has had at most since ``forget_peak`` ("VmHWM")."""
+    with open(f"/proc/{pid}/status") as file:
+        return int(re.search(rf"{which}:\s+(\d+) kB", file.read())[1]) // 1024
+
+
+def forget_peak(pid: int) -> None:
+    with open(f"/proc/{pid}/clear_refs", "w") as file:
+        file.write("5")
 
 
 def wait_until(condition, seconds: float = START_S, what: str = ""):

@@ -147,6 +147,33 @@ def gate(tf):
     return {"serving_default": ({"path": path}, {"path": tf.numpy_function(wait, [path], tf.string)})}
 
 
+def spinning(tf):
+    """y = x, but a run with 12345 in it never ends: a loop, as far as TensorFlow may end it."""
+    x = tf.placeholder(tf.float32, [None], name="x")
+    is_endless = tf.reduce_any(tf.equal(x, 12345))
+    y = tf.while_loop(lambda y: is_endless, lambda y: y + 0, [x])
+    return {"serving_default": ({"x": x}, {"y": y})}
+
+
+def asleep(tf):
+    """y = x, but a run with 12345 in it never ends: a Python function, which nobody can end."""
+    x = tf.placeholder(tf.float32, [None], name="x")
+
+    def sleep(x):
+        while 12345 in x:
+            time.sleep(1)
+        return x
+
+    return {"serving_default": ({"x": x}, {"y": tf.numpy_function(sleep, [x], tf.float32)})}
+
+
+def napping(tf):
+    """y = x, after as many seconds as the first row says."""
+    x = tf.placeholder(tf.float32, [None], name="x")
+    nap = lambda x: time.sleep(float(x[0])) or x
+    return {"serving_default": ({"x": x}, {"y": tf.numpy_function(nap, [x], tf.float32)})}
+
+
 def announced(tf):
     """y = 2 x; a new file in a folder tells that it is being built."""
     with open(os.path.join(os.environ["RAY_TENSORFLOW_TEST_GATE"], str(os.getpid())), "x"):

@@ -4,11 +4,16 @@ import functools
 import gzip
 import io
 import random
+import threading
 import time
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
-from conftest import error, good
+import pytest
+from conftest import error, forget_peak, good, memory_mb, wait_until
+from test_hostile import pids
+from test_rest_api import HEAVIEST, heavy_body
 
 
 def npy(array) -> bytes:
@@ -64,6 +69,43 @@ def hostile() -> list[tuple[bytes, dict]]:
         (b"\x93NUMPY\1\0" + b"@\0" + b"{'descr': '<f8', 'fortran_order': False, 'shape': (1000000000,)}".ljust(64), {}),
         (npz(x=np.zeros(9 * 2**20, np.int8)), {}),
         (b'{"instances": ' + b"[" * 900 + b"]" * 900 + b"}", {})]  # fmt: skip
+
+
+@functools.cache
+def heavy() -> list[tuple[bytes, dict]]:
+    """100 KiB each that become as many objects as are allowed: a packed body may be made larger by zeros behind it."""
+    return [(heavy_body(*heaviest), {"Content-Encoding": "gzip"}) for heaviest in HEAVIEST]
+
+
+@pytest.mark.long
+def test_100_hostile_bodies_of_100_kib_restart_no_worker_delay_no_add_and_take_no_memory_that_does_not_come_back(
+    front_end, clients
+):
+    r, before = random.Random(15), pids(front_end)
+    bodies = [r.choice(r.choice([hostile(), heavy()])) for _ in range(100)]
+    ask = lambda body: front_end.request("POST", "/v1/models/picky:predict", *body).status
+    memory = {pid: memory_mb(pid, "VmRSS") for pid in before}
+    list(map(forget_peak, before))
+    add_s, is_over = [], threading.Event()
+
+    def add() -> None:
+        while not is_over.is_set():
+            begun = time.monotonic()
+            front_end.add(1)
+            add_s.append(time.monotonic() - begun)
+
+    with ThreadPoolExecutor(2) as adders:
+        futures = [adders.submit(add) for _ in range(2)]
+        statuses = [*map(ask, bodies[:50]), *clients(16, ask, bodies[50:])]
+        is_over.set()
+        [future.result() for future in futures]
+    assert set(statuses) <= {200, 400, 413}
+    assert pids(front_end) == before
+    assert np.percentile(add_s, 99) < 1
+    grown = {pid: memory_mb(pid, "VmHWM") - memory[pid] for pid in before}
+    assert max(grown.values()) < 300, grown
+    wait_until(lambda: all(memory_mb(pid, "VmRSS") < memory[pid] + 100 for pid in before), 30)
+    assert good(front_end.post("/v1/models/picky:predict", {"instances": [1]})) == {"predictions": [0.5]}
 
 
 def test_hostile_bodies_of_100_kib_restart_no_worker(front_end):

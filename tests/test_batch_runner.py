@@ -24,15 +24,19 @@ def rows(*values, signature="serving_default", seconds=60, is_repeated=False) ->
 
 
 class PlayedGraph:
-    """Doubles its rows; refuses a run with a row that is negative, and gives one row too many for a 13."""
+    """Doubles its rows; refuses a run with a row that is negative, and gives one row too many for a 13. A run takes
+    ``run_s`` of the clock that is its own."""
 
-    def __init__(self, batchable: bool, looks_across: float = 0):
+    def __init__(self, batchable: bool, looks_across: float = 0, run_s: float = 0):
         spec = TensorSpec("int64", (None,))
         self.signature = Signature("serving_default", {"x": spec}, {"y": spec}, "", False, False, batchable)
         self.signatures, self.looks_across = {"serving_default": self.signature}, looks_across
         self.runs: list[list[int]] = []
+        self.now, self.run_s = 0.0, run_s
 
-    def run(self, signature: str, feed: list[np.ndarray]) -> list[np.ndarray]:
+    def run(self, signature: str, feed: list[np.ndarray], deadline: float) -> list[np.ndarray]:
+        assert self.now < deadline
+        self.now += self.run_s
         self.runs.append(feed[0].tolist())
         if (feed[0] < 0).any():
             raise ModelError("negative", 400)
@@ -46,7 +50,9 @@ class Played:
     def __init__(self, batchable: bool = True, undecided: bool = False, now: float = 0.0, exact=False, **graph):
         self.graph, self.observed, self.answers = PlayedGraph(batchable, **graph), [], collections.Counter()
         undecided = frozenset({"serving_default"} if undecided else ())
-        self.runner = BatchRunner(self.graph, undecided, exact, lambda *what: self.observed.append(what), lambda: now)
+        self.graph.now = now
+        observe = lambda *what: self.observed.append(what)
+        self.runner = BatchRunner(self.graph, undecided, exact, observe, lambda: self.graph.now)
         self.found = {}
 
     def answer(self, *requests: WireRequest) -> list:
@@ -101,7 +107,7 @@ def test_what_only_the_run_of_a_writing_signature_shows_is_told_as_done():
     body = b'{"instances": [13]}'
     played.runner.answer([WireRequest("predict", (body, False), 60, False)], played.found.update, 0.0)
     assert isinstance(played.found[0], bytes)
-    played.graph.run = lambda signature, feed: [np.int64(5)]
+    played.graph.run = lambda signature, feed, deadline: [np.int64(5)]
     for writes, kind, words in (
         (False, InvalidRequest, "^Outputs"),
         (True, ModelError, "^What was asked for has been"),
@@ -114,7 +120,9 @@ def test_what_only_the_run_of_a_writing_signature_shows_is_told_as_done():
 
 def test_rows_of_answers_that_do_not_fit_together_speak_against_sharing_runs_and_all_are_answered():
     played = Played(batchable=False, undecided=True)
-    played.graph.run = lambda signature, feed: [np.zeros((len(feed[0]), feed[0].max()))]  # as wide as the rows need
+    played.graph.run = lambda signature, feed, deadline: [
+        np.zeros((len(feed[0]), feed[0].max()))
+    ]  # as wide as the rows
     assert played.answer(rows(1), rows(2), rows(3)) == [[[0]], [[0, 0]], [[0, 0, 0]]]
     assert played.observed == [("serving_default", False)]
 
@@ -124,6 +132,15 @@ def test_a_broken_row_among_those_that_are_run_both_ways_fails_alone():
     answers = played.answer(rows(1), rows(-1), rows(2))
     assert isinstance(answers[1], ModelError) and [answers[0], answers[2]] == [[2], [4]]
     assert played.observed == [("serving_default", True)]
+
+
+@pytest.mark.parametrize("undecided", [False, True])
+def test_what_has_become_late_while_others_of_its_batch_ran_is_not_run(undecided):
+    """Else forty requests for a model of 2 s would hold up a worker, until it is ended, long after their deadline."""
+    played = Played(batchable=False, undecided=undecided, run_s=2)
+    answers = played.answer(*[rows(i, seconds=9) for i in range(40)])
+    assert answers[:5] == [[2 * i] for i in range(5)] and {type(answer) for answer in answers[5:]} == {DeadlineExceeded}
+    assert played.graph.runs == [[i] for i in range(5)]
 
 
 @pytest.mark.parametrize("seed", range(300))

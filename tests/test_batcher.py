@@ -354,15 +354,33 @@ async def test_large_batches_of_a_map_are_never_too_many_bytes_since_it_has_only
     assert all(future.done() for future in patient)
 
 
-async def test_a_patient_request_has_its_deadline_from_when_it_is_sent_unless_nobody_gets_on():
-    stage, loop = Stage(max_batch=1, timeout_s=10), asyncio.get_running_loop()
-    futures = stage.ask(*range(6), model="single", is_patient=True)
+@pytest.mark.parametrize("model", ["single", "m"])
+async def test_a_patient_request_has_its_deadline_from_when_it_is_sent_unless_nobody_gets_on(model):
+    stage, loop = Stage(timeout_s=10), asyncio.get_running_loop()
+    futures = stage.ask(*range(6), model=model, is_patient=True)
     for _ in range(6):
         await asyncio.sleep(4)
         stage.workers[0].answer()
     assert await asyncio.gather(*futures) == [0, 2, 4, 6, 8, 10] and loop.time() > 1020
     [future] = Stage(workers=0, timeout_s=10).ask(1, is_patient=True)
     assert isinstance(await error_of(future), DeadlineExceeded)
+
+
+@pytest.mark.parametrize("run_s, together", [(0.01, [[6, 7], [8, 9]]), (4, [[6], [7, 8, 9]])], ids=["fast", "slow"])
+async def test_patient_requests_travel_with_others_only_where_runs_are_fast(run_s, together):
+    """Else batches of a map that take 4 s each would be sent together, and all but the first be late."""
+    stage = Stage(timeout_s=10)
+    for first in (True, False):
+        futures = stage.ask(0, 1, model="single", is_patient=first)
+        await turn()
+        for _ in futures:
+            await asyncio.sleep(run_s)
+            stage.workers[0].answer()
+    stage.sent.clear()
+    stage.ask(6, model="single", is_patient=True)
+    stage.ask(7, 8, 9, model="single")
+    await turn()
+    assert stage.bodies == together
 
 
 async def test_a_reply_that_comes_twice_leaves_the_connection_as_it_is_and_what_is_strange_ends_only_the_connection():

@@ -8,6 +8,7 @@ import sys
 import tempfile
 import textwrap
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -103,6 +104,31 @@ def test_a_wrong_input_is_refused_in_one_sentence(cluster, arguments, status, wo
         cluster.predict(*arguments)
     assert caught.value.status == status
     assert words in str(caught.value) and "\n" not in str(caught.value) and len(str(caught.value)) < 300
+
+
+class OnlyHere:
+    """What another process cannot unpickle."""
+
+
+STRANGE = {
+    "generator": (x for x in X),
+    "function": lambda: X,
+    "lock": threading.Lock(),
+    "OnlyHere": OnlyHere(),
+    "type": OnlyHere,
+    "set": {1.0},
+}
+
+
+@pytest.mark.parametrize("inputs", [lambda value: value, lambda value: {"x": [value]}], ids=["bare", "in a list"])
+def test_six_predicts_of_what_cannot_travel_are_refused_by_name_and_cost_nobody_a_place(cluster, inputs):
+    before = cluster.add(0)
+    for kind, value in STRANGE.items():
+        with pytest.raises(InvalidRequest, match=f"takes numbers, strings or bytes, not objects .*{kind}"):
+            cluster.predict(inputs(value), "linear")
+    begun = time.monotonic()
+    assert cluster.predict(X, "linear")["y"].tolist() == Y and cluster.add(1) == before + 1
+    assert time.monotonic() - begun < 1
 
 
 @pytest.mark.parametrize("value", [np.nan, -np.inf, "abc", None, [1, 2], 10**400, 1j], ids=str)

@@ -5,11 +5,13 @@ import os
 import shutil
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import example_models
 import numpy as np
 import pytest
-from conftest import HERE, REPOSITORY, one
+from conftest import HERE, REPOSITORY, one, wait_until
 
 from shared_graph.errors import ModelError
 from shared_graph.graph import Graph
@@ -255,6 +257,24 @@ def test_a_failure_has_tensorflow_servings_status_for_its_code_and_one_sentence(
         load(f"example_models:{name}").run(signature, [x])
     assert caught.value.status == status
     assert str(caught.value) and not [part for part in ("\n", "[[", "/job:") if part in str(caught.value)]
+
+
+def test_when_runs_are_cancelled_those_that_may_be_in_time_begin_anew_and_the_others_end(tf, address, load):
+    graph, deadline = load("example_models:spinning"), time.monotonic() + 1
+
+    def is_ended(run) -> bool:
+        graph.cancel_runs(tf, [address], Options())  # however far it has come to begin
+        return run.done()
+
+    with ThreadPoolExecutor(2) as pool:
+        in_time = pool.submit(graph.run, "serving_default", [np.float32([12345])], deadline)
+        late = pool.submit(graph.run, "serving_default", [np.float32([12345])])
+        wait_until(lambda: is_ended(late), 30)
+        assert not in_time.done() or time.monotonic() >= deadline
+        wait_until(lambda: is_ended(in_time), 30)
+        assert time.monotonic() >= deadline
+    assert {run.exception().status for run in (late, in_time)} == {499}
+    assert one(graph, np.float32([1])) == [1]
 
 
 LOOPS = """

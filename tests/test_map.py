@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import itertools
+import queue
 import re
 import threading
 
@@ -82,6 +83,45 @@ def test_an_endless_generator_runs_ahead_by_no_more_than_the_bound_and_leaving_s
     consume(cluster, blocking, endless(), each)
     wait_idle(cluster)
     assert 200 <= ahead[-1] <= 200 + AHEAD
+
+
+@BOTH
+@pytest.mark.parametrize("ordered", [True, False], ids=["ordered", "as they finish"])
+def test_an_iterable_may_wait_for_the_results_of_what_it_has_given(cluster, blocking, ordered):
+    """As a search does, whose next step depends on the last: 16 batches were pulled before the first result came."""
+    results, found = queue.SimpleQueue(), []
+
+    def steps():
+        batch = np.float32([1024])
+        for _ in range(10):
+            yield batch
+            batch = results.get(timeout=60)
+
+    def each(result):
+        found.append(result["y"].item())
+        results.put(result["y"])
+        return True
+
+    consume(cluster, blocking, steps(), each, ordered=ordered)
+    assert found == [512, 256, 128, 64, 32, 16, 8, 4, 2, 1]
+
+
+def test_an_asynchronous_iterable_may_wait_for_the_results_of_what_it_has_given(cluster):
+    async def search() -> list[float]:
+        results, found = asyncio.Queue(), []
+
+        async def steps():
+            batch = np.float32([1024])
+            for _ in range(10):
+                yield batch
+                batch = await results.get()
+
+        async for result in cluster.map_async(steps(), "picky"):
+            found.append(result["y"].item())
+            results.put_nowait(result["y"])
+        return found
+
+    assert asyncio.run(asyncio.wait_for(search(), 60)) == [512, 256, 128, 64, 32, 16, 8, 4, 2, 1]
 
 
 def test_a_cancelled_task_stops_the_work(cluster):

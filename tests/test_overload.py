@@ -10,8 +10,9 @@ import socket
 import time
 from concurrent.futures import ThreadPoolExecutor
 
+import numpy as np
 import pytest
-from conftest import Server, good, long, wait_until
+from conftest import Server, good, long, owned_by_session, wait_until
 from websockets.exceptions import ConnectionClosed
 from websockets.sync.client import connect
 
@@ -51,20 +52,95 @@ def test_2000_clients_at_once_are_each_answered_and_what_was_refused_changed_not
     wait_until(lambda: front_end.get("/health").json["waiting"] == 0)
 
 
-def test_after_requests_have_expired_in_a_worker_the_next_ones_are_served(tmp_path, clients):
-    with Cluster(workers=1, timeout_s=3, model="example_models:gate") as cluster:
+@pytest.fixture(scope="module")
+def impatient():
+    """A cluster of one worker in which deadlines are short."""
+    with owned_by_session():
+        models = [f"example_models:{name}" for name in ("gate", "spinning", "napping")]
+        cluster = Cluster(workers=1, timeout_s=2, model=models).start()
+    yield cluster
+    cluster.close()
 
-        def ask(name: str):
-            try:
-                return cluster.predict([str(tmp_path / name)], "gate")["path"].tolist()
-            except DeadlineExceeded:
-                return None
 
-        (tmp_path / "open").touch()
-        assert clients(20, ask, ["shut"] * 20) == [None] * 20
-        (tmp_path / "shut").touch()
-        wait_until(lambda: cluster.health()["workers"][0]["in_flight"] == 0)
-        assert clients(20, ask, ["open"] * 20) == [[str(tmp_path / "open").encode()]] * 20
+def test_after_requests_have_expired_in_a_worker_the_next_ones_are_served(impatient, tmp_path, clients):
+    def ask(name: str):
+        try:
+            return impatient.predict([str(tmp_path / name)], "gate")["path"].tolist()
+        except DeadlineExceeded:
+            return None
+
+    (tmp_path / "open").touch()
+    assert clients(20, ask, ["shut"] * 20) == [None] * 20
+    (tmp_path / "shut").touch()
+    wait_until(lambda: impatient.health()["workers"][0]["in_flight"] == 0)
+    assert clients(20, ask, ["open"] * 20) == [[str(tmp_path / "open").encode()]] * 20
+
+
+def test_requests_past_their_deadline_cost_no_add_beside_them(impatient, clients):
+    """Such a run made a worker look for another parameter server: 10,000 adds a second became 1,483."""
+    before, added = impatient.health()["workers"][0], impatient.add(0)
+
+    def nap(_) -> bool:
+        with pytest.raises(DeadlineExceeded):
+            impatient.predict([2.5], "napping")
+        return True
+
+    with ThreadPoolExecutor(1) as pool:
+        napping = pool.submit(clients, 4, nap, range(4))
+        while not napping.done():
+            added += 1
+            assert impatient.add(1) == added
+        assert napping.result() == [True] * 4
+    wait_until(lambda: impatient.health()["workers"][0] == before, 30)
+
+
+def test_the_deadline_of_a_batch_of_a_map_counts_from_when_it_is_sent_and_no_other_runs_within_it(impatient):
+    results = impatient.map([[1.2]] * 3, "napping")
+    assert [result["y"].item() for result in results] == [np.float32(1.2)] * 3
+
+
+def run_endlessly(cluster, model: str) -> None:
+    with pytest.raises(DeadlineExceeded):
+        cluster.predict([12345.0], model)
+
+
+def test_a_run_that_never_ends_is_ended_and_told_by_health_and_all_others_are_served(impatient):
+    before, added = impatient.health()["workers"][0], impatient.add(0)
+    run_endlessly(impatient, "spinning")
+
+    def is_told() -> bool:
+        nonlocal added
+        added += 1
+        assert impatient.add(1) == added
+        trouble = impatient.health()["workers"][0]["trouble"]
+        return trouble == "a run of model spinning version 1 has not ended at its deadline"
+
+    wait_until(is_told, 30)
+    assert impatient.predict([1.0], "spinning")["y"] == [1]
+    wait_until(lambda: impatient.health()["workers"][0] == before, 30)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("placement", ["shared", "mirrored"])
+def test_a_run_that_nobody_can_end_is_told_by_health_and_ends_its_worker_and_all_others_are_served(placement):
+    models = ["example_models:asleep", "example_models:linear"]
+    with Cluster(workers=2, timeout_s=3, placement=placement, model=models).start(workers=2) as cluster:
+        run_endlessly(cluster, "asleep")
+        troubles, added = set(), 0
+
+        def is_replaced() -> bool:
+            nonlocal added
+            workers = cluster.health()["workers"]
+            troubles.update(worker.get("trouble") for worker in workers)
+            sound = [worker["index"] for worker in workers if worker["state"] == "ready" and not worker["trouble"]]
+            added += 1  # where an add cannot be lost with the worker
+            assert cluster.add(1, worker=None if len(sound) == 2 else sound[0]) == added
+            assert cluster.predict([2.0], "asleep")["y"] == [2]
+            assert cluster.predict(np.ones((1, 3)), "linear")["y"].tolist() == [[9.5, 11.5]]
+            return len(sound) == 2 and sum(worker["restarts"] for worker in workers) == 1
+
+        wait_until(is_replaced, 60)
+        assert troubles == {None, "a run of model asleep version 1 has not ended at its deadline"}
 
 
 def admitted(server) -> int:

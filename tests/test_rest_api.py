@@ -4,18 +4,22 @@ All bodies go through the one door that the workers use, ``decode``: arrays come
 """
 
 import base64
+import contextlib
 import gzip
 import io
 import json
 import math
+import os
 
 import numpy as np
 import pytest
+from conftest import forget_peak, in_a_process_of_its_own, memory_mb
 from test_json_codec import FLOATS, INTEGERS, assert_same, refused, strings
 from test_npy_codec import loaded, npy, npz
 
-from shared_graph.bodies import MAX_BODY_BYTES, HttpBody
-from shared_graph.json_codec import MAX_VALUES, plain
+from shared_graph.bodies import MAX_BODY_BYTES, MAX_RATIO, HttpBody
+from shared_graph.errors import InvalidRequest
+from shared_graph.json_codec import MAX_VALUES, plain, survey
 from shared_graph.models import Signature, TensorSpec
 from shared_graph.rest_api import MAX_CAST_BYTES, decode
 from shared_graph.tensorflow_runtime import import_tensorflow
@@ -64,6 +68,40 @@ def test_what_cannot_be_decompressed_or_becomes_huge_is_refused():
         refused("JSON", predict, body, True, x="int32")
     refused("64 MiB", predict, gzip.compress(bytes(65 * 2**20), 1), True, status=413, x="int32")
     refused("64 MiB", predict, gzip.compress(b'{"instances": [' + b"[]," * 2**20), True, status=413, x="int32")
+
+
+LONG_NUMBER = b"1" * 20 + b","  # by which it is the standard library that reads
+HEAVIEST = [  # an element, and what is before the first one
+    (b"[" * 30 + b"]" * 30, LONG_NUMBER + '"\U0001f600",'.encode()),
+    (b"[" * 30 + b"]" * 30, b""),
+    ('"\u0100"'.encode(), b""),
+    (b"[1e1]", b""),
+    (b'{"a":0}', b""),
+]
+
+
+def heavy_body(element: bytes, before: bytes, size_bytes: int = 100 * 2**10) -> bytes:
+    """A packed document of as many of an element as are taken, and zeros behind it, so that it may unpack to more."""
+    count = (MAX_RATIO * size_bytes - 1000) // (len(element) + 1)
+    while True:
+        document = b'{"instances": [' + before + b",".join([element] * count) + b"]}"
+        with contextlib.suppress(InvalidRequest):
+            survey(document)
+            return gzip.compress(document, 1).ljust(size_bytes, b"\0")
+        count = count * 9 // 10
+
+
+@in_a_process_of_its_own
+def test_a_body_of_100_kib_takes_less_than_200_mb_for_a_moment_however_many_objects_it_is():
+    """It was nearly 400 with lists in lists, which are 96 bytes and counted as one value."""
+    before_mb = memory_mb(os.getpid(), "VmRSS")
+    for heaviest in HEAVIEST:
+        forget_peak(os.getpid())
+        try:
+            predict(heavy_body(*heaviest), True, x="object" if b'"' in heaviest[0] else "float32")
+        except InvalidRequest as error:
+            assert error.status == 400, error
+        assert memory_mb(os.getpid(), "VmHWM") < before_mb + 200, heaviest
 
 
 def test_what_has_too_many_values_is_refused_whatever_its_signature():

@@ -31,6 +31,7 @@ class Found(NamedTuple):
     versions: dict[int, ModelSource]
     labels: dict[str, int]
     files_seen: dict[int, list]  # of each version
+    oddity: str | None = None  # what looks like a version and is left aside
 
 
 @dataclasses.dataclass(eq=False)
@@ -106,18 +107,22 @@ class VersionManager:
 
     # -- what is to be served ------------------------------------------------------------------------------------------
 
-    async def reconcile(self, name: str, at_once: bool = False) -> None:
+    async def reconcile(self, name: str, at_once: bool = False) -> str | None:
         """Serve the highest version of a model that is there and can be loaded, and those that labels stand for. Unless
-        ``at_once``, files that still change are left alone until the next look. Raises Unavailable when the model's
-        folder cannot be looked into."""
+        ``at_once``, files that still change are left alone until the next look. What is used goes on when it is not
+        there any more, and says so. Returns what is odd in the folder; raises Unavailable when that cannot be read."""
         async with self._turns[name]:
             try:
                 found = await self._look(self.sources[name])
             except OSError as error:
-                raise Unavailable(f"The folder of model {name} cannot be read: {error.strerror or error}") from None
-            for version in [v for v in self._versions.values() if v.source.name == name]:
+                why = f"The folder of model {name} cannot be read: {error.strerror or error}"
+                for version in self._loaded(name):
+                    version.error = why
+                self._update()
+                raise Unavailable(why) from None
+            for version in self._loaded(name):
                 failures = self._failures(version.key)
-                if version.loaded and not version.was_ready and failures and len(failures) == len(self._all()):
+                if not version.was_ready and failures and len(failures) == len(self._all()):
                     await self._fail(version, found.files_seen.get(version.key.version, []), ModelError(failures[0]))
             aspired = {choice: version for (n, choice), version in self._pointers.items() if n == name}
             aspired = {choice: aspired[choice] for choice in [None, *found.labels] if choice in aspired}
@@ -137,12 +142,16 @@ class VersionManager:
                     self._update()
             await self._switch(name, aspired)
             self._loading.discard(name)
+            for version in self._loaded(name):
+                is_lost = version.source.version in {*aspired.values()} - found.versions.keys()
+                version.error = f"Model {version.key} is not in its folder any more." if is_lost else None
             self._update()
             for version in [v for v in self._versions.values() if v.source.name == name]:
                 if version.loaded and version.source.version not in aspired.values():
                     await self._drop(version, "UNLOADING")
                 if not version.loaded and version.source.version not in {*found.versions, *found.labels.values()}:
                     self._forget(version)
+            return found.oddity
 
     async def change_weights(self, key: ModelKey, change: Callable[[], Awaitable[LoadedVersion]]) -> None:
         """``change`` sets weights, and tells what is so with them. Meanwhile no two requests share a run, since that
@@ -243,6 +252,9 @@ class VersionManager:
 
     # -- snapshots -----------------------------------------------------------------------------------------------------
 
+    def _loaded(self, name: str) -> list[Version]:
+        return [version for version in self._versions.values() if version.source.name == name and version.loaded]
+
     def _failures(self, key: ModelKey) -> list[str]:
         return [f"worker {report.index}: {report.failed[key]}" for report in self._all() if key in report.failed]
 
@@ -265,7 +277,7 @@ class VersionManager:
         missing = tuple(sorted(report.index for report in self._all() if version.key not in report.ready))
         failed = [f"Model {version.key}: {why}" for why in self._failures(version.key)]
         version.state = "LOADING" if missing else "AVAILABLE"
-        return ModelVersion(version.source, version.state, next(iter(failed), None), version.loaded, missing)
+        return ModelVersion(version.source, version.state, next(iter(failed), version.error), version.loaded, missing)
 
     async def _until(self, condition: Callable[[], object]) -> None:
         while not condition():

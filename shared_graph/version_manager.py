@@ -67,7 +67,7 @@ class VersionManager:
         self._versions: dict[ModelKey, Version] = {}
         self._pointers: dict[tuple[str, str | None], int | None] = {}
         self._reports: dict[int, WorkerReport] = {}  # of each worker that there is
-        self._files_seen: dict[ModelKey, list] = {}  # of versions that are not loaded, at the last look
+        self._files_seen: dict[str, dict[int, list]] = {}  # of each model's versions, at the last look
         self._failed_files: dict[ModelKey, list] = {}  # with which a version has failed
         self._evidence: dict[tuple[ModelKey, str, bool], int] = {}
         self._loading = set(self.sources)  # those that have never been looked at to the end
@@ -120,20 +120,24 @@ class VersionManager:
                     version.error = why
                 self._update()
                 raise Unavailable(why) from None
+            before, self._files_seen[name] = self._files_seen.get(name, {}), found.files_seen
+            at_rest = {n for n in found.versions if at_once or before.get(n) == found.files_seen.get(n, [])}
             for version in self._loaded(name):
                 failures = self._failures(version.key)
                 if not version.was_ready and failures and len(failures) == len(self._all()):
+                    its = {pointer for pointer, number in self._pointers.items() if (pointer[0], number) == version.key}
+                    self._pointers |= dict.fromkeys(its)  # who asks waits for another one
                     await self._fail(version, found.files_seen.get(version.key.version, []), ModelError(failures[0]))
             aspired = {choice: version for (n, choice), version in self._pointers.items() if n == name}
             aspired = {choice: aspired[choice] for choice in [None, *found.labels] if choice in aspired}
             aspired = {c: v for c, v in aspired.items() if (it := self._versions.get(ModelKey(name, v))) and it.loaded}
             for version in sorted(found.versions, reverse=True):
-                if await self._ensure_loaded(found, version, at_once):
+                if await self._ensure_loaded(found, version, version in at_rest, at_once):
                     aspired[None] = version
                     break
             for label, version in sorted(found.labels.items()):
                 if version in found.versions:
-                    if await self._ensure_loaded(found, version, at_once):
+                    if await self._ensure_loaded(found, version, version in at_rest, at_once):
                         aspired[label] = version
                 elif ModelKey(name, version) not in self._versions:
                     why = f"The label {label!r} of model {name} stands for version {version}, which is not there."
@@ -173,17 +177,15 @@ class VersionManager:
                 self._update()
             await self._until(lambda: all(r.ready.get(key) in (None, version.loaded.weights_id) for r in self._all()))
 
-    async def _ensure_loaded(self, found: Found, number: int, at_once: bool) -> bool:
+    async def _ensure_loaded(self, found: Found, number: int, is_at_rest: bool, at_once: bool) -> bool:
         """Is this version loaded? If not it is tried, unless its files still change, or have failed as they are."""
         source, files = found.versions[number], found.files_seen.get(number, [])
         key = ModelKey(source.name, number)
         version = self._versions.get(key)
         if version and version.loaded:
             return True
-        if not at_once:
-            last, self._files_seen[key] = self._files_seen.get(key), files
-            if last != files or self._failed_files.get(key) == files:
-                return False
+        if not is_at_rest or (self._failed_files.get(key) == files and not at_once):
+            return False
         version = self._versions[key] = Version(source)
         self._update()
         try:
@@ -194,7 +196,6 @@ class VersionManager:
             await self._fail(version, files, error)
             return False
         self._failed_files.pop(key, None)
-        self._files_seen.pop(key, None)
         return True
 
     async def _fail(self, version: Version, files: list, error: Exception) -> None:
@@ -246,7 +247,6 @@ class VersionManager:
     def _forget(self, version: Version) -> None:
         self._versions.pop(version.key, None)
         self._failed_files.pop(version.key, None)
-        self._files_seen.pop(version.key, None)
         self._evidence = {k: count for k, count in self._evidence.items() if k[0] != version.key}
         self._update()
 

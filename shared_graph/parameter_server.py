@@ -110,9 +110,7 @@ class ParameterServer:
     # -- called by workers ---------------------------------------------------------------------------------------------
 
     async def report(self, report: WorkerReport) -> Snapshot:
-        """What a worker has; what is served now. Raises ActorUnavailable for one that has it from a life before."""
-        if report.incarnation != self.incarnation:
-            raise ActorUnavailable("This is another life of the parameter server.")
+        """What a worker has; what is served now."""
         if self.workers.get(report.index, ("", None))[0] != report.life:
             worker = await find_actor(f"worker {report.index}", self.namespace)
             self.workers[report.index] = report.life, worker

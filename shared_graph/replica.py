@@ -171,9 +171,7 @@ class Replica:
         async with self._reporting:
             self._reported = self._revision
             ready = {key: self._weights[key] for key in self.graphs if key in self._weights}
-            report = WorkerReport(
-                self.index, self._life, self.incarnation, dict(self._settled), ready, dict(self.failed)
-            )
+            report = WorkerReport(self.index, self._life, dict(self._settled), ready, dict(self.failed))
             self.apply(await self.server.call("report", report))
 
     async def _keep_reporting(self) -> None:

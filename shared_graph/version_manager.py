@@ -42,7 +42,12 @@ class Version:
     state: str = "LOADING"
     error: str | None = None
     loaded: LoadedVersion | None = None
+    weights_ids: set[str] = dataclasses.field(default_factory=set)  # that it has had since it was loaded
     was_ready: bool = False  # in any worker: then it may have answered somebody
+
+    def is_ready_in(self, report: WorkerReport) -> bool:
+        """Not if that tells of a load before this one."""
+        return report.ready.get(self.key) in self.weights_ids
 
     @property
     def key(self) -> ModelKey:
@@ -79,7 +84,7 @@ class VersionManager:
     def report(self, report: WorkerReport) -> None:
         self._reports[report.index] = report
         for key in report.ready.keys() & self._versions.keys():
-            self._versions[key].was_ready = True
+            self._versions[key].was_ready |= self._versions[key].is_ready_in(report)
         self._update()
 
     def worker_lost(self, index: int, life: str) -> None:
@@ -169,6 +174,7 @@ class VersionManager:
             await self._until_settled(key.name)
             try:
                 version.loaded = await change()
+                version.weights_ids.add(version.loaded.weights_id)
             except Exception:
                 version.loaded = before
                 raise
@@ -190,6 +196,7 @@ class VersionManager:
         self._update()
         try:
             version.loaded = await self._load(source)
+            version.weights_ids.add(version.loaded.weights_id)
             self._update()
             await self._until_brought_up(version)
         except Exception as error:
@@ -211,10 +218,8 @@ class VersionManager:
 
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(BRING_UP_LIMIT_S):
-                await self._until(lambda: self._failures(key) or all(key in report.ready for report in self._all()))
-        if missing := self._failures(key) or [
-            f"worker {r.index} does not have it" for r in self._all() if key not in r.ready
-        ]:
+                await self._until(lambda: self._failures(key) or not self._lacking(version))
+        if missing := self._failures(key) or [f"worker {index} does not have it" for index in self._lacking(version)]:
             raise ModelError(missing[0])
 
     async def _switch(self, name: str, aspired: dict[str | None, int]) -> None:
@@ -258,6 +263,9 @@ class VersionManager:
     def _failures(self, key: ModelKey) -> list[str]:
         return [f"worker {report.index}: {report.failed[key]}" for report in self._all() if key in report.failed]
 
+    def _lacking(self, version: Version) -> tuple[int, ...]:
+        return tuple(sorted(report.index for report in self._all() if not version.is_ready_in(report)))
+
     def _all(self) -> list[WorkerReport]:
         return list(self._reports.values())
 
@@ -274,7 +282,7 @@ class VersionManager:
     def _described(self, version: Version) -> ModelVersion:
         if version.loaded is None:
             return ModelVersion(version.source, version.state, version.error)
-        missing = tuple(sorted(report.index for report in self._all() if version.key not in report.ready))
+        missing = self._lacking(version)
         failed = [f"Model {version.key}: {why}" for why in self._failures(version.key)]
         version.state = "LOADING" if missing else "AVAILABLE"
         return ModelVersion(version.source, version.state, next(iter(failed), version.error), version.loaded, missing)

@@ -26,8 +26,10 @@ class ModelSource(NamedTuple):
         return f"{self.name} ({self.folder or self.function})"
 
     def versions(self) -> dict[int, ModelSource]:
-        """What can be loaded at the moment. Of 7 beside 007 the shorter one counts."""
+        """What can be loaded at the moment. The shorter of 7 and 007 counts. Raises OSError without a folder."""
         if self.version is not None:
+            if self.folder:
+                os.stat(self.folder)
             return {self.version: self}
         return {n: ModelSource(self.name, n, os.path.join(self.folder, names[0])) for n, names in self._names().items()}
 

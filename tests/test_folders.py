@@ -10,7 +10,7 @@ from conftest import Folder, owned_by_session, wait_until
 
 from shared_graph.cluster import Cluster
 
-NAMES = {"shared": ("linked", "zero", "twice", "label", "moved"), "mirrored": ("linked", "zero")}
+NAMES = {"shared": ("linked", "zero", "twice", "label", "moved", "sole"), "mirrored": ("linked", "zero")}
 IF_SHARED = pytest.mark.parametrize("placement", ["shared"], indirect=True)
 
 
@@ -46,7 +46,7 @@ def folders(tmp_path_factory, models, placement) -> dict[str, Folder]:
 
 @pytest.fixture(scope="module")
 def cluster(folders, placement):
-    sources = [f"{name}={folder.path}" for name, folder in folders.items()]
+    sources = [f"{name}={folder.path}{'/1' * (name == 'sole')}" for name, folder in folders.items()]
     with owned_by_session():
         cluster = Cluster(workers=1, placement=placement, model=sources).start()
     yield cluster
@@ -117,12 +117,15 @@ def test_a_label_whose_target_is_moved_away_goes_on_and_that_is_told_until_it_is
 
 
 @IF_SHARED
-def test_a_model_whose_folder_is_moved_away_goes_on_and_that_is_told_until_it_is_back(cluster, folders, answer, told):
-    away = f"{folders['moved'].path} away"
-    shutil.move(folders["moved"].path, away)
-    wait_until(lambda: cluster.health()["models"]["moved"]["error"], 20)
-    assert answer("moved") == 1
-    told("moved", 1, "The folder of model moved cannot be read: No such file or directory")
-    shutil.move(away, folders["moved"].path)
-    wait_until(lambda: not cluster.health()["models"]["moved"]["error"], 20)
-    assert answer("moved") == 1
+@pytest.mark.parametrize("name", ["moved", "sole"])
+def test_a_model_whose_folder_is_moved_away_goes_on_and_that_is_told_until_it_is_back(
+    cluster, folders, answer, told, name
+):
+    away = f"{folders[name].path} away"
+    shutil.move(folders[name].path, away)
+    wait_until(lambda: cluster.health()["models"][name]["error"], 20)
+    assert answer(name) == 1
+    told(name, 1, f"The folder of model {name} cannot be read: No such file or directory")
+    shutil.move(away, folders[name].path)
+    wait_until(lambda: not cluster.health()["models"][name]["error"], 20)
+    assert answer(name) == 1

@@ -22,11 +22,12 @@ from shared_graph.progress import shown_wait
 
 async def run_command(options: Options) -> int:
     """Worker i adds the value i, all at once; or a file is predicted. The exit status: 128 + n after signal n."""
-    ended_by: list[int] = []
+    ended_by, is_closing = [], False
 
     def end(number: int, task: asyncio.Task) -> None:
-        ended_by.append(number)
-        task.cancel()
+        if not is_closing:  # which nothing is to cut short
+            ended_by.append(number)
+            task.cancel()
 
     for number in (signal.SIGINT, signal.SIGTERM):
         asyncio.get_running_loop().add_signal_handler(number, end, number, asyncio.current_task())
@@ -50,6 +51,7 @@ async def run_command(options: Options) -> int:
     except asyncio.CancelledError:
         return 128 + ended_by[0]
     finally:
+        is_closing = True
         await asyncio.to_thread(cluster.close)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import pathlib
 import shutil
 import tarfile
 import tempfile
@@ -34,7 +35,7 @@ class Bundle:
                 shutil.copyfile(os.path.join(self._source.folder, name), os.path.join(folder, name))
             assets = os.path.join(self._source.folder, "assets")
             if self._with_assets and os.path.isdir(assets):
-                shutil.copytree(assets, os.path.join(folder, "assets"))
+                shutil.copytree(assets, os.path.join(folder, "assets"), ignore=_dead_links)
                 kept.append("assets")
             for name in os.listdir(self._source.folder):
                 if name not in kept:
@@ -51,6 +52,13 @@ class Bundle:
     def read(self, offset: int) -> bytes:
         """A slice; an empty one is the end."""
         return os.pread(self._file.fileno(), SLICE_BYTES, offset)
+
+
+def _dead_links(folder: str, names: list[str]) -> list[str]:
+    """Those that lead nowhere, or back to a folder on the way to them: to follow these would never end."""
+    above = {os.path.realpath(path) for path in (folder, *pathlib.Path(folder).parents)}
+    paths = {name: os.path.join(folder, name) for name in names}
+    return [name for name, path in paths.items() if not os.path.exists(path) or os.path.realpath(path) in above]
 
 
 @contextlib.asynccontextmanager

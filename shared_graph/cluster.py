@@ -110,11 +110,11 @@ class Cluster:
 
     def close(self) -> None:
         """Answer what is left and end every process that was started. Safe to call twice."""
-        atexit.unregister(self.close)
         self._home.check_elsewhere()
         self.status.failure = self.status.failure or Unavailable(CLOSED)
         self.status.notify()
         self._home.stop()
+        atexit.unregister(self.close)  # not before: it may be interrupted anywhere
 
     def __enter__(self) -> Cluster:
         return self.start()

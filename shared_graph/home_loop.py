@@ -29,6 +29,7 @@ class HomeLoop:
         self.is_over = False
         self._why_over, self._closing = why_over, asyncio.Event()
         self._thread: threading.Thread | None = None
+        self._ended = threading.Event()  # all that the thread does
         self._home: int | None = None  # the thread of the loop, while it runs
         self._calls: set[concurrent.futures.Future] = set()  # from elsewhere, that are not answered
         self._lock, self._pid = threading.Lock(), os.getpid()
@@ -62,11 +63,12 @@ class HomeLoop:
         with contextlib.suppress(RuntimeError):  # the loop is closed
             self.loop.call_soon_threadsafe(self._closing.set)
         interrupt = None
-        while self._thread.is_alive():
+        while not self._ended.is_set():
             try:
-                self._thread.join()
+                self._ended.wait()  # no join: one that is interrupted takes the thread for ended (cpython#90882)
             except KeyboardInterrupt as error:  # a second one: nothing is to be left running
                 interrupt = error
+        self._thread.join()
         if interrupt:
             raise interrupt
 
@@ -127,6 +129,7 @@ class HomeLoop:
                     future.set_exception(self._why_over())
             if is_own:
                 self.loop.close()
+            self._ended.set()
 
     async def _main(self, main: Callable) -> None:
         self._home = threading.get_ident()

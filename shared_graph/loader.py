@@ -36,7 +36,8 @@ async def look(source: ModelSource) -> Found:
 
     def found() -> Found:
         versions = source.versions()
-        return Found(versions, source.labels(), {number: its.files_seen() for number, its in versions.items()})
+        files_seen = {number: its.files_seen() for number, its in versions.items()}
+        return Found(versions, source.labels(), files_seen, source.oddity())
 
     return await in_own_thread(found)
 

@@ -26,13 +26,29 @@ class ModelSource(NamedTuple):
         return f"{self.name} ({self.folder or self.function})"
 
     def versions(self) -> dict[int, ModelSource]:
-        """What can be loaded at the moment. Of 7 beside 007 the shorter one counts."""
+        """What can be loaded at the moment. The shorter of 7 and 007 counts. Raises OSError without a folder."""
         if self.version is not None:
+            if self.folder:
+                os.stat(self.folder)
             return {self.version: self}
-        with os.scandir(self.folder) as entries:
-            names = [entry.name for entry in entries if entry.name.isdecimal() and entry.name.isascii()]
-        paths = {int(name): os.path.join(self.folder, name) for name in sorted(names, key=len, reverse=True)}
-        return {n: ModelSource(self.name, n, path) for n, path in paths.items() if n < 2**63 and _has_saved_model(path)}
+        return {n: ModelSource(self.name, n, os.path.join(self.folder, names[0])) for n, names in self._names().items()}
+
+    def oddity(self) -> str | None:
+        """What looks like a version and is left aside, if anything is."""
+        doubles = [] if self.version is not None else [its for its in self._names().items() if len(its[1]) > 1]
+        if not doubles:
+            return None
+        number, names = min(doubles)
+        return f"Version {number} of model {self.name} is there as {' and as '.join(names)}: {names[0]} is taken."
+
+    def _names(self) -> dict[int, list[str]]:
+        """What the folders of each version are called, the shorter first."""
+        found = collections.defaultdict(list)
+        for name in sorted(os.listdir(self.folder), key=len):
+            is_number = name.isdecimal() and name.isascii() and int(name) < 2**63
+            if is_number and _has_saved_model(os.path.join(self.folder, name)):
+                found[int(name)].append(name)
+        return found
 
     def labels(self) -> dict[str, int]:
         """The symbolic links ``stable -> 123`` beside the versions; those that lead elsewhere are none."""
@@ -49,7 +65,7 @@ class ModelSource(NamedTuple):
         }
 
     def files_seen(self) -> list[tuple[str, int, float]]:
-        """The files of a version, with their sizes and times; a link that leads nowhere has none."""
+        """The files of a version, with their sizes and times. Raises nothing."""
         return sorted(_files(self.folder, set())) if self.folder else []
 
 
@@ -62,15 +78,25 @@ def _files(folder: str, seen: set[str]) -> Iterator[tuple[str, int, float]]:
     if (real := os.path.realpath(folder)) in seen:
         return
     seen.add(real)
-    with os.scandir(folder) as entries:
-        for entry in entries:
-            if entry.is_dir():
-                yield from _files(entry.path, seen)
-            elif entry.is_file():
-                status = entry.stat()
-                yield entry.path, status.st_size, status.st_mtime
-            else:
-                yield entry.path, -1, 0.0
+    try:
+        names = os.listdir(folder)
+    except OSError:
+        names = []
+        yield folder, -1, 0.0
+    for path in (os.path.join(folder, name) for name in names):
+        if os.path.isdir(path):
+            yield from _files(path, seen)
+        else:
+            yield path, *_size_and_time(path)
+
+
+def _size_and_time(path: str) -> tuple[int, float]:
+    """Not those of a link that leads nowhere, or to itself, or of a file that is gone: what needs it will say so."""
+    try:
+        status = os.stat(path)
+    except OSError:
+        return -1, 0.0
+    return status.st_size, status.st_mtime
 
 
 ADDER_SOURCE = ModelSource(ADDER, 1, function="shared_graph.adder:build_adder")

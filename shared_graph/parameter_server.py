@@ -171,10 +171,13 @@ class ParameterServer:
         at_once = True
         while True:
             try:
-                await self.manager.reconcile(name, at_once)
-                self.troubles.pop(name, None)
+                trouble = await self.manager.reconcile(name, at_once)
             except Exception as error:
-                self.troubles[name] = first_sentence(error)
+                trouble = first_sentence(error)
+            if trouble:
+                self.troubles[name] = trouble
+            else:
+                self.troubles.pop(name, None)
             at_once = False
             await asyncio.sleep(LOOK_EVERY_S)
 

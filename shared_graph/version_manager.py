@@ -31,6 +31,7 @@ class Found(NamedTuple):
     versions: dict[int, ModelSource]
     labels: dict[str, int]
     files_seen: dict[int, list]  # of each version
+    oddity: str | None = None  # what looks like a version and is left aside
 
 
 @dataclasses.dataclass(eq=False)
@@ -41,7 +42,12 @@ class Version:
     state: str = "LOADING"
     error: str | None = None
     loaded: LoadedVersion | None = None
+    weights_ids: set[str] = dataclasses.field(default_factory=set)  # that it has had since it was loaded
     was_ready: bool = False  # in any worker: then it may have answered somebody
+
+    def is_ready_in(self, report: WorkerReport) -> bool:
+        """Not if that tells of a load before this one."""
+        return report.ready.get(self.key) in self.weights_ids
 
     @property
     def key(self) -> ModelKey:
@@ -66,7 +72,7 @@ class VersionManager:
         self._versions: dict[ModelKey, Version] = {}
         self._pointers: dict[tuple[str, str | None], int | None] = {}
         self._reports: dict[int, WorkerReport] = {}  # of each worker that there is
-        self._files_seen: dict[ModelKey, list] = {}  # of versions that are not loaded, at the last look
+        self._files_seen: dict[str, dict[int, list]] = {}  # of each model's versions, at the last look
         self._failed_files: dict[ModelKey, list] = {}  # with which a version has failed
         self._evidence: dict[tuple[ModelKey, str, bool], int] = {}
         self._loading = set(self.sources)  # those that have never been looked at to the end
@@ -78,7 +84,7 @@ class VersionManager:
     def report(self, report: WorkerReport) -> None:
         self._reports[report.index] = report
         for key in report.ready.keys() & self._versions.keys():
-            self._versions[key].was_ready = True
+            self._versions[key].was_ready |= self._versions[key].is_ready_in(report)
         self._update()
 
     def worker_lost(self, index: int, life: str) -> None:
@@ -106,31 +112,38 @@ class VersionManager:
 
     # -- what is to be served ------------------------------------------------------------------------------------------
 
-    async def reconcile(self, name: str, at_once: bool = False) -> None:
+    async def reconcile(self, name: str, at_once: bool = False) -> str | None:
         """Serve the highest version of a model that is there and can be loaded, and those that labels stand for. Unless
-        ``at_once``, files that still change are left alone until the next look. Raises Unavailable when the model's
-        folder cannot be looked into."""
+        ``at_once``, files that still change are left alone until the next look. What is used goes on when it is not
+        there any more, and says so. Returns what is odd in the folder; raises Unavailable when that cannot be read."""
         async with self._turns[name]:
             try:
                 found = await self._look(self.sources[name])
             except OSError as error:
+                why = f"The folder of model {name} cannot be read: {error.strerror or error}"
+                for version in self._loaded(name):
+                    version.error = why
                 self._loading.discard(name)  # nobody is to wait for it
                 self._update()
-                raise Unavailable(f"The folder of model {name} cannot be read: {error.strerror or error}") from None
-            for version in [v for v in self._versions.values() if v.source.name == name]:
+                raise Unavailable(why) from None
+            before, self._files_seen[name] = self._files_seen.get(name, {}), found.files_seen
+            at_rest = {n for n in found.versions if at_once or before.get(n) == found.files_seen.get(n, [])}
+            for version in self._loaded(name):
                 failures = self._failures(version.key)
-                if version.loaded and not version.was_ready and failures and len(failures) == len(self._all()):
+                if not version.was_ready and failures and len(failures) == len(self._all()):
+                    its = {pointer for pointer, number in self._pointers.items() if (pointer[0], number) == version.key}
+                    self._pointers |= dict.fromkeys(its)  # who asks waits for another one
                     await self._fail(version, found.files_seen.get(version.key.version, []), ModelError(failures[0]))
             aspired = {choice: version for (n, choice), version in self._pointers.items() if n == name}
             aspired = {choice: aspired[choice] for choice in [None, *found.labels] if choice in aspired}
             aspired = {c: v for c, v in aspired.items() if (it := self._versions.get(ModelKey(name, v))) and it.loaded}
             for version in sorted(found.versions, reverse=True):
-                if await self._ensure_loaded(found, version, at_once):
+                if await self._ensure_loaded(found, version, version in at_rest, at_once):
                     aspired[None] = version
                     break
             for label, version in sorted(found.labels.items()):
                 if version in found.versions:
-                    if await self._ensure_loaded(found, version, at_once):
+                    if await self._ensure_loaded(found, version, version in at_rest, at_once):
                         aspired[label] = version
                 elif ModelKey(name, version) not in self._versions:
                     why = f"The label {label!r} of model {name} stands for version {version}, which is not there."
@@ -139,12 +152,16 @@ class VersionManager:
                     self._update()
             await self._switch(name, aspired)
             self._loading.discard(name)
+            for version in self._loaded(name):
+                is_lost = version.source.version in {*aspired.values()} - found.versions.keys()
+                version.error = f"Model {version.key} is not in its folder any more." if is_lost else None
             self._update()
             for version in [v for v in self._versions.values() if v.source.name == name]:
                 if version.loaded and version.source.version not in aspired.values():
                     await self._drop(version, "UNLOADING")
                 if not version.loaded and version.source.version not in {*found.versions, *found.labels.values()}:
                     self._forget(version)
+            return found.oddity
 
     async def change_weights(self, key: ModelKey, change: Callable[[LoadedVersion], Awaitable[LoadedVersion]]) -> None:
         """``change`` sets weights; it is given what was so with those of before, and tells what is so with them.
@@ -159,6 +176,7 @@ class VersionManager:
             await self._until_settled(key.name)
             try:
                 version.loaded = await change(before)
+                version.weights_ids.add(version.loaded.weights_id)
             except Exception:
                 version.loaded = before
                 raise
@@ -167,28 +185,26 @@ class VersionManager:
                 self._update()
             await self._until(lambda: all(r.ready.get(key) in (None, version.loaded.weights_id) for r in self._all()))
 
-    async def _ensure_loaded(self, found: Found, number: int, at_once: bool) -> bool:
+    async def _ensure_loaded(self, found: Found, number: int, is_at_rest: bool, at_once: bool) -> bool:
         """Is this version loaded? If not it is tried, unless its files still change, or have failed as they are."""
         source, files = found.versions[number], found.files_seen.get(number, [])
         key = ModelKey(source.name, number)
         version = self._versions.get(key)
         if version and version.loaded:
             return True
-        if not at_once:
-            last, self._files_seen[key] = self._files_seen.get(key), files
-            if last != files or self._failed_files.get(key) == files:
-                return False
+        if not is_at_rest or (self._failed_files.get(key) == files and not at_once):
+            return False
         version = self._versions[key] = Version(source)
         self._update()
         try:
             version.loaded = await self._load(source)
+            version.weights_ids.add(version.loaded.weights_id)
             self._update()
             await self._until_brought_up(version)
         except Exception as error:
             await self._fail(version, files, error)
             return False
         self._failed_files.pop(key, None)
-        self._files_seen.pop(key, None)
         return True
 
     async def _fail(self, version: Version, files: list, error: Exception) -> None:
@@ -204,8 +220,8 @@ class VersionManager:
 
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(BRING_UP_LIMIT_S):
-                await self._until(lambda: self._failures(key) or all(key in report.ready for report in self._all()))
-        missing = [f"worker {report.index} does not have it" for report in self._all() if key not in report.ready]
+                await self._until(lambda: self._failures(key) or not self._lacking(version))
+        missing = [f"worker {index} does not have it" for index in self._lacking(version)]
         if why := self._failures(key) or missing:
             raise ModelError(why[0])
 
@@ -239,14 +255,19 @@ class VersionManager:
     def _forget(self, version: Version) -> None:
         self._versions.pop(version.key, None)
         self._failed_files.pop(version.key, None)
-        self._files_seen.pop(version.key, None)
         self._evidence = {k: count for k, count in self._evidence.items() if k[0] != version.key}
         self._update()
 
     # -- snapshots -----------------------------------------------------------------------------------------------------
 
+    def _loaded(self, name: str) -> list[Version]:
+        return [version for version in self._versions.values() if version.source.name == name and version.loaded]
+
     def _failures(self, key: ModelKey) -> list[str]:
         return [f"worker {report.index}: {report.failed[key]}" for report in self._all() if key in report.failed]
+
+    def _lacking(self, version: Version) -> tuple[int, ...]:
+        return tuple(sorted(report.index for report in self._all() if not version.is_ready_in(report)))
 
     def _all(self) -> list[WorkerReport]:
         return list(self._reports.values())
@@ -264,10 +285,10 @@ class VersionManager:
     def _described(self, version: Version) -> ModelVersion:
         if version.loaded is None:
             return ModelVersion(version.source, version.state, version.error)
-        missing = tuple(sorted(report.index for report in self._all() if version.key not in report.ready))
+        missing = self._lacking(version)
         failed = [f"Model {version.key}: {why}" for why in self._failures(version.key)]
         version.state = "LOADING" if missing else "AVAILABLE"
-        return ModelVersion(version.source, version.state, next(iter(failed), None), version.loaded, missing)
+        return ModelVersion(version.source, version.state, next(iter(failed), version.error), version.loaded, missing)
 
     async def _until(self, condition: Callable[[], object]) -> None:
         while not condition():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import socket
+import types
 from collections.abc import Callable
 
 import uvicorn
@@ -77,7 +78,11 @@ class WebSockets:
 
 
 class Server(uvicorn.Server):
-    """uvicorn's; in the end what is under way on WebSockets is finished before they are closed."""
+    """uvicorn's; in the end what is under way on WebSockets is finished before they are closed. It stops in order,
+    however often it is told to: uvicorn would leave all running at a second Ctrl-C, and raise KeyboardInterrupt."""
+
+    def handle_exit(self, sig: int, frame: types.FrameType | None) -> None:
+        self.should_exit = True
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         for listener in [*self.servers, *(sockets or [])]:

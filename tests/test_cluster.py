@@ -283,6 +283,53 @@ def test_closing_while_starting_is_quick_and_clean(tmp_path):
     assert max(report["seconds"]) < 60
 
 
+def test_a_start_that_is_interrupted_twice_or_runs_out_of_time_has_ended_all_when_it_raises(tmp_path):
+    report = run_script(
+        """
+        import ray, signal
+        from shared_graph import Cluster
+
+        def look(end):
+            folders = glob.glob(os.path.join(tempfile.gettempdir(), "ray_tensorflow_*"))
+            report[end] = [ray.is_initialized(), cluster.health()["status"], folders]
+
+        def interrupt():
+            while not ray.is_initialized():
+                time.sleep(0.01)
+            os.kill(os.getpid(), signal.SIGINT)
+            while not cluster._home._closing.is_set():
+                time.sleep(0.01)
+            os.kill(os.getpid(), signal.SIGINT)
+
+        cluster = Cluster(workers=1)
+        threading.Thread(target=interrupt).start()
+        try:
+            cluster.start()
+        except KeyboardInterrupt:
+            look("interrupted")
+
+        async def expire(limit):
+            while not ray.is_initialized():
+                await asyncio.sleep(0.01)
+            limit.reschedule(0)
+
+        async def limited():
+            try:
+                async with asyncio.timeout(None) as limit:
+                    expiring = asyncio.create_task(expire(limit))
+                    async with cluster:
+                        report["started"] = True
+            except TimeoutError:
+                look("out of time")
+
+        cluster = Cluster(workers=1)
+        asyncio.run(limited())
+        """,
+        TMPDIR=str(tmp_path),
+    )
+    assert report == {"interrupted": [False, "failed", []], "out of time": [False, "failed", []]}
+
+
 def test_two_clusters_in_one_program_share_one_ray_and_neither_minds_the_end_of_the_other(tmp_path):
     report = run_script(
         """

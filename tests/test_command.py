@@ -127,6 +127,16 @@ def test_it_can_be_ended_at_any_moment_and_leaves_nothing(moment, end):
         assert "Traceback" not in run.read("stderr") and not any(line.startswith("sum:") for line in run.lines)
 
 
+def test_a_second_ctrl_c_while_it_stops_changes_nothing():
+    with running("--workers", "2") as run:
+        wait_until(lambda: "gcs_server" in " ".join(processes(run.owner).values()), what="Ray")
+        for _ in range(2):
+            os.killpg(run.process.pid, signal.SIGINT)
+            wait_until(lambda: "stopping" in run.read("stderr"), 60)
+        assert run.wait(60) == 130
+        assert (run.left, run.files(), run.lines) == ({}, [], []) and "Traceback" not in run.read("stderr")
+
+
 def test_what_cannot_be_ends_it_with_one_sentence_and_leaves_nothing():
     with running("--checkpoint-dir", "/proc/nothing") as run:
         assert run.wait(START_S) == 1

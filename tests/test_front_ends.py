@@ -11,7 +11,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import REPOSITORY, Answer, Server, command_of, error, family, good, long, processes, wait_until
+from conftest import REPOSITORY, Answer, Server, command_of, error, family, folders, good, long, processes, wait_until
 from prometheus_client.parser import text_string_to_metric_families
 
 KINDS = pytest.mark.parametrize("kind", ["flask", "starlette"])
@@ -167,6 +167,21 @@ def test_while_it_starts_all_that_needs_the_graph_is_503_and_a_signal_ends_it(ki
             error(answer, 503)
         error(server.get("/nothing"), 404)
         assert server.stop(signal.SIGTERM) in (0, -signal.SIGTERM)
+        assert "Traceback" not in server.output()
+
+
+@KINDS
+def test_ctrl_c_ends_it_in_order_and_leaves_nothing_however_often_it_comes(kind):
+    before = folders()
+    with Server(kind, "--workers", "1") as server:
+        wait_until(lambda: "gcs_server" in " ".join(family(server.process.pid).values()), what="Ray")
+        left = family(server.process.pid)
+        for _ in range(2):
+            server.process.send_signal(signal.SIGINT)
+            server.process.send_signal(signal.SIGTERM)
+            wait_until(lambda: "stopping" in server.output(), 60)
+        assert server.process.wait(60) == 0
+        assert (list(filter(command_of, left)), folders() - before) == ([], set())
         assert "Traceback" not in server.output()
 
 

@@ -3,6 +3,7 @@ play, on a clock that jumps."""
 
 import asyncio
 import contextlib
+import functools
 import random
 
 import pytest
@@ -18,22 +19,27 @@ NAMES = ("m", "n")
 
 
 class PlayedWorker:
-    """Follows snapshots as a worker does, each step after a delay of its own, and asks what clients would ask."""
+    """Follows the snapshots of a life of the parameter server as a worker does, each step after a delay of its own, and
+    asks what clients would ask. While there is no parameter server it waits for one."""
 
     def __init__(self, stage: "Stage", index: int, life: int):
-        self.stage, self.index, self.life = stage, index, str(life)
+        self.stage, self.index, self.life = stage, index, life
+        self.incarnation, self.has_reported = None, False
         self.snapshot, self.ready, self.failed, self.settled = Snapshot(), {}, {}, {}
         self.is_alive = True
         self.tasks = [asyncio.create_task(self.follow())]
         self.news = asyncio.Event()
 
-    def sync(self, snapshot: Snapshot) -> None:
-        if snapshot.snapshot_id > self.snapshot.snapshot_id:
+    def sync(self, incarnation: int, snapshot: Snapshot) -> None:
+        if incarnation == self.incarnation and snapshot.snapshot_id > self.snapshot.snapshot_id:
             self.snapshot = snapshot
             self.news.set()
 
     async def follow(self) -> None:
-        self.sync(self.stage.manager.snapshot)
+        await self.stage.pause()
+        await self.stage.serving.wait()
+        self.incarnation = self.stage.incarnation
+        self.sync(self.incarnation, self.stage.manager.snapshot)
         while True:
             snapshot = self.snapshot
             for name in NAMES:
@@ -63,26 +69,33 @@ class PlayedWorker:
 
     def report(self) -> None:
         if self.is_alive:
-            report = WorkerReport(self.index, self.life, dict(self.settled), dict(self.ready), dict(self.failed))
-            self.stage.manager.report(report)
+            self.has_reported = True
+            state = dict(self.settled), dict(self.ready), dict(self.failed)
+            self.stage.report(WorkerReport(self.index, str(self.life), *state))
 
     def answer(self, name: str, choice) -> int | None:
-        """The version that a client gets from this worker now; None: it has to wait."""
+        """The version that a client gets from this worker now; None: it has to wait, or gets an error."""
+        if not self.is_in_touch():
+            return None
         version = self.snapshot.find(name, choice)
         return version.version if version and version.key in self.ready else None
 
-    def kill(self) -> None:
+    def is_in_touch(self) -> bool:
+        """Front ends close their connections when the parameter server dies, and connect anew when a worker has begun
+        with the next one."""
+        return self.is_alive and self.stage.serving.is_set() and self.incarnation == self.stage.incarnation
+
+    def end(self) -> None:
         self.is_alive = False
         for task in self.tasks:
             task.cancel()
-        self.stage.manager.worker_lost(self.index, self.life)
 
 
 NONE = type("None", (), {"loaded": None})
 
 
 class Stage:
-    """A manager, what lies in the folders, and who is told."""
+    """A parameter server's manager, in one life after the other; what lies in the folders, and who is told."""
 
     def __init__(self, seed: int = 0):
         self.chance = random.Random(seed)
@@ -92,12 +105,34 @@ class Stage:
         self.fates: dict[tuple[int, ModelKey], str] = {}
         self.on_server: set[ModelKey] = set()
         self.workers: dict[int, PlayedWorker] = {}
-        self.lives, self.longest_s = 0, 1.0
-        sources = [ModelSource(name, None, f"/{name}") for name in NAMES]
-        self.manager = VersionManager(sources, self.look, self.load, self.unload, self.publish)
+        self.lives, self.loads, self.longest_s = 0, 0, 1.0
+        self.incarnation, self.serving, self.tasks = 0, asyncio.Event(), []
+        self.start_server()
 
     async def pause(self) -> None:
         await asyncio.sleep(self.chance.uniform(0, self.longest_s))
+
+    # -- the parameter server ------------------------------------------------------------------------------------------
+
+    def start_server(self) -> None:
+        """A new life, which knows what lies in the folders, and nothing of the life before."""
+        self.incarnation += 1
+        publish = functools.partial(self.publish, self.incarnation)
+        sources = [ModelSource(name, None, f"/{name}") for name in NAMES]
+        self.manager = VersionManager(sources, self.look, self.load, self.unload, publish)
+        self.tasks = [asyncio.create_task(self.look_every_second(name)) for name in NAMES]
+        self.serving.set()
+
+    def kill_server(self) -> None:
+        """It is back in some seconds. Each worker hears of that when it hears of it, which may be later than that."""
+        loop = asyncio.get_running_loop()
+        self.serving.clear()
+        self.on_server.clear()
+        for task in self.tasks:
+            task.cancel()
+        loop.call_later(self.chance.uniform(0.5, 4), self.start_server)
+        for worker in self.workers.values():
+            loop.call_later(self.chance.uniform(0, 5), self.leave_server, worker)
 
     async def look(self, source: ModelSource) -> Found:
         files = self.folders[source.name]
@@ -111,28 +146,51 @@ class Stage:
             raise ModelError("it is broken")
         key = ModelKey(source.name, source.version)
         self.on_server.add(key)
-        return LoadedVersion({}, "", (), ("serving_default",), (), False, "first")
+        self.loads += 1
+        return LoadedVersion({}, "", (), ("serving_default",), (), False, f"load {self.loads}")
 
     async def unload(self, key: ModelKey) -> None:
         for worker in self.workers.values():
-            assert key not in worker.ready or not worker.is_alive, "what a worker has is taken away"
+            assert key not in worker.ready or not worker.is_in_touch(), "what a worker has is taken away"
         await self.pause()
         self.on_server.discard(key)
 
-    def publish(self, snapshot: Snapshot) -> None:
+    def publish(self, incarnation: int, snapshot: Snapshot) -> None:
         for worker in self.workers.values():
-            asyncio.get_running_loop().call_later(self.chance.uniform(0, 0.1), worker.sync, snapshot)
+            asyncio.get_running_loop().call_later(self.chance.uniform(0, 0.1), worker.sync, incarnation, snapshot)
+
+    def report(self, report: WorkerReport) -> None:
+        """Of what a worker has, perhaps from a life before, of whose end it has not heard."""
+        if self.serving.is_set():
+            self.manager.report(report)
+
+    async def look_every_second(self, name: str) -> None:
+        """As ``ParameterServer._watch_folder``."""
+        at_once = True
+        while True:
+            with contextlib.suppress(Unavailable):
+                await self.manager.reconcile(name, at_once)
+            at_once = False
+            await asyncio.sleep(1)
+
+    # -- workers -------------------------------------------------------------------------------------------------------
 
     def start_worker(self, index: int) -> PlayedWorker:
         self.lives += 1
         self.workers[index] = PlayedWorker(self, index, self.lives)
         return self.workers[index]
 
-    async def look_every_second(self, name: str) -> None:
-        while True:
-            with contextlib.suppress(Unavailable):
-                await self.manager.reconcile(name)
-            await asyncio.sleep(1)
+    def kill_worker(self, index: int) -> None:
+        worker = self.workers[index]
+        worker.end()
+        if self.serving.is_set():
+            self.manager.worker_lost(index, str(worker.life))
+
+    def leave_server(self, worker: PlayedWorker) -> None:
+        """It has heard of the death, and begins with the next life."""
+        if worker.is_alive and worker.incarnation not in (None, self.incarnation * self.serving.is_set()):
+            worker.end()
+            self.workers[worker.index] = PlayedWorker(self, worker.index, worker.life)
 
     def state(self, name: str, number: int) -> str | None:
         version = self.manager.snapshot.versions.get(ModelKey(name, number))
@@ -147,11 +205,10 @@ async def playing(seed: int = 0, workers: int = 2):
     stage = Stage(seed)
     for index in range(workers):
         stage.start_worker(index)
-    tasks = [asyncio.create_task(stage.look_every_second(name)) for name in NAMES]
     try:
         yield stage
     finally:
-        for task in [*tasks, *(task for worker in stage.workers.values() for task in worker.tasks)]:
+        for task in [*stage.tasks, *(task for worker in stage.workers.values() for task in worker.tasks)]:
             task.cancel()
 
 
@@ -235,6 +292,20 @@ async def test_a_label_stands_for_a_version_until_it_is_moved_and_one_that_leads
         assert stage.on_server == {("m", 2), ("n", 1)} and stage.state("m", 7) is None
 
 
+async def test_when_the_highest_version_goes_the_next_lower_one_takes_over_also_beside_a_label_for_a_lower_one_still():
+    async with playing() as stage:
+        stage.folders["m"] |= {2: "files 2", 3: "files 3"}  # before it has looked at all
+        stage.labels["m"] = {"stable": 1}
+        await asyncio.sleep(20)
+        assert stage.latest("m") == 3
+        del stage.folders["m"][3]
+        seen = []
+        for _ in range(200):
+            await asyncio.sleep(0.1)
+            seen.append(stage.latest("m"))
+        assert list(dict.fromkeys(seen)) == [3, None, 2], "None is while all workers let go of the one before"
+
+
 async def test_without_workers_a_version_is_available_and_a_worker_that_comes_later_is_waited_for():
     async with playing(workers=0) as stage:
         await asyncio.sleep(20)
@@ -247,7 +318,7 @@ async def test_without_workers_a_version_is_available_and_a_worker_that_comes_la
         version = stage.manager.snapshot.versions["m", 1]
         assert (version.state, version.missing_on) == ("LOADING", (1,)) and "worker 1: it cannot" in version.error
         assert stage.latest("m") == 1, "what others have is taken away"
-        stage.workers[1].kill()
+        stage.kill_worker(1)
         assert stage.state("m", 1) == "AVAILABLE"
 
 
@@ -297,7 +368,7 @@ async def test_some_observations_decide_whether_requests_share_runs_and_those_of
 
         for _ in range(EVIDENCE):
             assert loaded().batchable == ("serving_default",), "one odd answer may be an accident"
-            manager.observe(key, "serving_default", "first", False)
+            manager.observe(key, "serving_default", loaded().weights_id, False)
             manager.observe(key, "serving_default", "of before", False)
         assert loaded().batchable == ()
 
@@ -316,27 +387,46 @@ async def test_some_observations_decide_whether_requests_share_runs_and_those_of
 
 @pytest.mark.parametrize("seed", range(100))
 async def test_no_client_sees_a_version_go_back_and_all_settles_whatever_happens(seed):
-    """Versions come, change, are broken, hang in a worker and go; workers die at any step; labels move."""
+    """Versions come, are broken, hang or fail in a worker, go; labels move; workers and the parameter server die at any
+    step. Of a life before, a new one knows what lies in the folders: so no client gets from it less than the highest
+    version that is there and that every worker can have."""
     chance = random.Random(seed)
     async with playing(seed, workers=3) as stage:
         stage.longest_s = chance.choice([0.01, 0.5, 3.0])
-        seen: dict[tuple, int] = {}
+        seen = dict.fromkeys(NAMES, 0)
         newest = dict.fromkeys(NAMES, 1)
+        served: set[tuple[int, str]] = set()  # life and model
+
+        def can_be_had(name: str) -> set[int]:
+            spoilt = {key for _, key in stage.fates}
+            files = stage.folders[name].items()
+            return {n for n, its in files if (name, n, its) not in stage.bad and ModelKey(name, n) not in spoilt}
 
         def look() -> None:
-            for name, choice in stage.manager.snapshot.pointers:
-                for worker in stage.workers.values():
-                    if choice is None and (version := worker.answer(name, choice)) is not None:
-                        assert version >= seen.get((name, choice), 0), f"{name} goes back to version {version}"
-                        seen[name, choice] = version
-            for key, version in stage.manager.snapshot.versions.items():
+            if not stage.serving.is_set():
+                return
+            workers = [worker for worker in stage.workers.values() if worker.is_in_touch()]
+            for name in NAMES:
+                for version in filter(None, (worker.answer(name, None) for worker in workers)):
+                    assert version >= seen[name], f"{name} goes back to version {version}"
+                    seen[name] = version
+                    served.add((stage.incarnation, name))
+                if (stage.incarnation, name) in served:
+                    assert (name, None) in stage.manager.snapshot.pointers, f"{name} is not served any more"
+            snapshot = stage.manager.snapshot
+            for pointer in snapshot.pointers:
+                assert snapshot.find(*pointer) or snapshot.is_moving(*pointer), f"{pointer} stands for nothing"
+            for key, version in snapshot.versions.items():
                 if version.state == "AVAILABLE":
-                    reports = stage.manager._reports.values()
-                    assert key in stage.on_server and all(key in report.ready for report in reports)
+                    assert key in stage.on_server, f"{key} is not there"
+                    lacking = [worker.index for worker in workers if worker.has_reported and key not in worker.ready]
+                    assert not lacking, f"{key} is not in worker {lacking}"
 
         for _ in range(60):
             name = chance.choice(NAMES)
-            what = chance.choice(["new", "new", "broken", "hang", "fail", "remove", "label", "kill", "nothing"])
+            what = chance.choice(
+                ["new", "new", "broken", "hang", "fail", "remove", "label", "kill", "server", "nothing"]
+            )
             if what in ("new", "broken", "hang", "fail"):
                 newest[name] += 1
                 number = newest[name]
@@ -350,20 +440,23 @@ async def test_no_client_sees_a_version_go_back_and_all_settles_whatever_happens
             elif what == "label":
                 stage.labels[name] = {"stable": chance.choice(list(stage.folders[name]))}
             elif what == "kill":
-                stage.workers[index := chance.randrange(3)].kill()
+                stage.kill_worker(index := chance.randrange(3))
                 stage.start_worker(index)
+            elif what == "server" and stage.serving.is_set():
+                await asyncio.sleep(chance.uniform(0, 1))
+                look()
+                stage.kill_server()
+                seen = {name: max([v for v in can_be_had(name) if v <= seen[name]], default=0) for name in NAMES}
             for _ in range(chance.randint(1, 40)):
                 await asyncio.sleep(0.25)
                 look()
-        await asyncio.sleep(8 * BRING_UP_LIMIT_S)
+        await asyncio.sleep((len(stage.fates) + 4) * BRING_UP_LIMIT_S)
         look()
         for name in NAMES:
-            good = {
-                number
-                for number, files in stage.folders[name].items()
-                if (name, number, files) not in stage.bad
-                and not any(key == ModelKey(name, number) for _, key in stage.fates)
-            }
-            assert stage.latest(name) is not None and (not good or stage.latest(name) >= max(good))
+            assert stage.latest(name) is not None and stage.latest(name) >= max(can_be_had(name), default=0)
         in_use = {ModelKey(name, number) for (name, _), number in stage.manager.snapshot.pointers.items()}
         assert stage.on_server == in_use, "memory is not given back"
+        for worker in stage.workers.values():
+            assert worker.is_in_touch() and {key for key in in_use if (worker.index, key) not in stage.fates} == {
+                *worker.ready
+            }

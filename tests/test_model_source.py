@@ -1,0 +1,91 @@
+"""What lies in a model's folder: versions, labels, and links that lead nowhere, elsewhere or in circles."""
+
+import os
+
+import pytest
+
+from shared_graph.bundles import Bundle
+from shared_graph.loader import look
+from shared_graph.model_source import ModelSource
+
+CIRCLES = {  # links, by where they are: each of them would be followed for ever by who follows all
+    "two links to here": {"a": ".", "b": "."},
+    "two links upwards": {"a": "..", "b": "../.."},
+    "folders that lead to each other": {"one/other": "../two", "two/other": "../one"},
+    "a link to itself": {"a": "a"},
+    "links to each other": {"a": "b", "b": "a"},
+    "a link that leads nowhere": {"a": "/nothing/here"},
+    "a link through a file": {"a": "words/below"},
+}
+
+
+def write(*paths) -> None:
+    """Files that are there, which is all that is asked here."""
+    for path in paths:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("text")
+
+
+@pytest.fixture
+def source(tmp_path) -> ModelSource:
+    """With a version 1."""
+    write(tmp_path / "m" / "1" / "saved_model.pb")
+    return ModelSource("m", None, str(tmp_path / "m"))
+
+
+@pytest.mark.parametrize("links", CIRCLES.values(), ids=CIRCLES)
+@pytest.mark.parametrize("place", ["", "assets"])
+async def test_a_version_with_links_that_lead_nowhere_or_in_circles_is_found_and_handed_out(source, links, place):
+    version = source.versions()[1]
+    top = os.path.join(version.folder, place)
+    os.makedirs(top, exist_ok=True)
+    with open(os.path.join(top, "words"), "w") as file:
+        file.write("one")
+    os.symlink("words", os.path.join(top, "other words"))
+    for link, target in links.items():
+        os.makedirs(os.path.dirname(os.path.join(top, link)), exist_ok=True)
+        os.symlink(target, os.path.join(top, link))
+    found = await look(source)
+    files = {path for path, size, _ in found.files_seen[1] if size == 3}
+    assert {os.path.join(top, "words"), os.path.join(top, "other words")} <= files and len(found.files_seen[1]) < 10
+    with Bundle(version, with_assets=True).opened() as folder:
+        for name in ("words", "other words"):
+            with open(os.path.join(folder, place, name)) as file:
+                assert file.read() == "one"
+
+
+def test_a_version_whose_files_are_there_twice_is_taken_once_and_that_is_told(source, tmp_path):
+    assert source.oddity() is None
+    write(*(tmp_path / "m" / name / "saved_model.pb" for name in ("007", "07", "0008")))
+    write(tmp_path / "m" / "7" / "nothing to serve")
+    write(tmp_path / "m" / "٩" / "saved_model.pb")  # a digit, but not one of ours
+    folders = {number: os.path.basename(version.folder) for number, version in source.versions().items()}
+    assert folders == {1: "1", 7: "07", 8: "0008"}
+    assert source.oddity() == "Version 7 of model m is there as 07 and as 007: 07 is taken."
+    write(tmp_path / "m" / "7" / "saved_model.pb")
+    assert source.versions()[7].folder == str(tmp_path / "m" / "7")
+    assert source.oddity() == "Version 7 of model m is there as 7 and as 07 and as 007: 7 is taken."
+
+
+def test_a_label_is_a_link_to_a_version_beside_it_and_what_leads_elsewhere_is_none(source, tmp_path):
+    write(tmp_path / "other" / "5" / "saved_model.pb", tmp_path / "m" / "below" / "6" / "saved_model.pb")
+    targets = {
+        "beside": "1",
+        "absolute": str(tmp_path / "m" / "1"),
+        "with_a_slash": "1/",
+        "roundabout": "../m/1",
+        "not_there": "9",
+        "elsewhere": "../other/5",
+        "absolute_elsewhere": str(tmp_path / "other" / "5"),
+        "deeper": "below/6",
+        "itself": "itself",
+        "of_a_label": "beside",
+        "here": ".",
+        "7": "1",
+    }
+    for label, target in targets.items():
+        os.symlink(target, tmp_path / "m" / label)
+    labels = {"beside": 1, "absolute": 1, "with_a_slash": 1, "roundabout": 1, "not_there": 9}
+    assert source.labels() == labels
+    os.symlink(tmp_path / "m", tmp_path / "link")
+    assert source._replace(folder=str(tmp_path / "link")).labels() == labels

@@ -270,7 +270,8 @@ class Batcher:
         is_one_run, count = bool(version.loaded.batchable) and self.options.placement == "shared", len(queue.requests)
         if not is_one_run:  # all workers get their part
             count = -(-count // sum(c.slots.free for c in candidates))
-        if alone_at > now and self._is_slow(key) and not self._may_compute():
+        runs_python = version.loaded.runs_python  # for which there are threads beside those that compute
+        if alone_at > now and not runs_python and self._is_slow(key) and not self._may_compute():
             queue.set_timer(alone_at, self.dispatch)
             return None
         if version.loaded.batchable and count < self.options.max_batch:
@@ -281,7 +282,7 @@ class Batcher:
             under_way = sum(c.slots.taken[key] for c in self.connections if not c.is_hung)
             if is_one_run and under_way >= self.max_concurrent_batches:
                 return None  # more batches would be smaller ones
-        if version.loaded.runs_python and self._remote_calls() >= MAX_BATCHES_IN_FLIGHT * len(self.connections) - 1:
+        if runs_python and len(self._under_way(True)) >= MAX_BATCHES_IN_FLIGHT * len(self.connections) - 1:
             return None  # what it waits for may need a slot, too
         return free[0], min(count, self.options.max_batch)
 
@@ -296,9 +297,12 @@ class Batcher:
 
     def _may_compute(self) -> bool:
         """May one more slow batch run, and leave a thread of the parameter server to what is fast?"""
-        slow = sum(self._is_slow(key) for c in self.connections for key, _ in c.in_flight.values())
+        slow = sum(map(self._is_slow, self._under_way(False)))
         return self.options.placement == "mirrored" or slow < self.options.compute_threads - 1
 
-    def _remote_calls(self) -> int:
-        batches = [batch for c in self.connections for _, batch in c.in_flight.values()]
-        return sum(next(iter(batch.values())).version.loaded.runs_python for batch in batches if batch)
+    def _under_way(self, runs_python: bool) -> list[QueueKey]:
+        """The queues of batches that are not answered yet, of models that run Python or of the others."""
+        batches = [item for c in self.connections for item in c.in_flight.values()]
+        return [
+            k for k, batch in batches if batch and next(iter(batch.values())).version.loaded.runs_python == runs_python
+        ]

@@ -202,7 +202,8 @@ async def test_slow_runs_leave_a_thread_of_the_parameter_server_to_what_is_fast_
         fast = stage.ask(1, model="other")
         await turn()
         kinds = [(key.model, worker, id) for worker in stage.workers for id, (key, _) in worker.in_flight.items()]
-        assert sum(model in slow for model, *_ in kinds) == 2
+        assert sum(model in slow and model != "caller" for model, *_ in kinds) == 2
+        assert ("caller" in slow) == any(model == "caller" for model, *_ in kinds)  # that has threads of its own
         [[_, worker, batch_id]] = [kind for kind in kinds if kind[0] == "other"]
         worker.answer(batch_id)
         await turn()
@@ -212,6 +213,22 @@ async def test_slow_runs_leave_a_thread_of_the_parameter_server_to_what_is_fast_
     if len(slow) == 1:
         await asyncio.sleep(RECENT_S + 1)
         assert sum(len(worker.in_flight) for worker in stage.workers) == 8
+    for future in futures:
+        future.cancel()
+
+
+async def test_calls_of_python_that_never_end_do_not_stop_what_has_not_been_seen_before():
+    stage = Stage(workers=2, threads=1, timeout_s=1000)
+    futures = stage.ask(*range(50), model="caller")
+    await turn()
+    assert sum(len(worker.in_flight) for worker in stage.workers) == 3
+    for model in ("other", "single", "m"):
+        [future] = stage.ask(1, model=model)
+        await turn()
+        assert stage.sent[-1][1] == model
+        index = stage.sent[-1][0]
+        stage.workers[index].answer(max(stage.workers[index].in_flight))
+        assert await future == 2
     for future in futures:
         future.cancel()
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import glob
+import logging
 import os
 import secrets
 import shutil
@@ -26,6 +27,8 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from shared_graph.errors import ActorUnavailable, Error, Unavailable, first_sentence
 from shared_graph.options import Options
 from shared_graph.wire import ProcessInfo
+
+log = logging.getLogger(__name__)
 
 WATCH_S = 60.0  # after so long a call that watches an actor returns: who is gone must not leave it there for ever
 
@@ -164,7 +167,9 @@ def _own_ray(options: Options, started: Future, ended: threading.Event) -> None:
             started.set_result(None)
             ended.wait()
     except Exception as error:
-        if not started.done():
+        if started.done():
+            log.error("Ray did not end in order", exc_info=error)
+        else:
             why = f"Ray could not be started: {first_sentence(error)}"
             started.set_exception(error if isinstance(error, Error) else Unavailable(why))
 
@@ -217,9 +222,11 @@ def local_ray(options: Options) -> Iterator[None]:
             )
         yield
     finally:
-        ray.shutdown()
-        ray_constants.ENABLE_RAY_CLUSTER = is_clustered
-        shutil.rmtree(folder, ignore_errors=True)
+        try:
+            ray.shutdown()
+        finally:
+            ray_constants.ENABLE_RAY_CLUSTER = is_clustered
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def start_ray(**where: Any) -> None:

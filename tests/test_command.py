@@ -192,6 +192,7 @@ def test_a_front_end_serves_on_one_cpu_with_64_mb_of_shared_memory_behind_a_dead
         assert "Traceback" not in server.output()
 
 
+@pytest.mark.long
 def test_the_command_adds_with_no_home_at_all_and_a_temporary_folder_that_does_not_exist():
     with running("--workers", "1", before=small("-u", "HOME", "TMPDIR=/nowhere")) as run:
         assert run.wait() == 0, run.read("stderr")

@@ -173,6 +173,7 @@ def memory_mb(pid: int) -> float:
     return 0
 
 
+@pytest.mark.long
 def test_a_large_file_is_predicted_with_a_fraction_of_it_in_memory(large_file, tmp_path):
     with command(large_file, tmp_path / "out.npy") as run:
         wait_until(lambda: run.lines)

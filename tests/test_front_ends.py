@@ -272,7 +272,7 @@ OTHER_SERVERS = {
 }
 
 
-@KINDS
+@pytest.mark.parametrize("kind", ["flask", long("starlette")])
 def test_another_server_runs_the_app_from_another_folder_with_options_from_the_environment(kind, tmp_path):
     """That of Flask loads the application and then forks (tensorflow#2448)."""
     environment = os.environ | {

@@ -149,7 +149,7 @@ def admitted(server) -> int:
     return health["waiting"] + health["workers"][0]["in_flight"]
 
 
-@KINDS
+@pytest.mark.parametrize("kind", ["flask", long("starlette")])
 def test_a_signal_lets_requests_under_way_finish_and_refuses_new_ones(kind, tmp_path):
     gate = tmp_path / "open"
     options = ["--workers", "1", "--model", "example_models:gate", "--timeout-s", "300"]

@@ -151,10 +151,13 @@ class Worker:
             runs = replica.runs[version.key.name]
             runs.add(run)
             run.add_done_callback(runs.discard)
-            done, _ = await asyncio.wait([run], timeout=max(0, arrived + left_s - time.monotonic()) + OVERDUE_S)
-            if not done:
-                await self._end_overdue(replica, version, graph, run)
-            await run
+            end = functools.partial(self._end_overdue, replica, version, graph, run)
+            left_s = max(0, arrived + left_s - time.monotonic())
+            overdue = self.loop.call_later(left_s + OVERDUE_S, lambda: keep_task(self.tasks, end()))
+            try:
+                await run
+            finally:
+                overdue.cancel()
         finally:
             lane.gate.leave(turn)
 

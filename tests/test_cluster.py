@@ -290,6 +290,8 @@ def test_a_start_that_is_interrupted_twice_or_runs_out_of_time_has_ended_all_whe
         import ray, signal
         from shared_graph import Cluster
 
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
+
         def folders():  # there is one when Ray is there and actors are being made
             return glob.glob(os.path.join(tempfile.gettempdir(), "ray_tensorflow_*"))
 

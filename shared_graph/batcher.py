@@ -91,7 +91,8 @@ class Batcher:
         size_bytes = size_of(body)
         if self.waiting >= self.options.max_queue:
             raise Unavailable(f"Too many requests are waiting already ({self.waiting}); try again later.")
-        self.pending.hold(size_bytes, *([math.inf] if is_patient else []))  # of those ``map`` has a few under way
+        if not is_patient:  # of which ``map`` has a few under way, however large
+            self.pending.hold(size_bytes)
         loop = asyncio.get_running_loop()
         key, now = QueueKey(name, choice, hint_of(version, body), worker), loop.time()
         request = Request(key, version, verb, body, loop.create_future(), size_bytes, now, is_patient)
@@ -111,7 +112,8 @@ class Batcher:
 
     def resolve(self, request: Request, answer: Any) -> None:
         """Give a caller the answer, unless there is one or nobody waits for it any more."""
-        self.pending.release(request.size_bytes)
+        if not request.is_patient:
+            self.pending.release(request.size_bytes)
         request.size_bytes = 0
         if request.timer is not None:
             request.timer.cancel()

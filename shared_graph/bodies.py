@@ -37,12 +37,12 @@ class PendingBytes:
     def __init__(self):
         self.count, self._lock = 0, threading.Lock()
 
-    def hold(self, size_bytes: int, limit: float = MAX_PENDING_BYTES) -> None:
-        """Raises Unavailable when there are more than ``limit`` with these."""
+    def hold(self, size_bytes: int) -> None:
+        """Raises Unavailable when there are too many."""
         if not size_bytes:
             return
         with self._lock:
-            if self.count + size_bytes > limit and self.count:
+            if self.count + size_bytes > MAX_PENDING_BYTES and self.count:
                 raise Unavailable("Too many requests are waiting already, with too many bytes; try again later.")
             self.count += size_bytes
 

@@ -248,7 +248,8 @@ class Cluster:
         is_patient: bool = False,
     ) -> Any:
         if worker is not None and worker not in range(self.options.workers):
-            raise InvalidRequest(f"There is no worker {worker!r:.100}: they are 0 to {self.options.workers - 1}")
+            workers = counted(self.options.workers, "worker")
+            raise InvalidRequest(f"There is no worker {worker!r:.100}: there are {workers}, counted from 0")
         version = self.status.get_model(model, choice)
         return await self.status.batcher.submit(model, choice, version, verb, body, worker, is_patient)
 

@@ -59,7 +59,7 @@ class Graph:
 
         self.source, self.ps_task, self.is_mirror, self.atomic = source, ps_task, not ps_tasks, False
         self.session, self._callables, self._initializers = None, None, []
-        self.checkpointed: int | None = None  # a fingerprint of its variables as they were written last
+        self.checkpointed: int | None = None  # a fingerprint of its variables when they were written last
         self._loader = loader_impl.SavedModelLoader(folder or source.folder) if source.folder else None
         meta_graph = self._read() if self._loader else self._build(tf)
         prepare_nodes(meta_graph, container=f"{source.name}/{source.version}".encode().hex())
@@ -138,7 +138,6 @@ class Graph:
         signature."""
         from tensorflow.core.protobuf.config_pb2 import CallableOptions
 
-        self.disconnect()
         self._target = f"grpc://{addresses[self.ps_task]}" if addresses else ""
         self._config = session_config(tf, addresses) if addresses else server_config(tf, options, self.runs_python)
         session = tf.Session(self._target, self.graph, self._config)
@@ -147,14 +146,16 @@ class Graph:
             name: session._make_callable_from_options(CallableOptions(feed=feeds, fetch=fetches))
             for name, (feeds, fetches) in self._feeds_and_fetches.items()
         }
-        self.session, self._callables = session, callables
-        self.variables.set_session(session)
+        self._use(session, callables)
 
     def disconnect(self) -> None:
-        """Leave the session behind, to a thread, since its end may wait for a server that is gone."""
+        self._use(None, None)
+
+    def _use(self, session, callables: dict | None) -> None:
+        """The session of before is left to a thread, since its end may wait for a server that is gone."""
         left = [self.session, self._callables]
-        self.session = self._callables = None
-        self.variables.set_session(None)
+        self.session, self._callables = session, callables
+        self.variables.set_session(session)
         if any(left):
             threading.Thread(target=left.clear, daemon=True).start()
 

@@ -58,7 +58,9 @@ class HomeLoop:
             if self._thread is not None and not self.is_over:
                 log.info("stopping")
             self.is_over = True
-        if self._thread is None or self._home == threading.get_ident():  # whose loop has ended without us
+        if self._thread in (None, threading.current_thread()) or not self._thread.is_alive():  # as in a forked child
+            return
+        if self._home == threading.get_ident():  # whose loop has ended without us
             return
         with contextlib.suppress(RuntimeError):  # the loop is closed
             self.loop.call_soon_threadsafe(self._closing.set)

@@ -28,6 +28,7 @@ from shared_graph.tensorflow_runtime import import_tensorflow
 from shared_graph.threads import in_own_thread
 from shared_graph.version_manager import Found
 
+CANCEL_LIMIT_S = 15.0  # in which a run ends that is cancelled
 TRIAL_LIMIT_S = 60.0  # in which it is found out which signatures may share runs; else none does
 
 
@@ -127,11 +128,15 @@ class Loader:
         return graph
 
     async def _try_batchable(self, graph: Graph, cached=lambda find: find()) -> Verdict:
+        trial = asyncio.create_task(in_own_thread(cached, functools.partial(find_batchable, graph, self._options)))
+        if not (await asyncio.wait([trial], timeout=TRIAL_LIMIT_S))[0]:  # random rows may be such that it never ends
+            cancelling = in_own_thread(graph.cancel_runs, import_tensorflow(), self.addresses, self._options)
+            await asyncio.wait([trial, asyncio.create_task(cancelling)], timeout=CANCEL_LIMIT_S)
+        if not trial.done():
+            raise ModelError("a run of it on random rows does not end")
         try:
-            async with asyncio.timeout(TRIAL_LIMIT_S):
-                return await in_own_thread(cached, functools.partial(find_batchable, graph, self._options))
-        except TimeoutError:  # random rows may be such that it never ends
-            graph.cancel_runs(import_tensorflow(), self.addresses, self._options)
+            return trial.result()
+        except ModelError:  # it was cancelled
             return Verdict()
 
     async def unload(self, key: ModelKey) -> None:

@@ -28,7 +28,7 @@ def show_log() -> None:
 
 
 def start_program() -> None:
-    """As many open files as the system allows: each client needs one."""
+    """As many open files as the system allows, since each client needs one; little garbage collection; the log."""
     most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     resource.setrlimit(resource.RLIMIT_NOFILE, (min(most, 2**16), most))
     gc.freeze()  # Ray's objects: to look whether they are garbage took a sixth of the adds of 256 clients

@@ -28,8 +28,9 @@ class Pulled:
         threading.Thread(target=self._pull, daemon=True, name="map").start()
 
     def _pull(self) -> None:
-        numbered, failure = enumerate(self._batches), None
+        failure = None
         try:
+            numbered = enumerate(self._batches)
             while self.places.acquire() and not self._is_stopped and (item := next(numbered, None)):
                 number, batch = item
                 self.pending[number] = future = self._submitted(batch)

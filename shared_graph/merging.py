@@ -71,6 +71,8 @@ def try_rows(graph: Graph, signature: Signature, options: Options) -> bool | Non
                 if len(result) != size or not answers_equal(result[:8], np.concatenate(singles), options.exact):
                     return False
     except ModelError as error:  # it does not like our random rows, and we cannot know what it likes
+        if error.status == 499:  # cancelled: it has taken too long
+            raise
         log.info("model %s: %r is not batched yet: %s", graph.source.name, signature.name, first_sentence(error))
         return None
     except (ValueError, TypeError):  # rows of answers that do not fit together

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import collections
+import contextlib
 import importlib.machinery
 import os
 import re
@@ -56,7 +57,10 @@ class ModelSource(NamedTuple):
             return {}
         with os.scandir(self.folder) as entries:
             links = [entry.path for entry in entries if entry.is_symlink() and not entry.name.isdecimal()]
-        to = {os.path.basename(link): os.path.normpath(os.path.join(self.folder, os.readlink(link))) for link in links}
+        to = {}
+        for link in links:
+            with contextlib.suppress(OSError):  # it has been moved just now
+                to[os.path.basename(link)] = os.path.normpath(os.path.join(self.folder, os.readlink(link)))
         here = (os.path.normpath(self.folder), os.path.realpath(self.folder))
         return {
             label: int(os.path.basename(target))
@@ -144,12 +148,17 @@ def what_is_wrong(source: ModelSource) -> str | None:
     """What can be seen of a source that can never be loaded, without executing anything of the user's."""
     if source.function:
         return _function_fault(*source.function.split(":"))
-    faults = [_saved_model_fault(version.folder) for version in source.versions().values()]
+    try:
+        faults = [_saved_model_fault(version.folder) for version in source.versions().values()]
+    except OSError as error:
+        return f"{error.filename} cannot be read: {error.strerror}"
     return next(iter(faults), "there is no version in it any more") if all(faults) else None
 
 
 def _saved_model_fault(folder: str) -> str | None:
-    path = next(path for name in SAVED_MODEL_FILES if os.path.isfile(path := os.path.join(folder, name)))
+    paths = (os.path.join(folder, name) for name in SAVED_MODEL_FILES)
+    if (path := next(filter(os.path.isfile, paths), None)) is None:
+        return f"there is no {SAVED_MODEL_FILES[0]} in {folder} any more"
     try:
         with open(path, "rb") as file:
             head = file.read(1)

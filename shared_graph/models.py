@@ -68,7 +68,7 @@ class ModelVersion(NamedTuple):
 
     source: ModelSource
     state: str  # LOADING, AVAILABLE, UNLOADING or END, as TensorFlow Serving has them
-    error: str | None = None  # why it is not served, or not by every worker
+    error: str | None = None  # why it is not served, or not by every worker, or not for long
     loaded: LoadedVersion | None = None  # when the parameter server has it
     missing_on: tuple[int, ...] = ()  # the workers that do not have it, while others do
 

@@ -197,7 +197,7 @@ class ParameterServer:
 
     async def _end_when_idle(self) -> None:
         """End a shared cluster when no front end has been heard for a while, also one that never was well."""
-        while self.idle_s < IDLE_SHUTDOWN_S:
+        while self.idle_s < IDLE_SHUTDOWN_S * (1 if self.index == 0 else 2):  # the primary saves what they hold
             await asyncio.sleep(1)  # and counted: a process that was stopped for long has not heard that it was left
             self.idle_s += not self.starting.locked()
         with contextlib.suppress(Error):

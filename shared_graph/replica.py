@@ -95,7 +95,7 @@ class Replica:
                 keep_task(self._tasks, self._bring_up(key))
         for name in {key.name for key in [*before.versions, *snapshot.versions, *self.graphs]}:
             keep_task(self._tasks, self._settle(name, snapshot, part_of(name, before) != part_of(name, snapshot)))
-        self.failed = {key: why for key, why in self.failed.items() if key in snapshot.versions}
+        self.failed = {key: why for key, why in self.failed.items() if self._wanted(key)}
         self._notify()
 
     def _set_batchable(self, key: ModelKey, loaded: LoadedVersion) -> None:
@@ -108,7 +108,7 @@ class Replica:
             if is_other and (runs := list(self.runs[name])):
                 await asyncio.wait(runs)
             for key in [key for key in self.graphs if key.name == name]:
-                version = self.snapshot.versions.get(key)
+                version = snapshot.versions.get(key)
                 if version is None or version.loaded is None:
                     self.graphs.pop(key).disconnect()
                     self._weights.pop(key, None)
@@ -118,13 +118,12 @@ class Replica:
     async def _bring_up(self, key: ModelKey) -> None:
         """Have a version that the parameter server has loaded, or say why not. Other versions do not wait for it."""
         pause_s, longest_s = RETRY_S
-        while (version := self.snapshot.versions.get(key)) and version.loaded is not None:
-            if self._weights.get(key) == version.loaded.weights_id:
-                break
+        while (loaded := self._wanted(key)) and self._weights.get(key) != loaded.weights_id:
             try:
                 async with asyncio.timeout(BUILD_LIMIT_S):
-                    await self._build(key, version.loaded)
-                self._weights[key] = version.loaded.weights_id
+                    await self._build(key, loaded)
+                if key in self.graphs:
+                    self._weights[key] = loaded.weights_id
                 self.failed.pop(key, None)
                 self._notify()
             except Exception as error:  # a version that others have may be in use, and so is tried again
@@ -132,8 +131,15 @@ class Replica:
                 self._notify()
                 await asyncio.sleep(pause_s)
                 pause_s = min(2 * pause_s, longest_s)
+        if loaded is None:
+            self.failed.pop(key, None)
         self._bringing_up.discard(key)
         self._notify()
+
+    def _wanted(self, key: ModelKey) -> LoadedVersion | None:
+        """What the parameter server has loaded of it at the moment."""
+        version = self.snapshot.versions.get(key)
+        return version and version.loaded
 
     async def _build(self, key: ModelKey, loaded: LoadedVersion) -> None:
         """Build, connect and warm up; or give a mirror other weights."""
@@ -159,8 +165,11 @@ class Replica:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(WARM_UP_LIMIT_S):
                     await in_own_thread(warm_up, graph)
+        now = self._wanted(key)
+        if now is None or (now.fingerprint, now.tokens) != (loaded.fingerprint, loaded.tokens):
+            return graph.disconnect()  # meanwhile it has been given up, and perhaps loaded anew
         self.graphs[key] = graph
-        self._set_batchable(key, loaded)
+        self._set_batchable(key, now)
 
     # -- reports -------------------------------------------------------------------------------------------------------
 

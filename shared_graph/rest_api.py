@@ -50,7 +50,8 @@ def decode(signatures: dict[str, Signature], verb: str, body: Any) -> Decoded:
         return Decoded(signature, feed_of(signature, body[1]), lambda outputs: by_name(signature, outputs), False)
     content, is_gzip, query = HttpBody(*body)
     content = unpack(content) if is_gzip else content
-    with reading_large() if len(content) > FREE_BYTES else contextlib.nullcontext():
+    is_large = len(content) > FREE_BYTES and not is_array_file(content)
+    with reading_large() if is_large else contextlib.nullcontext():
         return decode_content(signatures, verb, content, query)
 
 

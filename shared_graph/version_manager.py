@@ -168,8 +168,8 @@ class VersionManager:
         Meanwhile no two requests share a run, since that was decided for other weights. When this returns each worker
         has the new ones, or is gone."""
         async with self._turns.get(key.name, contextlib.nullcontext()):
-            version = self._versions[key]
-            if version.loaded is None:
+            version = self._versions.get(key)
+            if version is None or version.loaded is None:
                 raise not_found(*key)
             before, version.loaded = version.loaded, version.loaded._replace(batchable=(), undecided=())
             self._update()
@@ -184,6 +184,7 @@ class VersionManager:
                 self._evidence = {k: count for k, count in self._evidence.items() if k[0] != key}
                 self._update()
             await self._until(lambda: all(r.ready.get(key) in (None, version.loaded.weights_id) for r in self._all()))
+            version.weights_ids = {version.loaded.weights_id}
 
     async def _ensure_loaded(self, found: Found, number: int, is_at_rest: bool, at_once: bool) -> bool:
         """Is this version loaded? If not it is tried, unless its files still change, or have failed as they are."""

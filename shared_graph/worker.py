@@ -183,9 +183,9 @@ class Worker:
     async def _end_overdue(self, replica: Replica, version: ModelVersion, graph: Graph, run: asyncio.Future) -> None:
         """End a run that has not ended at its deadline; if that cannot be done, this process with it."""
         self.overdue[run] = f"a run of model {version.key} has not ended at its deadline"
-        addresses = [] if graph.is_mirror else replica.addresses
-        cancelling = in_own_thread(graph.cancel_runs, import_tensorflow(), addresses, self.options)
-        asyncio.gather(cancelling, return_exceptions=True)  # it may wait for the very run
+        if not graph.is_mirror:  # whose variables would be gone with its session
+            cancelling = in_own_thread(graph.cancel_runs, import_tensorflow(), replica.addresses, self.options)
+            asyncio.gather(cancelling, return_exceptions=True)  # it may wait for the very run
         done, _ = await asyncio.wait([run], timeout=STUCK_S)
         if not done:
             os._exit(1)

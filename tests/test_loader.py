@@ -3,9 +3,11 @@
 import asyncio
 import os
 import pickle
+import threading
 
 import numpy as np
 import pytest
+from conftest import wait_until
 
 from shared_graph import loader
 from shared_graph.errors import Error
@@ -21,7 +23,7 @@ GOOD, BAD = (ModelSource(name, 1, function="example_models:linear") for name in 
 def endless(tf):
     """Its runs do not end."""
     x = tf.placeholder(tf.float32, [None], name="x")
-    return {"serving_default": ({"x": x}, {"y": tf.while_loop(lambda y: True, lambda y: y + 1, [x])[0]})}
+    return {"serving_default": ({"x": x}, {"y": tf.while_loop(lambda y: tf.reduce_all(y > -1), lambda y: y + 1, [x])})}
 
 
 def a_loader(address: str, folder, *sources: ModelSource) -> tuple[loader.Loader, VersionManager]:
@@ -66,6 +68,7 @@ async def test_a_trial_that_does_not_end_is_ended_and_its_model_shares_no_runs(t
     await manager.reconcile("endless", at_once=True)
     version = manager.snapshot.versions[ModelKey("endless", 1)]
     assert version.state == "AVAILABLE" and version.loaded.batchable == version.loaded.undecided == ()
+    wait_until(lambda: "work" not in [thread.name for thread in threading.enumerate()], 10, "its thread to end")
 
 
 async def test_weights_that_cannot_be_saved_are_not_set(tf, address, tmp_path, monkeypatch):

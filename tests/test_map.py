@@ -124,6 +124,11 @@ def test_an_asynchronous_iterable_may_wait_for_the_results_of_what_it_has_given(
     assert asyncio.run(asyncio.wait_for(search(), 60)) == [512, 256, 128, 64, 32, 16, 8, 4, 2, 1]
 
 
+def test_what_cannot_be_iterated_is_told_and_nobody_waits(cluster):
+    with pytest.raises(TypeError, match="'function' object is not iterable"):
+        next(cluster.map(lambda: [[1.0]], "linear"))
+
+
 def test_a_cancelled_task_stops_the_work(cluster):
     pulled, pulling, go_on = itertools.count(), threading.Event(), threading.Event()
 

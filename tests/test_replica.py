@@ -1,7 +1,11 @@
 """What a worker has of a parameter server, with one that the tests play."""
 
 import asyncio
+import threading
 
+import pytest
+
+import shared_graph.replica as module
 from shared_graph.model_source import ModelSource
 from shared_graph.models import LoadedVersion, ModelKey, ModelVersion, ServerInfo, Snapshot
 from shared_graph.options import Options
@@ -17,19 +21,84 @@ class PlayedServer:
 
 
 class PlayedGraph:
-    signatures, is_connected = {}, True
+    signatures, fingerprint, is_connected = {}, "", True
+
+    def connect(self, *arguments):
+        pass
 
     def disconnect(self):
         self.is_connected = False
 
 
-async def test_a_version_that_is_dropped_is_kept_for_what_runs_on_it_whatever_comes_meanwhile(tmp_path):
+SOURCES = {name: ModelSource(name, 1, function=f"{name}:build") for name in "ab"}
+KEY, OTHER = ModelKey("a", 1), ModelKey("b", 1)
+LOADED = LoadedVersion({}, "", (), (), (), False, "weights")
+THERE, LEAVING = ModelVersion(SOURCES["a"], "AVAILABLE", None, LOADED), ModelVersion(SOURCES["a"], "UNLOADING")
+
+
+@pytest.fixture
+def replica(tmp_path):
+    """Of a parameter server that has nothing yet; call it inside the test's event loop."""
     info = ServerInfo(ProcessInfo(1, "node", [], None), "life", str(tmp_path), ["a:1"], Snapshot())
-    replica = Replica(0, "life", Options(), PlayedServer(), info, lambda: None)
-    key, other, graph = ModelKey("a", 1), ModelKey("b", 1), PlayedGraph()
-    sources = {name: ModelSource(name, 1, f"/{name}") for name in "ab"}
-    replica.graphs[key], replica._weights[key] = graph, "weights"
-    loaded = LoadedVersion({}, "", (), (), (), False, "weights")
+    return lambda: Replica(0, "life", Options(), PlayedServer(), info, lambda: None)
+
+
+@pytest.fixture
+def building(monkeypatch):
+    """Graphs that are built from now on, and an event without which no build ends; one that is None fails."""
+    graphs, may_end = [], threading.Event()
+
+    def build(*arguments, **origin):
+        graph = graphs[-1]
+        may_end.wait(10)
+        if graph is None:
+            raise ValueError("it is broken")
+        return graph
+
+    monkeypatch.setattr(module, "build_graph", build)
+    monkeypatch.setattr(module, "import_tensorflow", lambda: None)
+    monkeypatch.setattr(module, "warm_up", lambda graph: None)
+    return graphs, may_end
+
+
+async def until(condition) -> None:
+    async with asyncio.timeout(10):
+        while not condition():
+            await asyncio.sleep(0.01)
+
+
+async def test_a_version_that_is_given_up_while_it_is_built_is_not_kept(replica, building):
+    replica, (graphs, may_end) = replica(), building
+    graphs.append(PlayedGraph())
+    replica.apply(Snapshot(1, {KEY: THERE}, frozenset(), {}))
+    await asyncio.sleep(0.05)
+    replica.apply(Snapshot(2, {KEY: LEAVING}, frozenset(), {}))
+    may_end.set()
+    await until(lambda: not replica._bringing_up)
+    assert replica.graphs == {} and not graphs[0].is_connected
+    replica.leave()
+
+
+async def test_a_version_that_has_failed_is_tried_anew_when_it_is_loaded_anew(replica, building, monkeypatch):
+    monkeypatch.setattr(module, "RETRY_S", (0.01, 0.01))
+    replica, (graphs, may_end) = replica(), building
+    graphs.append(None)
+    may_end.set()
+    replica.apply(Snapshot(1, {KEY: THERE}, frozenset(), {}))
+    await until(lambda: "broken" in replica.failed.get(KEY, ""))
+    replica.apply(Snapshot(2, {KEY: ModelVersion(SOURCES["a"], "END", "it is broken")}, frozenset(), {}))
+    assert replica.failed == {}
+    await until(lambda: not replica._bringing_up)
+    assert replica.failed == {}
+    graphs.append(PlayedGraph())
+    replica.apply(Snapshot(3, {KEY: THERE}, frozenset(), {}))
+    await until(lambda: replica.graphs == {KEY: graphs[-1]} and not replica.failed)
+    replica.leave()
+
+
+async def test_a_version_that_is_dropped_is_kept_for_what_runs_on_it_whatever_comes_meanwhile(replica):
+    replica, graph = replica(), PlayedGraph()
+    replica.graphs[KEY], replica._weights[KEY] = graph, "weights"
 
     async def settled(snapshot_id: int, versions: dict, pointers: dict) -> int:
         """Up to which snapshot the model is settled when this one has come."""
@@ -37,13 +106,17 @@ async def test_a_version_that_is_dropped_is_kept_for_what_runs_on_it_whatever_co
         await asyncio.sleep(0.01)
         return replica._settled["a"]
 
-    there, leaving = ModelVersion(sources["a"], "AVAILABLE", None, loaded), ModelVersion(sources["a"], "UNLOADING")
-    assert await settled(1, {key: there}, {("a", None): 1}) == 1
+    assert await settled(1, {KEY: THERE}, {("a", None): 1}) == 1
     run = asyncio.get_running_loop().create_future()
     replica.runs["a"].add(run)
-    assert await settled(2, {key: leaving}, {}) == 1
-    assert await settled(3, {key: leaving, other: ModelVersion(sources["b"], "LOADING")}, {}) == 1
+    assert await settled(2, {KEY: THERE}, {}) == 1
+    assert await settled(3, {KEY: LEAVING}, {}) == 1
+    assert await settled(4, {KEY: LEAVING, OTHER: ModelVersion(SOURCES["b"], "LOADING")}, {}) == 1
     assert graph.is_connected
+    replica.runs["a"] = {begun_since := asyncio.get_running_loop().create_future()}
     run.set_result(None)
-    assert await settled(4, {key: leaving}, {}) == 4 and not graph.is_connected
+    await asyncio.sleep(0.01)
+    assert replica._settled["a"] == 2 and graph.is_connected
+    begun_since.set_result(None)
+    assert await settled(5, {KEY: LEAVING}, {}) == 5 and not graph.is_connected
     replica.leave()

@@ -1,0 +1,58 @@
+"""The way into the home loop, where its thread is not there: nothing waits for what will never end."""
+
+import asyncio
+import contextlib
+import os
+import threading
+
+import pytest
+from conftest import wait_until
+
+from shared_graph.errors import Unavailable
+from shared_graph.home_loop import HomeLoop
+
+
+def started() -> HomeLoop:
+    async def main(closing: asyncio.Event) -> None:
+        await closing.wait()
+
+    home = HomeLoop(lambda: Unavailable("It is over."))
+    home.start(None, main, contextlib.nullcontext, lambda error: None)
+    return home
+
+
+def test_a_forked_child_that_stops_does_not_wait_for_a_thread_that_it_does_not_have():
+    home = started()
+    if not (child := os.fork()):
+        home.stop()
+        os._exit(7)
+    status = wait_until(lambda: os.waitpid(child, os.WNOHANG)[1], 10, "the child to end")
+    assert os.waitstatus_to_exitcode(status) == 7
+    home.stop()
+
+
+def test_where_no_thread_can_be_started_stop_returns(monkeypatch):
+    def fail(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    home = HomeLoop(lambda: Unavailable("It is over."))
+    monkeypatch.setattr(threading.Thread, "start", fail)
+    with pytest.raises(RuntimeError):
+        home.start(None, None, contextlib.nullcontext, lambda error: None)
+    home.stop()
+
+
+def test_what_is_told_of_a_failure_may_stop_it():
+    def around():
+        raise Unavailable("Ray could not be started.")
+
+    told = threading.Event()
+
+    def fail(error: Exception) -> None:
+        home.stop()
+        told.set()
+
+    home = HomeLoop(lambda: Unavailable("It is over."))
+    home.start(None, None, around, fail)
+    assert told.wait(10)
+    home.stop()

@@ -30,6 +30,7 @@ from shared_graph.version_manager import Found
 
 CANCEL_LIMIT_S = 15.0  # in which a run ends that is cancelled
 TRIAL_LIMIT_S = 60.0  # in which it is found out which signatures may share runs; else none does
+BUILD_FIRST_S = 5.0  # so long the server waits for the graphs of functions
 
 
 async def look(source: ModelSource) -> Found:
@@ -49,6 +50,7 @@ class Loader:
     def __init__(self, options: Options):
         self._options, self.addresses = options, []
         self._graphs: dict[ModelKey, Graph] = {}
+        self._built: dict[ModelKey, Graph] = {}  # that are still to be loaded
         self._checkpoints: Checkpoints | None = None
         self.bundles: dict[ModelKey, Bundle] = {}
         self._serial_executor = concurrent.futures.ThreadPoolExecutor(1)  # what is saved is saved in order
@@ -90,6 +92,22 @@ class Loader:
             raise InvalidRequest(f"Model {key} is not loaded", 404)
         return graph
 
+    async def build_functions(self) -> bool:
+        """Does a model run Python? A TensorFlow server has to know before it starts, since its threads never become
+        more, and idle ones look for work: 32 too many took half as much processor time again. What cannot be built, or
+        not soon, may run Python; it is built anew when it is loaded, and that tells why."""
+        try:
+            async with asyncio.timeout(BUILD_FIRST_S):
+                for source in self._options.model:
+                    if source.function:
+                        key = ModelKey(source.name, source.version)
+                        async with self._marks.loading(key, await in_own_thread(source.files_seen)):
+                            build = functools.partial(build_graph, import_tensorflow(), self._options, source)
+                            self._built[key] = await in_own_thread(build)
+        except Exception:
+            return True
+        return any(graph.runs_python for graph in self._built.values())
+
     async def load(self, source: ModelSource) -> LoadedVersion:
         key = ModelKey(source.name, source.version)
         files = await in_own_thread(source.files_seen)
@@ -115,7 +133,7 @@ class Loader:
             if source.folder:
                 bundle = self.bundles[key] = Bundle(source, is_mirrored(self._options, source))
                 origin["folder"] = stack.enter_context(bundle.opened())
-            graph = build_graph(tf, self._options, source, **origin)
+            graph = self._built.pop(key, None) or build_graph(tf, self._options, source, **origin)
             if is_mirrored(self._options, source) and graph.mutates_state:
                 raise ModelError("it changes its variables when it runs and cannot be mirrored: use --placement shared")
             self._graphs[key] = graph

@@ -66,8 +66,12 @@ class ParameterServer:
         async with self.starting:
             if self.incarnation is None:
                 with as_own_errors("The parameter server cannot start"):
-                    self.addresses = [await in_own_thread(self._boot)]
-                    if self.index == 0:
+                    tf, is_primary = await in_own_thread(import_tensorflow_for, self.options), self.index == 0
+                    if is_primary:
+                        await in_own_thread(self.loader.open_folder, self.folder, self.run)
+                    runs_python = is_primary and await self.loader.build_functions()  # there all functions run
+                    self.addresses = [await in_own_thread(self._boot, tf, runs_python)]
+                    if is_primary:
                         await self._begin()
                 self.incarnation = secrets.token_hex(8)
             return ServerInfo(self.process, self.incarnation, self.folder, self.addresses, self.manager.snapshot)
@@ -137,16 +141,12 @@ class ParameterServer:
 
     # -- life ----------------------------------------------------------------------------------------------------------
 
-    def _boot(self) -> str:
+    def _boot(self, tf, runs_python: bool) -> str:
         """The address of a TensorFlow server on a port that the system picks. It ends with this process.
 
         Its own job is called ``boot``, because the sessions that come with a cluster of their own call it ``ps``.
         """
-        tf = import_tensorflow_for(self.options)
-        if self.index == 0:
-            self.loader.open_folder(self.folder, self.run)
         if self.server is None:
-            runs_python = any(source.function for source in self.options.model)
             config = server_config(tf, self.options, runs_python)
             self.server = tf.train.Server({"boot": ["localhost:0"]}, job_name="boot", task_index=0, config=config)
         return f"{node_address()}:{self.server.target.rpartition(':')[2]}"

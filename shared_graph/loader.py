@@ -6,6 +6,7 @@ import asyncio
 import concurrent.futures
 import contextlib
 import functools
+import gc
 import hashlib
 import json
 import pickle
@@ -165,6 +166,8 @@ class Loader:
                     await self._in_turn(self._checkpoint, graph)
             finally:
                 await in_own_thread(graph.free, import_tensorflow())
+            del graph
+            await in_own_thread(gc.collect)  # graphs are cycles, of which a dozen would wait for Python to look
 
     def _set_and_save(self, graph: Graph, weights: Arrays) -> None:
         """Those that cannot be saved are not kept either."""

@@ -159,7 +159,7 @@ class Status:
     def model_errors(self) -> list[str]:
         """Why those models are not there of which no version is."""
         there = {name for name, _ in self.snapshot.pointers}
-        errors = {key.name: its.error for key, its in self.snapshot.versions.items() if its.error}
+        errors = {key.name: its.error for key, its in reversed(self.snapshot.versions.items()) if its.error}
         names = [ADDER, *(source.name for source in self.options.model)]  # which of them failed first is chance
         return [errors[name] for name in names if name in errors and name not in there]
 

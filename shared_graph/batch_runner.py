@@ -79,7 +79,8 @@ class BatchRunner:
                 continue
             item = Item(index, signature, feed, encode, arrived + left_s, is_json)
             groups.setdefault(self._group_of(item), []).append(item)
-            held_bytes += sum(64 * array.size if array.dtype == object else array.nbytes for array in feed)
+            for array in feed:
+                held_bytes += 64 * array.size if array.dtype.hasobject else array.nbytes
             if held_bytes > MAX_DECODED_BYTES:
                 self._answer_groups(groups, reply)
                 groups, held_bytes = {}, 0
@@ -88,21 +89,28 @@ class BatchRunner:
         self._answer_groups(groups, reply)
 
     def _answer_groups(self, groups: dict[Hashable, list[Item]], reply: Callable[[dict[int, Any]], None]) -> None:
-        for group in sorted(groups.values(), key=lambda group: sum(item.size for item in group)):  # short ones first
+        found = list(groups.values())
+        if len(found) > 1:
+            found.sort(key=lambda group: sum(item.size for item in group))  # short ones first
+        for group in found:
             self._answer_group(group, reply)
 
     def _group_of(self, item: Item) -> Hashable:
-        may_share = item.signature.batchable or item.signature.name in self._undecided
-        if may_share and all(array.ndim and len(array) == item.rows <= MAX_SHARED_ROWS for array in item.feed):
-            return item.is_json, item.signature.name, *(array.shape[1:] for array in item.feed)
-        return item.index
+        signature = item.signature
+        if not item.feed or not (signature.batchable or signature.name in self._undecided):
+            return item.index
+        rows, parts = item.feed[0].shape[:1], [item.is_json, signature.name]
+        for array in item.feed:
+            if array.shape[:1] != rows or not (0,) <= rows <= (MAX_SHARED_ROWS,):  # not (): that one has none
+                return item.index
+            parts.append(array.shape[1:])
+        return tuple(parts)
 
     def _answer_group(self, group: list[Item], reply: Callable[[dict[int, Any]], None]) -> None:
         now = self._clock()
-        late = [item for item in group if now >= item.deadline]
         due = [item for item in group if now < item.deadline]
-        if late:
-            reply({item.index: DeadlineExceeded(LATE) for item in late})
+        if len(due) < len(group):
+            reply({item.index: DeadlineExceeded(LATE) for item in group if now >= item.deadline})
         if len(due) > 1 and due[0].signature.batchable:
             self._answer_together(due, reply)
         elif len(due) > 1 and due[0].signature.name in self._undecided:

@@ -247,7 +247,7 @@ class Batcher:
     def _take(self, key: QueueKey, queue: Queue, count: int) -> list[Request]:
         requests, size_bytes = [], 0
         while queue.requests and len(requests) < count and size_bytes < MAX_BATCH_BYTES:
-            if requests and self._is_slow(key) and (requests[-1].is_patient or queue.requests[0].is_patient):
+            if requests and (requests[-1].is_patient or queue.requests[0].is_patient) and self._is_slow(key):
                 break  # its deadline is not to pass while others run that have been sent with it
             request = self._dequeue(queue)
             if request.future.done():
@@ -259,31 +259,31 @@ class Batcher:
 
     def _next_batch(self, key: QueueKey, queue: Queue) -> tuple[WorkerConnection, int] | None:
         """To which worker how many requests of this queue are to be sent now; if that is due, and one has a slot."""
-        version, now = queue.requests[0].version, asyncio.get_running_loop().time()
+        version, now, count = queue.requests[0].version, asyncio.get_running_loop().time(), len(queue.requests)
+        may_share = bool(version.loaded.batchable)
+        is_one_run = may_share and self.options.placement == "shared"
+        if is_one_run and count < self.options.max_batch:
+            under_way = sum(c.slots.taken[key] for c in self.connections if not c.is_hung)
+            if under_way >= self.max_concurrent_batches:
+                return None  # more batches would be smaller ones
         candidates = self._candidates(key, version)
-        if not candidates:
-            return None
         alone_at = self._recent.alone_at(key, now)
         free = [c for c in candidates if c.slots.may_take(key, alone_at <= now)]
         if not free:
             if any(c.slots.free for c in candidates):
                 queue.set_timer(alone_at, self.dispatch)
             return None
-        is_one_run, count = bool(version.loaded.batchable) and self.options.placement == "shared", len(queue.requests)
         if not is_one_run:  # all workers get their part
             count = -(-count // sum(c.slots.free for c in candidates))
         runs_python = version.loaded.runs_python  # for which there are threads beside those that compute
         if alone_at > now and not runs_python and self._is_slow(key) and not self._may_compute():
             queue.set_timer(alone_at, self.dispatch)
             return None
-        if version.loaded.batchable and count < self.options.max_batch:
+        if may_share and count < self.options.max_batch:
             due_at = queue.requests[0].begun + self.options.batch_wait_ms / 1000
             if due_at > now:
                 queue.set_timer(due_at, self.dispatch)
                 return None
-            under_way = sum(c.slots.taken[key] for c in self.connections if not c.is_hung)
-            if is_one_run and under_way >= self.max_concurrent_batches:
-                return None  # more batches would be smaller ones
         if runs_python and len(self._under_way(True)) >= MAX_BATCHES_IN_FLIGHT * len(self.connections) - 1:
             return None  # what it waits for may need a slot, too
         return free[0], min(count, self.options.max_batch)

@@ -14,7 +14,7 @@ from shared_graph.bodies import HttpBody
 from shared_graph.models import ModelVersion, VersionChoice
 from shared_graph.options import MAX_BATCHES_IN_FLIGHT
 from shared_graph.slots import Slots
-from shared_graph.wire import Answers, Batch, read_frame, to_frame
+from shared_graph.wire import Answers, read_frame, to_frame
 
 SIGNATURE_HINT = re.compile(rb'"signature_name"\s*:\s*"([^"\\]{1,100})"|^(?:.*&)?signature_name=([^&]{1,100})')
 HINT_BYTES = 2000  # at each end of a body, in which the hint is looked for
@@ -72,7 +72,7 @@ class WorkerConnection:
         """Raises whatever pickling raises; then nothing has been sent. What is in flight when it is gone, is lost."""
         batch_id = next(self._batch_ids)
         contents = [(r.verb, r.body, r.deadline - now, r.is_repeated) for r in requests]
-        frame = to_frame(Batch(batch_id, (key.model, key.choice), key.signature_hint, contents))
+        frame = to_frame((batch_id, (key.model, key.choice), key.signature_hint, contents))
         self.in_flight[batch_id] = key, dict(enumerate(requests))
         self.slots.take(key)
         with contextlib.suppress(RuntimeError):  # uvloop's, once it is closed: ``_listen`` is about to see that
@@ -89,7 +89,7 @@ class WorkerConnection:
     async def _listen(self, reader: asyncio.StreamReader, receive: Callable, remove: Callable) -> None:
         try:
             while True:
-                receive(self, await read_frame(reader))
+                receive(self, Answers._make(await read_frame(reader)))
         except (OSError, EOFError):
             pass
         finally:

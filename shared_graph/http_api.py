@@ -40,6 +40,8 @@ PAGES = {  # what is asked for, and the methods that may ask
     "/monitoring/prometheus/metrics": ("metrics", "GET, HEAD"),  # where TensorFlow Serving has them
     "/dashboard": ("dashboard", "GET, HEAD"),
 }
+SIMPLE_VALUE = re.compile(r"value=(-?\d{1,15})", re.A)  # what most queries are
+VALUE = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?", re.A | re.I)
 JSON = {"Content-Type": "application/json"}
 DASHBOARD = os.path.join(os.path.dirname(os.path.abspath(__file__)), "dashboard.html")
 
@@ -104,12 +106,14 @@ def parse_value(query: str, http_version: str = "1.1") -> float:
     """The number in ``?value=3``; 1 if there is none. Raises InvalidRequest unless it is one finite number."""
     if http_version.endswith("0.9"):
         raise InvalidRequest("HTTP 0.9 is not spoken here: a request that was cut short looks like it")
+    if simple := SIMPLE_VALUE.fullmatch(query):
+        return float(simple[1])
     try:
         values = urllib.parse.parse_qs(query, keep_blank_values=True, max_num_fields=100, errors="strict")
         [value] = values.get("value", ["1"])
     except ValueError:
         raise InvalidRequest("value must be given once, in a query string that can be parsed") from None
-    if len(value) > 100 or not re.fullmatch(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?", value, re.A | re.I):
+    if len(value) > 100 or not VALUE.fullmatch(value):
         raise InvalidRequest(f"value must be one finite number, not {value[:100]!r}")
     return require_finite(float(value))
 

@@ -35,21 +35,18 @@ class Slots:
     """A few slots, and who has them."""
 
     def __init__(self, count: int):
-        self.count, self.taken = count, collections.Counter[Hashable]()
-
-    @property
-    def free(self) -> int:
-        return self.count - self.taken.total()
+        self.free, self.taken = count, collections.Counter[Hashable]()
 
     def may_take(self, key: Hashable, is_alone: bool) -> bool:
         """May this kind have another slot?"""
-        free = self.free
-        return free > 1 or (free == 1 and (is_alone or key not in self.taken))
+        return self.free > 1 or (self.free == 1 and (is_alone or key not in self.taken))
 
     def take(self, key: Hashable) -> None:
+        self.free -= 1
         self.taken[key] += 1
 
     def give_back(self, key: Hashable) -> None:
+        self.free += 1
         self.taken[key] -= 1
         if not self.taken[key]:
             del self.taken[key]
@@ -65,7 +62,10 @@ class Gate:
 
     async def enter(self, key: Hashable) -> None:
         loop = asyncio.get_running_loop()
-        self._recent.note(key, loop.time())
+        now = loop.time()
+        self._recent.note(key, now)
+        if not self._waiting and self._slots.may_take(key, self._recent.alone_at(key, now) <= now):
+            return self._slots.take(key)
         self._waiting.append((key, entered := loop.create_future()))
         self._let_in()
         try:
@@ -77,7 +77,8 @@ class Gate:
 
     def leave(self, key: Hashable) -> None:
         self._slots.give_back(key)
-        self._let_in()
+        if self._waiting:
+            self._let_in()
 
     def _let_in(self) -> None:
         loop = asyncio.get_running_loop()

@@ -23,7 +23,7 @@ from shared_graph.replica import Replica
 from shared_graph.slots import Gate
 from shared_graph.tensorflow_runtime import import_tensorflow, import_tensorflow_for
 from shared_graph.threads import in_own_thread, keep_task
-from shared_graph.wire import Answers, Batch, WireRequest, WorkerInfo, read_frame, to_frame
+from shared_graph.wire import Batch, WorkerInfo, read_frame, to_frame
 
 log = logging.getLogger(__name__)
 
@@ -113,14 +113,14 @@ class Worker:
                 return
             self.connections.add(writer)
             while True:
-                keep_task(self.tasks, self._answer(await read_frame(reader), writer))
+                keep_task(self.tasks, self._answer(Batch._make(await read_frame(reader)), writer))
         self.connections.discard(writer)
 
     async def _answer(self, batch: Batch, writer: asyncio.StreamWriter) -> None:
         replica = self.replica
 
         def reply(answers: dict[int, Any]) -> None:
-            self.loop.call_soon_threadsafe(writer.writelines, to_frame(Answers(batch.batch_id, answers)))
+            self.loop.call_soon_threadsafe(writer.writelines, to_frame((batch.batch_id, answers)))
 
         try:
             await self._run(replica, batch, reply)
@@ -134,8 +134,7 @@ class Worker:
             reply(dict.fromkeys(range(len(batch.requests)), failure.with_traceback(None)))
 
     async def _run(self, replica: Replica | None, batch: Batch, reply: Callable[[dict[int, Any]], None]) -> None:
-        requests = list(map(WireRequest._make, batch.requests))
-        arrived, left_s = time.monotonic(), max(request.left_s for request in requests)
+        arrived, left_s = time.monotonic(), max(left_s for _, _, left_s, _ in batch.requests)
         turn = *batch.key, batch.signature_hint
         while True:
             version = await self._find(replica, batch, arrived + left_s)
@@ -147,13 +146,13 @@ class Worker:
         try:
             observe = functools.partial(self._observe, replica, version)
             runner = BatchRunner(graph, frozenset(version.loaded.undecided), self.options.exact, observe)
-            run = self.loop.run_in_executor(lane.executor, runner.answer, requests, reply, arrived)
+            run = self.loop.run_in_executor(lane.executor, runner.answer, batch.requests, reply, arrived)
             runs = replica.runs[version.key.name]
             runs.add(run)
             run.add_done_callback(runs.discard)
-            end = functools.partial(self._end_overdue, replica, version, graph, run)
             left_s = max(0, arrived + left_s - time.monotonic())
-            overdue = self.loop.call_later(left_s + OVERDUE_S, lambda: keep_task(self.tasks, end()))
+            end = lambda: keep_task(self.tasks, self._end_overdue(replica, version, graph, run))  # noqa: E731
+            overdue = self.loop.call_later(left_s + OVERDUE_S, end)
             try:
                 await run
             finally:

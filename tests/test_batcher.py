@@ -16,7 +16,7 @@ from shared_graph.model_source import ModelSource
 from shared_graph.models import LoadedVersion, ModelVersion
 from shared_graph.options import MAX_BATCHES_IN_FLIGHT, Options
 from shared_graph.slots import RECENT_S, Slots
-from shared_graph.wire import Answers, read_frame, to_frame
+from shared_graph.wire import Answers, Batch, read_frame, to_frame
 
 pytestmark = pytest.mark.simulated
 
@@ -402,10 +402,10 @@ async def test_patient_requests_travel_with_others_only_where_runs_are_fast(run_
 async def test_a_reply_that_comes_twice_leaves_the_connection_as_it_is_and_what_is_strange_ends_only_the_connection():
     async def work(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         while True:
-            batch = await read_frame(reader)
+            batch = Batch._make(await read_frame(reader))
             for _ in range(2):
                 answers = {index: 2 * body for index, (_, body, _, _) in enumerate(batch.requests)}
-                writer.writelines(to_frame(Answers(batch.batch_id, answers)))
+                writer.writelines(to_frame((batch.batch_id, answers)))
             if batch.requests[0][1] == 3:
                 writer.write(b"\x01\0\0\0\x05\0\0\0\0\0\0\0not a pickle")
 

@@ -6,6 +6,7 @@ The libraries that read and write are two modules below: ``json_codec``, and ``n
 from __future__ import annotations
 
 import contextlib
+import functools
 import gc
 import math
 import operator
@@ -189,16 +190,26 @@ def parse_examples(document: dict[str, Any]) -> np.ndarray:
     return object_array(before + serialize_example(f"examples[{i}]", example) for i, example in enumerate(examples))
 
 
+INTEGERS, STRINGS = ("int64_list", int), ("bytes_list", parse_string)
+FEATURE_KINDS = {str: STRINGS, dict: STRINGS, float: ("float_list", float)}  # by the type of a value; or INTEGERS
+
+
+@functools.cache
+def example_class() -> type:
+    """Once, since who asks for TensorFlow waits for whoever imports more of it just then."""
+    return import_tensorflow().train.Example
+
+
 def serialize_example(where: str, features: Any) -> bytes:
     if not isinstance(features, dict):
         raise InvalidRequest(f"{where}: expected an object, got {shown(features)}")
-    example, kinds = import_tensorflow().train.Example(), {str: "bytes_list", dict: "bytes_list", float: "float_list"}
+    example = example_class()()
+    feature = example.features.feature
     for name, value in features.items():
         values = value if isinstance(value, list) else [value]
         try:
-            [kind] = {kinds.get(type(v), "int64_list") for v in values} or {"int64_list"}
-            take = {"bytes_list": parse_string, "float_list": float, "int64_list": int}[kind]
-            getattr(example.features.feature[name], kind).value.extend(map(take, values))
+            [(kind, take)] = {FEATURE_KINDS.get(type(v), INTEGERS) for v in values} or {INTEGERS}
+            getattr(feature[name], kind).value.extend(map(take, values))
         except (TypeError, ValueError):  # what protobuf does not take, or of several kinds
             problems = (string_problem(v) for v in values if parse_string(v) is None)
             expected = next(filter(None, problems), "numbers or strings, all of one kind")
@@ -235,6 +246,9 @@ def encode_results(signature: Signature, verb: str, examples: int, outputs: list
     if verb == "regress" or not named.keys() <= {"classes", "scores"} or not is_table:
         expected = "'outputs' [n]" if verb == "regress" else "'classes', 'scores' or both, [n, classes]"
         raise InvalidRequest(f"To {verb} {examples} examples there must be {expected}, not {list(named)} {shapes}")
-    defaults = {"classes": np.full(shape, "", object), "scores": np.full(shape, 0.0, object)}
-    columns = [rows_of(named.get(name, default)) for name, default in defaults.items()]
+    defaults = {"classes": "", "scores": 0.0}
+    columns = [
+        rows_of(named[name]) if name in named else np.full(shape, default).tolist()
+        for name, default in defaults.items()
+    ]
     return json_text({"results": [list(zip(*row)) for row in zip(*columns)]})

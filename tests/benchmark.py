@@ -1041,6 +1041,24 @@ def beside(options, command: str, models: str, busy: tuple[str, int], others: tu
             yield row(what, at, "", mine[0], that[0], f"{sum(mine[2])} failed / {sum(that[2])} failed")
 
 
+def page(options):
+    """Adds beside what a page that is looked at asks each second."""
+    rates, seconds = [], max(3.0, options.seconds)
+    with ours(options.folders[0], "starlette", options.options) as server:
+        burst(server, 16, 1.0)
+        for _ in range(options.rounds):
+            without = burst(server, 16, seconds)
+            with concurrent.futures.ThreadPoolExecutor() as pool:
+                asked = [server._replace(path=path) for path in ("/health", "/metrics")]
+                pages = [pool.submit(burst, target, 1, seconds + 2, rate=1.0) for target in asked]
+                time.sleep(1.5)  # until they are under way
+                both = burst(server, 16, seconds)
+                failed = both["errors"] + sum(page.result()["errors"] for page in pages)
+            rates.append((both["rate"], without["rate"], failed))
+    mine, others, failed = zip(*rates)
+    yield row("adds beside what the page asks / without", "16 clients", "0.95", mine, others, f"{sum(failed)} failed")
+
+
 def at_once(seconds: float, *loads: tuple[Target, int]) -> list[dict[str, Any]]:
     """Bursts on several targets at the same time."""
     with concurrent.futures.ThreadPoolExecutor() as pool:
@@ -1053,7 +1071,7 @@ PARTS = {
 }
 PARTS |= {"latency": latency, "reload": reload, "map": mapped, "start": start, "memory": memory}
 PARTS |= {"images": images, "start_all": start_all, "recovery": recovery, "footprint": footprint}
-PARTS |= {"mixed": mixed, "crowded": crowded}
+PARTS |= {"mixed": mixed, "crowded": crowded, "page": page}
 INSIDE = {
     "constant": serve_constant,
     "gathered": serve_gathered,

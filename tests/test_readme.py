@@ -7,6 +7,8 @@ run this. What is at 8080 or in /tmp in the README is at a free port and in a fo
 import contextlib
 import glob
 import importlib.util
+import itertools
+import json
 import os
 import re
 import shlex
@@ -17,7 +19,7 @@ import sys
 from typing import NamedTuple
 
 import pytest
-from conftest import REPOSITORY, START_S, free_port, long, plain_environment, processes, wait_until
+from conftest import REPOSITORY, START_S, Server, free_port, long, plain_environment, processes, wait_until
 
 import shared_graph
 
@@ -176,6 +178,25 @@ def test_each_block_is_of_a_kind_that_is_known_and_each_python_block_names_its_f
 def test_the_map_in_the_readme_is_the_package_s():
     with open(os.path.join(REPOSITORY, "README.md")) as file:
         assert shared_graph.__doc__.partition("above:\n\n")[2].partition("\n\nOne ring")[0] in file.read()
+
+
+def test_what_the_dockerfile_copies_answers_on_the_port_that_it_sets(tmp_path):
+    """Without an image: in a folder with its files and its environment, in this Python's."""
+    [block] = [block for block in BLOCKS if block.language == "dockerfile"]
+    steps = [line.split(maxsplit=1) for line in block.text.splitlines()]
+    for *sources, target in [shlex.split(rest) for step, rest in steps if step == "COPY"]:
+        for path in itertools.chain.from_iterable(glob.glob(os.path.join(REPOSITORY, source)) for source in sources):
+            copy = shutil.copytree if os.path.isdir(path) else shutil.copy
+            copy(path, tmp_path / target)
+    settings = dict(pair.split("=") for step, rest in steps if step == "ENV" for pair in shlex.split(rest))
+    [[_, *arguments]] = [json.loads(rest) for step, rest in steps if step == "CMD"]
+    environment = {name: value for name, value in plain_environment().items() if name != "PYTHONPATH"} | settings
+    port = free_port()  # where another one is in use, perhaps
+    environment |= {"PORT": str(port), "RAY_TENSORFLOW_HOST": "127.0.0.1"}  # as PORT means it only in a container
+    with Server("container", command=[sys.executable, *arguments], cwd=tmp_path, env=environment) as server:
+        server.port = port
+        server.wait_ready(int(settings["RAY_TENSORFLOW_WORKERS"]))
+        assert server.add(3) == 3 and server.stop() == 0
 
 
 @pytest.fixture(scope="module")

@@ -1,14 +1,18 @@
 """Other people's servers: the same requests get the same answers from each of them, under a prefix too."""
 
 import importlib.util
+import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import types
 
 import pytest
-from conftest import REPOSITORY, Server, wait_until
+from conftest import REPOSITORY, Server, free_port, wait_until
+from test_readme import BLOCKS
+from websockets.sync.client import connect
 
 from shared_graph.errors import Error
 from shared_graph.threads import check_threads
@@ -109,6 +113,47 @@ def test_the_same_requests_get_the_same_answers_from_each_server(name, tmp_path)
             and " INFO ready: 1 worker\n" in output
             and " INFO stopping" in output
         )
+
+
+NGINX = """
+daemon off; worker_processes 1; pid nginx.pid; error_log stderr;
+events {}
+http {
+    access_log off; client_body_buffer_size 64m; proxy_max_temp_file_size 0;  # without files
+    client_body_temp_path body; proxy_temp_path proxy;
+    fastcgi_temp_path fastcgi; uwsgi_temp_path uwsgi; scgi_temp_path scgi;
+    map $http_upgrade $connection_upgrade { default upgrade; "" ""; }
+    server {
+        listen 127.0.0.1:PORT;
+        LOCATION
+    }
+}
+"""
+
+
+@pytest.mark.long
+@pytest.mark.skipif(not shutil.which("nginx"), reason="nginx is not installed")
+def test_behind_nginx_as_the_readme_has_it_all_is_answered_below_the_prefix(tmp_path):
+    [block] = [block for block in BLOCKS if block.language == "nginx"]
+    with Server("starlette", "--workers", "1", "--model", "example_models:linear") as server:
+        server.wait_ready(1)
+        text = NGINX.replace("LOCATION", block.text.replace("8080", str(server.port)))
+        port = free_port()
+        (tmp_path / "nginx.conf").write_text(text.replace("PORT", str(port)))
+        command = ["nginx", "-e", "stderr", "-p", str(tmp_path), "-c", "nginx.conf"]
+        with Server("nginx", command=command) as nginx:
+            nginx.port = port
+            wait_until(nginx.is_listening)
+            for method, path, body, status, expected in REQUESTS:
+                if "%" not in path:  # nginx passes a path on as it understands it
+                    answer = nginx.request(method, "/graph" + path, body)
+                    assert answer.status == status, (method, path, answer)
+                    assert expected is None or answer.body.decode() == expected, (method, path, answer)
+            large = b'{"inputs": [%b]}' % b",".join([b"[1,0,0]"] * 500_000)  # past nginx's own limit of 1 MiB
+            assert nginx.request("POST", "/graph/v1/models/linear:predict", large).status == 200
+            with connect(f"ws://127.0.0.1:{port}/graph/ws") as socket:
+                socket.send('{"id": 1, "model": "linear", "instances": [[1, 0, 0]]}')
+                assert json.loads(socket.recv(30)) == {"id": 1, "predictions": [[1.5, 1.5]]}
 
 
 def ready_in_a_row(server, prefix: str) -> int:

@@ -119,6 +119,8 @@ RAY_SETTINGS = {
     "raylet_client_num_connect_attempts": 500,
     "gcs_rpc_server_connect_timeout_s": 3,  # a worker that starts looks four times for a Ray that has been killed,
     "gcs_rpc_server_reconnect_timeout_s": 3,  # and one that runs once
+    "timeout_ms_task_wait_for_death_info": 50,  # a call of an actor that is just brought back fails after this, and at
+    "core_worker_internal_heartbeat_ms": 200,  # the next of these beats; else both take a second
     "task_events_report_interval_ms": 0,
     "enable_timeline": False,  # nobody asks for these, and they cost
     "enable_metrics_collection": False,

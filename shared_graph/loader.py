@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 import contextlib
+import ctypes
 import functools
 import gc
 import hashlib
@@ -167,7 +168,7 @@ class Loader:
             finally:
                 await in_own_thread(graph.free, import_tensorflow())
             del graph
-            await in_own_thread(gc.collect)  # graphs are cycles, of which a dozen would wait for Python to look
+            await in_own_thread(give_memory_back)
 
     def _set_and_save(self, graph: Graph, weights: Arrays) -> None:
         """Those that cannot be saved are not kept either."""
@@ -190,3 +191,10 @@ class Loader:
         if graph.checkpointed != fingerprint:
             self._checkpoints.save(graph.source, weights)
             graph.checkpointed = fingerprint
+
+
+def give_memory_back() -> None:
+    """What graphs took: cycles, of which a dozen would wait for Python to look, and what glibc keeps."""
+    gc.collect()
+    if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):
+        trim(0)

@@ -190,8 +190,8 @@ def parse_examples(document: dict[str, Any]) -> np.ndarray:
     return object_array(before + serialize_example(f"examples[{i}]", example) for i, example in enumerate(examples))
 
 
-INTEGERS, STRINGS = ("int64_list", int), ("bytes_list", parse_string)
-FEATURE_KINDS = {str: STRINGS, dict: STRINGS, float: ("float_list", float)}  # by the type of a value; or INTEGERS
+INTEGERS, FLOATS, STRINGS = ("int64_list", int), ("float_list", float), ("bytes_list", parse_string)
+FEATURE_KINDS = {int: INTEGERS, bool: INTEGERS, float: FLOATS, str: STRINGS, dict: STRINGS}  # by the type of a value
 
 
 @functools.cache
@@ -208,9 +208,9 @@ def serialize_example(where: str, features: Any) -> bytes:
     for name, value in features.items():
         values = value if isinstance(value, list) else [value]
         try:
-            [(kind, take)] = {FEATURE_KINDS.get(type(v), INTEGERS) for v in values} or {INTEGERS}
+            [(kind, take)] = {*map(FEATURE_KINDS.__getitem__, map(type, values))} or {INTEGERS}
             getattr(feature[name], kind).value.extend(map(take, values))
-        except (TypeError, ValueError):  # what protobuf does not take, or of several kinds
+        except (KeyError, TypeError, ValueError):  # what protobuf does not take, or of several kinds
             problems = (string_problem(v) for v in values if parse_string(v) is None)
             expected = next(filter(None, problems), "numbers or strings, all of one kind")
             raise InvalidRequest(f"{where}.{name}: expected {expected}, got {shown(value)}") from None

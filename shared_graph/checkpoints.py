@@ -23,19 +23,19 @@ class Checkpoints:
     """Variables in files of one folder: ``adder.sum``, and ``<model>.<version>.npz``, written aside and renamed.
 
     What is written has survived a killed process; if ``durable``, a power cut as well. Whoever starts a cluster makes
-    the folder, and an empty file ``.run-<run>`` in it, to which the names of all files are written that have been kept:
+    the folder, and an empty file ``.run-<run_id>`` in it, to which the names of all files that were kept are written:
     so neither another machine's folder nor one whose files have gone is taken for a beginning. Methods raise Error.
     """
 
-    def __init__(self, folder: str, run: str, durable: bool):
+    def __init__(self, folder: str, run_id: str, durable: bool):
         self.folder, self.durable, self._sum_file = folder, durable, None
-        self._marker = os.path.join(folder, f".run-{run}")
+        self._marker = os.path.join(folder, f".run-{run_id}")
         try:
             with open(self._marker) as marker:
                 self._checkpointed = marker.read().splitlines()
             self._lock = open(os.path.join(folder, ".lock"), "w")  # noqa: SIM115  (held until it is closed)
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # until this process ends, however it does
-            self._remove_what_others_left(run)
+            self._remove_what_others_left(run_id)
         except BlockingIOError:
             raise Unavailable(f"The checkpoint folder {folder} is in use by another program.") from None
         except OSError as error:
@@ -113,10 +113,10 @@ class Checkpoints:
                 self._write_atomically(path, lambda file: file.write(json.dumps(recent).encode()))
         return known[key]
 
-    def _remove_what_others_left(self, run: str) -> None:
+    def _remove_what_others_left(self, run_id: str) -> None:
         for pattern in (".run-*", ".loading-*", ".merged-*"):
             for path in glob.glob(os.path.join(glob.escape(self.folder), pattern)):
-                if run not in os.path.basename(path):
+                if run_id not in os.path.basename(path):
                     os.remove(path)
 
     def _write_first(self, path: str, write: Callable[[Any], Any]) -> None:

@@ -57,12 +57,12 @@ class Loader:
         self.bundles: dict[ModelKey, Bundle] = {}
         self._serial_executor = concurrent.futures.ThreadPoolExecutor(1)  # what is saved is saved in order
 
-    def open_folder(self, folder: str, run: str) -> None:
+    def open_folder(self, folder: str, run_id: str) -> None:
         """Where variables are saved. Idempotent. Raises Unavailable."""
         if self._checkpoints is not None:
             return
-        self._checkpoints = Checkpoints(folder, run, durable=self._options.checkpoint_dir is not None)
-        self._marks = LoadMarks(folder, run)
+        self._checkpoints = Checkpoints(folder, run_id, durable=self._options.checkpoint_dir is not None)
+        self._marks = LoadMarks(folder, run_id)
         checkpoint_with(self._checkpoints.save_sum)
 
     async def _in_turn(self, method, *arguments):

@@ -105,7 +105,7 @@ class WorkerReport(NamedTuple):
     """What a worker has, told to the parameter server whenever it changes."""
 
     index: int
-    life: str  # of the worker
+    incarnation: str  # of the worker
     settled: dict[str, int]  # by model: the last snapshot of which it has done all for that model but bring versions up
     ready: dict[ModelKey, str]  # the versions that it has, and with which weights, by their id
     failed: dict[ModelKey, str]  # those that it could not bring up, and why

@@ -32,12 +32,12 @@ class ParameterServer:
     The first one, the primary, also loads the models, onto all of them, and saves their variables.
     """
 
-    def __init__(self, index: int, options: Options, namespace: str, folder: str, run: str):
-        self.index, self.options, self.namespace, self.folder, self.run = index, options, namespace, folder, run
+    def __init__(self, index: int, options: Options, namespace: str, folder: str, run_id: str):
+        self.index, self.options, self.namespace, self.folder, self.run_id = index, options, namespace, folder, run_id
         self.process = this_process()
         self.server = None
         self.incarnation: str | None = None  # of this life, once the adder is loaded
-        self.workers: dict[int, tuple[str, Actor]] = {}  # the life of each, and how to call it
+        self.workers: dict[int, tuple[str, Actor]] = {}  # the incarnation of each, and how to call it
         self.troubles: dict[str, str] = {}  # with saving variables, or with a model's folder
         self.idle_s = 0  # how long no front end has been heard
         self.starting, self.tasks = asyncio.Lock(), set()
@@ -68,7 +68,7 @@ class ParameterServer:
                 with as_own_errors("The parameter server cannot start"):
                     tf, is_primary = await in_own_thread(import_tensorflow_for, self.options), self.index == 0
                     if is_primary:
-                        await in_own_thread(self.loader.open_folder, self.folder, self.run)
+                        await in_own_thread(self.loader.open_folder, self.folder, self.run_id)
                     runs_python = is_primary and await self.loader.build_functions()  # there all functions run
                     self.addresses = [await in_own_thread(self._boot, tf, runs_python)]
                     if is_primary:
@@ -112,10 +112,10 @@ class ParameterServer:
 
     async def report(self, report: WorkerReport) -> Snapshot:
         """What a worker has; what is served now."""
-        if self.workers.get(report.index, ("", None))[0] != report.life:
+        if self.workers.get(report.index, ("", None))[0] != report.incarnation:
             worker = await find_actor(f"worker {report.index}", self.namespace)
-            self.workers[report.index] = report.life, worker
-            keep_task(self.tasks, self._watch_worker(report.index, report.life, worker))
+            self.workers[report.index] = report.incarnation, worker
+            keep_task(self.tasks, self._watch_worker(report.index, report.incarnation, worker))
         self.manager.report(report)
         return self.manager.snapshot
 
@@ -127,9 +127,9 @@ class ParameterServer:
         with as_own_errors(f"The files of model {key} cannot be handed out"):
             return await asyncio.to_thread(self.loader.bundles[key].read, offset)
 
-    async def _watch_worker(self, index: int, life: str, worker: Actor) -> None:
+    async def _watch_worker(self, index: int, incarnation: str, worker: Actor) -> None:
         await watch_death(worker)
-        self.manager.worker_lost(index, life)
+        self.manager.worker_lost(index, incarnation)
 
     def _publish(self, snapshot: Snapshot) -> None:
         for index, (_, worker) in self.workers.items():

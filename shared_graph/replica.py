@@ -34,15 +34,15 @@ class Replica:
     or is no longer answered, is so at once when a snapshot says it; the rest as soon as it can be. ``left`` is called
     when the parameter server is gone: then nothing is answered from here any more."""
 
-    def __init__(self, index: int, life: str, options: Options, server: Actor, info: ServerInfo, left: Callable):
+    def __init__(self, index: int, incarnation: str, options: Options, server: Actor, info: ServerInfo, left: Callable):
         self.index, self.options, self.server = index, options, server
-        self.incarnation, self.addresses = info.incarnation, info.addresses
+        self.server_incarnation, self.addresses = info.incarnation, info.addresses
         self.snapshot = Snapshot()
         self.graphs: dict[ModelKey, Graph] = {}  # that can be run
         self.failed: dict[ModelKey, str] = {}
         self.runs: dict[str, set[asyncio.Future]] = collections.defaultdict(set)  # by model
         self.is_left = False
-        self._life, self._left, self._marks = life, left, LoadMarks(info.folder, f"worker-{index}")
+        self._incarnation, self._left, self._marks = incarnation, left, LoadMarks(info.folder, f"worker-{index}")
         self._weights: dict[ModelKey, str] = {}  # the id of those that a graph has
         self._settled: dict[str, int] = {}
         self._turns: dict[str, asyncio.Lock] = collections.defaultdict(asyncio.Lock)  # one snapshot after another
@@ -182,7 +182,7 @@ class Replica:
         async with self._reporting:
             self._reported = self._revision
             ready = {key: self._weights[key] for key in self.graphs if key in self._weights}
-            report = WorkerReport(self.index, self._life, dict(self._settled), ready, dict(self.failed))
+            report = WorkerReport(self.index, self._incarnation, dict(self._settled), ready, dict(self.failed))
             self.apply(await self.server.call("report", report))
 
     async def _keep_reporting(self) -> None:

@@ -47,7 +47,7 @@ class Supervisor:
     ):
         self._options, self._status = options, status
         self._create, self._kill, self._connect = create, kill, connect
-        self._run, self._folder = secrets.token_hex(8), None  # in which variables are saved
+        self._run_id, self._folder = secrets.token_hex(8), None  # in which variables are saved
         self._primary, self._is_shared = status.servers[0], False
         self._server_ready, self._worker_ready = asyncio.Event(), asyncio.Event()  # once
 
@@ -90,7 +90,7 @@ class Supervisor:
     async def _start(self, actor: ActorStatus) -> None:
         """Make it if there is none, call ``start``, and have what follows from it."""
         if actor.actor is None:
-            arguments = [] if actor.kind == "worker" else [self._make_folder(), self._run]
+            arguments = [] if actor.kind == "worker" else [self._make_folder(), self._run_id]
             actor.actor = await self._create(actor.kind, actor.index, *arguments)
         info = await self._call_start(actor, *([self._options.shared] if actor is self._primary else []))
         if actor is self._primary:
@@ -196,7 +196,7 @@ class Supervisor:
         try:
             self._folder = self._folder or self._options.checkpoint_dir or tempfile.mkdtemp(prefix="ray_tensorflow_")
             os.makedirs(self._folder, exist_ok=True)
-            with open(os.path.join(self._folder, f".run-{self._run}"), "a"):
+            with open(os.path.join(self._folder, f".run-{self._run_id}"), "a"):
                 pass
         except OSError as error:
             raise Unavailable(f"The folder for variables cannot be used: {error.filename}: {error.strerror}.") from None

@@ -87,8 +87,8 @@ class VersionManager:
             self._versions[key].was_ready |= self._versions[key].is_ready_in(report)
         self._update()
 
-    def worker_lost(self, index: int, life: str) -> None:
-        if (report := self._reports.get(index)) and report.life == life:
+    def worker_lost(self, index: int, incarnation: str) -> None:
+        if (report := self._reports.get(index)) and report.incarnation == incarnation:
             del self._reports[index]
             self._update()
 

@@ -45,7 +45,7 @@ class Worker:
 
     def __init__(self, index: int, options: Options, namespace: str):
         self.index, self.options, self.namespace, self.process = index, options, namespace, this_process()
-        self.life, self.authkey, self.address = secrets.token_hex(8), secrets.token_bytes(32), None
+        self.incarnation, self.authkey, self.address = secrets.token_hex(8), secrets.token_bytes(32), None
         self.replica: Replica | None = None  # of the parameter server, while that is there
         self.compute = self.remote = None  # the lanes, of what computes, and of what may call other servers
         self.connections: set[asyncio.StreamWriter] = set()
@@ -69,10 +69,12 @@ class Worker:
                     self.address = self.listener.sockets[0].getsockname()[:2]
                 server = await find_actor("parameter server 0", self.namespace)
                 info = await server.call("start")
-                if self.replica is None or self.replica.incarnation != info.incarnation:
+                if self.replica is None or self.replica.server_incarnation != info.incarnation:
                     self._leave()
                     self.compute, self.remote = Lane(MAX_BATCHES_IN_FLIGHT), Lane(REMOTE_CALLS_AT_ONCE)
-                    self.replica = Replica(self.index, self.life, self.options, server, info, self._close_connections)
+                    self.replica = Replica(
+                        self.index, self.incarnation, self.options, server, info, self._close_connections
+                    )
                     try:
                         await self.replica.catch_up(info.snapshot, START_PATIENCE_S)
                     except BaseException:
@@ -80,9 +82,9 @@ class Worker:
                         raise
                 return WorkerInfo(self.process, self.address, self.authkey)
 
-    async def sync(self, incarnation: str, snapshot: Snapshot) -> None:
+    async def sync(self, server_incarnation: str, snapshot: Snapshot) -> None:
         """What the parameter server has now."""
-        if self.replica and self.replica.incarnation == incarnation:
+        if self.replica and self.replica.server_incarnation == server_incarnation:
             self.replica.apply(snapshot)
 
     async def death_watch(self) -> None:

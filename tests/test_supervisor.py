@@ -143,7 +143,7 @@ async def test_all_become_ready_the_parameter_server_and_one_worker_first():
         await asyncio.sleep(20)
         assert stage.states() == ["ready"] * 4
         assert list(stage.actors)[:2] == ["parameter server 0", "worker 0"]
-        assert os.listdir(stage.supervisor._folder) == [f".run-{stage.supervisor._run}"]
+        assert os.listdir(stage.supervisor._folder) == [f".run-{stage.supervisor._run_id}"]
 
 
 @pytest.mark.parametrize("name", ["worker 0", "worker 1", "parameter server 0"])

@@ -190,7 +190,7 @@ MODEL = ModelSource("m", 1, function="a:b")
 def checkpoints(tmp_path):
     """Of a run that has begun, in a folder of its own."""
     (tmp_path / ".run-1").touch()
-    return Checkpoints(str(tmp_path), run="1", durable=True)
+    return Checkpoints(str(tmp_path), run_id="1", durable=True)
 
 
 @pytest.mark.parametrize("source", [ADDER_SOURCE, MODEL], ids=str)
@@ -219,14 +219,14 @@ def test_a_checkpoint_comes_back_but_cut_short_at_any_length_or_with_any_byte_ch
 
 def test_files_that_have_gone_are_not_taken_for_a_beginning(tmp_path):
     (tmp_path / ".run-1").touch()
-    Checkpoints(str(tmp_path), run="1", durable=True).save(MODEL, {})
-    again = Checkpoints(str(tmp_path), run="1", durable=True)
+    Checkpoints(str(tmp_path), run_id="1", durable=True).save(MODEL, {})
+    again = Checkpoints(str(tmp_path), run_id="1", durable=True)
     os.remove(again.path(MODEL))
     assert again.load(ADDER_SOURCE) == {}
     with pytest.raises(ModelError, match=again.path(MODEL)):
         again.load(MODEL)
     with pytest.raises(Unavailable, match="variables are gone"):
-        Checkpoints(str(tmp_path / "elsewhere"), run="1", durable=True)
+        Checkpoints(str(tmp_path / "elsewhere"), run_id="1", durable=True)
 
 
 def test_a_checkpoint_of_another_model_stops_the_start_with_a_sentence_that_names_the_file(tmp_path):

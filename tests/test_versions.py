@@ -278,5 +278,5 @@ def test_memory_after_60_versions_and_after_60_failed_loads_is_that_after_5(tmp_
             if number == 4:  # the first failure of all has TensorFlow read its own source files
                 failures = memory()
         after_failures = memory()
-    assert all(after < 1.05 * before for before, after in zip(versions, after_versions)), (versions, after_versions)
-    assert all(after < 1.05 * before for before, after in zip(failures, after_failures)), (failures, after_failures)
+    for before, after in ((versions, after_versions), (failures, after_failures)):  # a graph that stays: 150 MB
+        assert all(now < 1.1 * first for first, now in zip(before, after)), (before, after)

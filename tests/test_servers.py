@@ -157,8 +157,10 @@ def test_behind_nginx_as_the_readme_has_it_all_is_answered_below_the_prefix(tmp_
 
 
 def ready_in_a_row(server, prefix: str) -> int:
-    """How often, of 20 times, /health says that the process which answers is ready."""
-    return sum(server.get(f"{prefix}/health").status == 200 for _ in range(20))
+    """How often, of 20 times, the process which answers is ready, and has heard that its worker has the model."""
+    is_ready = lambda: server.get(f"{prefix}/health").status == 200
+    is_available = lambda: b'"AVAILABLE"' in server.get(f"{prefix}/v1/models/linear").body
+    return sum(is_ready() and is_available() for _ in range(20))
 
 
 @pytest.mark.long

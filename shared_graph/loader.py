@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 import contextlib
-import ctypes
 import functools
 import gc
 import hashlib
@@ -22,6 +21,7 @@ from shared_graph.checkpoints import Checkpoints
 from shared_graph.errors import InvalidRequest, ModelError, as_own_errors
 from shared_graph.graph import Graph, build_graph, is_mirrored
 from shared_graph.load_marks import LoadMarks
+from shared_graph.memory import give_memory_back
 from shared_graph.merging import Verdict, find_batchable
 from shared_graph.model_source import ADDER_SOURCE, ModelSource
 from shared_graph.models import Arrays, LoadedVersion, ModelKey
@@ -168,6 +168,7 @@ class Loader:
             finally:
                 await in_own_thread(graph.free, import_tensorflow())
             del graph
+            gc.collect()  # cycles, of which a dozen would wait for Python to look
             await in_own_thread(give_memory_back)
 
     def _set_and_save(self, graph: Graph, weights: Arrays) -> None:
@@ -191,10 +192,3 @@ class Loader:
         if graph.checkpointed != fingerprint:
             self._checkpoints.save(graph.source, weights)
             graph.checkpointed = fingerprint
-
-
-def give_memory_back() -> None:
-    """What graphs took: cycles, of which a dozen would wait for Python to look, and what glibc keeps."""
-    gc.collect()
-    if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):
-        trim(0)

@@ -11,6 +11,7 @@ import shutil
 
 from shared_graph.errors import ActorUnavailable, Error, ModelError, OptionError, as_own_errors, first_sentence
 from shared_graph.loader import Loader, look
+from shared_graph.memory import keep_memory_low
 from shared_graph.model_source import ADDER, ADDER_SOURCE
 from shared_graph.models import Arrays, ModelKey, ServerInfo, Snapshot, WorkerReport
 from shared_graph.options import Options
@@ -73,6 +74,7 @@ class ParameterServer:
                     self.addresses = [await in_own_thread(self._boot, tf, runs_python)]
                     if is_primary:
                         await self._begin()
+                    keep_task(self.tasks, keep_memory_low())
                 self.incarnation = secrets.token_hex(8)
             return ServerInfo(self.process, self.incarnation, self.folder, self.addresses, self.manager.snapshot)
 

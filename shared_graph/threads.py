@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
+import os
+import queue
 import sys
 import threading
 from collections.abc import Callable, Coroutine
 from typing import Any
 
 from shared_graph.errors import Error
+
+_idle: list[queue.SimpleQueue] = []  # the inboxes of threads that wait for work
+os.register_at_fork(after_in_child=_idle.clear)
 
 
 async def in_own_thread(function: Callable, *arguments: Any) -> Any:
@@ -25,17 +31,31 @@ async def in_own_thread(function: Callable, *arguments: Any) -> Any:
         else:
             future.set_exception(error)
 
-    def run() -> None:
+    def run() -> Callable[[], None]:
         try:
             outcome = function(*arguments), None
         except BaseException as error:  # a user's; a future takes neither StopIteration nor what ends programs
             is_plain = isinstance(error, Exception) and not isinstance(error, StopIteration)
             outcome = None, error if is_plain else RuntimeError(f"{type(error).__name__} {error}".strip())
-        with contextlib.suppress(RuntimeError):  # the loop is closed
-            loop.call_soon_threadsafe(finish, *outcome)
+        return functools.partial(loop.call_soon_threadsafe, finish, *outcome)
 
-    threading.Thread(target=run, daemon=True, name=getattr(function, "__name__", "work")).start()
+    try:
+        inbox = _idle.pop()
+    except IndexError:
+        inbox = queue.SimpleQueue()
+        threading.Thread(target=_work, args=(inbox,), daemon=True, name="in_own_thread").start()
+    inbox.put(run)
     return await future
+
+
+def _work(inbox: queue.SimpleQueue) -> None:
+    """A thread is used again: new ones allocate in one after another of malloc's arenas, until all are large."""
+    while True:
+        tell = inbox.get()()
+        _idle.append(inbox)  # before what hears of it wants the next one
+        with contextlib.suppress(RuntimeError):  # the loop is closed
+            tell()
+        del tell
 
 
 def keep_task(tasks: set[asyncio.Task], coroutine: Coroutine) -> None:

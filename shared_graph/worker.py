@@ -16,6 +16,7 @@ from typing import Any
 from shared_graph.batch_runner import BatchRunner
 from shared_graph.errors import Error, Unavailable, as_own_errors, first_sentence
 from shared_graph.graph import Graph
+from shared_graph.memory import keep_memory_low
 from shared_graph.models import ModelVersion, Snapshot, not_found
 from shared_graph.options import MAX_BATCHES_IN_FLIGHT, REMOTE_CALLS_AT_ONCE, Options
 from shared_graph.ray_runtime import WATCH_S, find_actor, node_address, this_process
@@ -67,6 +68,7 @@ class Worker:
                     self.loop = asyncio.get_running_loop()
                     self.listener = await asyncio.start_server(self._serve, node_address(), limit=2**24)
                     self.address = self.listener.sockets[0].getsockname()[:2]
+                    keep_task(self.tasks, keep_memory_low())
                 server = await find_actor("parameter server 0", self.namespace)
                 info = await server.call("start")
                 if self.replica is None or self.replica.server_incarnation != info.incarnation:

@@ -1,0 +1,48 @@
+"""Memory that is let go goes back to the system. glibc keeps it for next time, which a small container would pay."""
+
+from __future__ import annotations
+
+import asyncio
+import ctypes
+
+from shared_graph.threads import in_own_thread
+
+LOOK_EVERY_S = 5.0
+GROWN_PAGES = 2**12  # since memory was given back last: worth the 2 to 20 ms that it takes
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h
+
+
+def give_memory_back() -> None:
+    """What glibc keeps between what is in use."""
+    if libc := _glibc():
+        libc.malloc_trim(0)
+
+
+async def keep_memory_low() -> None:
+    """For as long as an actor lives: large requests come once, and what they took would stay.
+
+    ``malloc_trim`` leaves what is at the end of a thread's heap: up to 64 MB, once an array of 32 MB was freed. With
+    24 MB from the start arrays up to 32 MB are as fast, and a worker keeps 20 to 60 MB less.
+    """
+    if not (libc := _glibc()):
+        return
+    libc.mallopt(M_MMAP_THRESHOLD, 32 * 2**20)
+    libc.mallopt(M_TRIM_THRESHOLD, 24 * 2**20)
+    least = _resident_pages()
+    while True:
+        await asyncio.sleep(LOOK_EVERY_S)
+        if _resident_pages() > least + GROWN_PAGES:
+            await in_own_thread(give_memory_back)
+            least = _resident_pages()
+        least = min(least, _resident_pages())
+
+
+def _glibc() -> ctypes.CDLL | None:
+    """None with another C library."""
+    libc = ctypes.CDLL(None)
+    return libc if hasattr(libc, "malloc_trim") else None
+
+
+def _resident_pages() -> int:
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1])

@@ -1,0 +1,68 @@
+"""Threads for what may never end: of their own while it runs, and used again."""
+
+import asyncio
+import os
+import threading
+
+import pytest
+
+from shared_graph.threads import in_own_thread
+
+
+def raise_it(error: BaseException) -> None:
+    raise error
+
+
+def test_a_thread_that_is_done_is_used_again_and_one_that_hangs_holds_up_nobody():
+    async def scenario():
+        hangs, threads = threading.Event(), set()
+        hanging = asyncio.create_task(in_own_thread(hangs.wait))
+        for _ in range(100):
+            threads.add(await asyncio.wait_for(in_own_thread(threading.get_ident), 10))
+        assert len(threads) == 1
+        together = threading.Barrier(8)
+        await asyncio.wait_for(asyncio.gather(*(in_own_thread(together.wait) for _ in range(8))), 10)
+        assert not hanging.done()
+        hangs.set()
+        assert await hanging
+
+    asyncio.run(scenario())
+
+
+def test_what_it_raises_is_raised_and_what_ends_programs_is_an_error_like_others():
+    async def scenario():
+        with pytest.raises(ValueError, match="no"):
+            await in_own_thread(raise_it, ValueError("no"))
+        for error in (StopIteration("no"), SystemExit("no"), KeyboardInterrupt("no")):
+            with pytest.raises(RuntimeError, match=f"{type(error).__name__} no"):
+                await in_own_thread(raise_it, error)
+        assert await in_own_thread(abs, -1) == 1
+
+    asyncio.run(scenario())
+
+
+def test_a_cancelled_wait_and_a_closed_loop_leave_the_thread_usable():
+    goes_on, is_over = threading.Event(), threading.Event()
+
+    def work() -> None:
+        goes_on.wait(10)
+        is_over.set()
+
+    async def scenario():
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(in_own_thread(work), 0.01)
+
+    asyncio.run(scenario())
+    goes_on.set()
+    assert is_over.wait(10)
+    assert asyncio.run(in_own_thread(abs, -1)) == 1
+
+
+def test_a_forked_child_has_no_thread_of_its_parent():
+    assert asyncio.run(in_own_thread(abs, -1)) == 1
+    if (child := os.fork()) == 0:
+        try:
+            os._exit(asyncio.run(asyncio.wait_for(in_own_thread(abs, -3), 10)))
+        finally:
+            os._exit(99)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 3

@@ -6,7 +6,6 @@ import asyncio
 import concurrent.futures
 import contextlib
 import functools
-import gc
 import hashlib
 import json
 import pickle
@@ -21,7 +20,7 @@ from shared_graph.checkpoints import Checkpoints
 from shared_graph.errors import InvalidRequest, ModelError, as_own_errors
 from shared_graph.graph import Graph, build_graph, is_mirrored
 from shared_graph.load_marks import LoadMarks
-from shared_graph.memory import give_memory_back
+from shared_graph.memory import free_garbage
 from shared_graph.merging import Verdict, find_batchable
 from shared_graph.model_source import ADDER_SOURCE, ModelSource
 from shared_graph.models import Arrays, LoadedVersion, ModelKey
@@ -168,8 +167,7 @@ class Loader:
             finally:
                 await in_own_thread(graph.free, import_tensorflow())
             del graph
-            gc.collect()  # cycles, of which a dozen would wait for Python to look
-            await in_own_thread(give_memory_back)
+            await in_own_thread(free_garbage)
 
     def _set_and_save(self, graph: Graph, weights: Arrays) -> None:
         """Those that cannot be saved are not kept either."""

@@ -14,6 +14,7 @@ from shared_graph.bundles import fetched_bundle
 from shared_graph.errors import ActorUnavailable, ModelError, first_sentence
 from shared_graph.graph import Graph, build_graph, is_mirrored
 from shared_graph.load_marks import LoadMarks
+from shared_graph.memory import free_garbage
 from shared_graph.merging import warm_up
 from shared_graph.model_source import ADDER_SOURCE
 from shared_graph.models import LoadedVersion, ModelKey, ServerInfo, Snapshot, WorkerReport
@@ -107,13 +108,15 @@ class Replica:
         async with self._turns[name]:
             if is_other and (runs := list(self.runs[name])):
                 await asyncio.wait(runs)
-            for key in [key for key in self.graphs if key.name == name]:
-                version = snapshot.versions.get(key)
-                if version is None or version.loaded is None:
-                    self.graphs.pop(key).disconnect()
-                    self._weights.pop(key, None)
+            loaded = {key for key, version in snapshot.versions.items() if version.loaded is not None}
+            dropped = [key for key in self.graphs if key.name == name and key not in loaded]
+            for key in dropped:
+                self.graphs.pop(key).disconnect()
+                self._weights.pop(key, None)
             self._settled[name] = snapshot.snapshot_id
             self._notify()
+        if dropped:
+            await in_own_thread(free_garbage)
 
     async def _bring_up(self, key: ModelKey) -> None:
         """Have a version that the parameter server has loaded, or say why not. Other versions do not wait for it."""

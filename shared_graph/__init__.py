@@ -20,7 +20,7 @@ requests into batches and hands them round-robin to the workers. From the bottom
     slots, batch_runner                       whose turn it is; what a worker does with a batch
     version_manager, loader                   what is served, and how it is loaded
     parameter_server, replica, worker, actors  the two actors, and what a worker has of the parameter server
-    connection, batcher                       a front end's requests on their way to the workers
+    pace, connection, batcher                 a front end's requests on their way to the workers
     metrics, status, supervisor               what its process counts and knows; who of the actors lives
     home_loop, mapping, cluster               the calls, from any thread or event loop
     progress, files                           whole files, and how far they are

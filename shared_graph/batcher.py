@@ -20,6 +20,7 @@ from shared_graph.connection import QueueKey, Request, WorkerConnection, hint_of
 from shared_graph.errors import DeadlineExceeded, Error, InvalidRequest, Unavailable, WorkerLost
 from shared_graph.models import ModelVersion, VersionChoice
 from shared_graph.options import MAX_BATCHES_IN_FLIGHT, Options
+from shared_graph.pace import Pace
 from shared_graph.slots import Recent
 from shared_graph.wire import Answers
 
@@ -30,22 +31,31 @@ MAYBE = "a change that was asked for may or may not have been applied"
 
 @dataclasses.dataclass(eq=False, slots=True)
 class Queue:
-    """Requests that wait, the first one first."""
+    """Requests that wait, the first one first, and a timer that looks again when they may be due."""
 
     requests: collections.deque[Request] = dataclasses.field(default_factory=collections.deque)
-    timer: asyncio.TimerHandle | None = None  # that looks again when it may be due
+    timer: asyncio.Handle | None = None
+    rings_at: float = math.inf
 
     def set_timer(self, when: float, callback: Callable[[], None]) -> None:
         """Call it then, unless that is to happen sooner already."""
-        loop = asyncio.get_running_loop()
-        if self.timer is None or self.timer.cancelled() or not loop.time() < self.timer.when() <= when:
+        if when < self.rings_at:
             self.stop_timer()
-            self.timer = loop.call_at(when, callback)
+            self.rings_at = when
+            self.timer = asyncio.get_running_loop().call_at(when, self._ring, callback)
+
+    def _ring(self, callback: Callable[[], None]) -> None:
+        loop = asyncio.get_running_loop()
+        if loop.time() < self.rings_at:  # uvloop counts milliseconds, and is early by up to one
+            self.timer = loop.call_later(0.001, self._ring, callback)
+            return
+        self.rings_at = math.inf
+        callback()
 
     def stop_timer(self) -> None:
+        self.rings_at = math.inf
         if self.timer is not None:
             self.timer.cancel()
-            self.timer = None
 
 
 class Batcher:
@@ -64,9 +74,9 @@ class Batcher:
         self.pending = PendingBytes()  # of requests that are not answered, and of bodies that are still arriving
         self.waiting = 0  # requests that are not sent yet
         self._observe, self._observe_batch = observe, observe_batch
-        self._queues: dict[QueueKey, Queue] = {}  # whose turn it is comes first
+        self._queues = collections.defaultdict[QueueKey, Queue](Queue)  # whose turn it is comes first
         self._recent = Recent()
-        self._run_s: dict[QueueKey, float] = {}  # how long a batch of a queue takes
+        self._paces = collections.defaultdict[QueueKey, Pace](Pace)
         # while one runs, decoding the next one takes processor time from it where there is hardly any to spare
         self.max_concurrent_batches = MAX_BATCHES_IN_FLIGHT if os.cpu_count() > 2 else 1
         self._answered_at = -math.inf  # when a caller last got a result
@@ -99,6 +109,7 @@ class Batcher:
         self._set_deadline(request, now)
         self._enqueue(request)
         self._recent.note(key, now)
+        self._paces[key].asked(now)
         if not self._is_due:
             self._is_due = True
             loop.call_soon(self.dispatch)  # after all that is ready in this turn of the loop
@@ -126,9 +137,7 @@ class Batcher:
         self._observe(request, self._answered_at - request.begun)
 
     def _enqueue(self, request: Request, first: bool = False) -> None:
-        if (found := self._queues.get(request.key)) is None:
-            found = self._queues[request.key] = Queue()
-        queue = found.requests
+        queue = self._queues[request.key].requests
         queue.appendleft(request) if first else queue.append(request)
         request.is_sent = False
         self.waiting += 1
@@ -186,8 +195,8 @@ class Batcher:
                 request = answered
                 self.resolve(request, answer)
         if request is not None and not batch:
-            took_s = asyncio.get_running_loop().time() - request.sent_at
-            self._run_s[key] = (self._run_s.get(key, took_s) + took_s) / 2
+            now = asyncio.get_running_loop().time()
+            self._paces[key].answered(len(message.answers), now - request.sent_at, now)
             del connection.in_flight[message.batch_id]
             connection.slots.give_back(key)
             self.dispatch()
@@ -281,6 +290,8 @@ class Batcher:
             return None
         if may_share and count < self.options.max_batch:
             due_at = queue.requests[0].begun + self.options.batch_wait_ms / 1000
+            if is_one_run and not under_way:
+                due_at = max(due_at, self._paces[key].gathers_until)
             if due_at > now:
                 queue.set_timer(due_at, self.dispatch)
                 return None
@@ -294,8 +305,7 @@ class Batcher:
         return [c for c in found if not c.is_hung] or found
 
     def _is_slow(self, key: QueueKey) -> bool:
-        """As far as is known; what has not been seen yet may be."""
-        return self._run_s.get(key, math.inf) > SLOW_S
+        return self._paces[key].run_s > SLOW_S
 
     def _may_compute(self) -> bool:
         """May one more slow batch run, and leave a thread of the parameter server to what is fast?"""

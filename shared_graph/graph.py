@@ -30,7 +30,7 @@ from shared_graph.graph_definition import (
 from shared_graph.model_source import ADDER, ADDER_SOURCE, ModelSource
 from shared_graph.models import Arrays
 from shared_graph.options import Options
-from shared_graph.tensorflow_runtime import server_config, session_config
+from shared_graph.tensorflow_runtime import in_step, server_config, session_config
 from shared_graph.variables import TensorFlowVariables
 
 log = logging.getLogger(__name__)
@@ -76,6 +76,7 @@ class Graph:
             self._probe = tf.no_op(name="probe")
             self._initialized = [is_initialized(tf, operation) for operation in self.variables.operations]
         self.graph.finalize()
+        self.is_spread = ps_tasks > 1 and len({operation.device for operation in self.graph.get_operations()}) > 1
         self._memory = memory_graph(tf, self.graph, device)
         self._outputs = [tensor.op for tensor in outputs]
         self.fingerprint = self._fingerprint(tf, meta_graph)
@@ -173,7 +174,7 @@ class Graph:
         self.disconnect()
         if free and session is not None and not is_local:  # else it goes with the session
             with tf.Session(self._target, graph, self._config) as own:
-                own.run(free)
+                in_step(own.run, free)
 
     def run(
         self, signature: str, feed: list[np.ndarray], deadline: float = -math.inf, is_first: bool = True
@@ -186,26 +187,28 @@ class Graph:
         session, callables = self.session, self._callables
         if callables is None:
             raise ConnectionError("there is no connection to it")
+        may_repeat = not self.signatures[signature].mutates_state
+        # of a run on several servers one may have refused its part alone
+        run = in_step if may_repeat or not self.is_spread else lambda callable, *feed: callable(*feed)
         try:
-            outputs, failure, code = callables[signature](*feed), None, None
+            outputs, failure, code = run(callables[signature], *feed), None, None
         except Exception as error:
             failure, code = failure_of(error), getattr(error, "error_code", None)
         if failure is None:
             return [np.array(output, object) if isinstance(output, bytes) else np.asarray(output) for output in outputs]
         # out here, where it does not hold the session: its end would wait for its server
-        may_repeat = not self.signatures[signature].mutates_state
         if code == CANCELLED and self.session is not session and may_repeat and time.monotonic() < deadline:
             return self.run(signature, feed, deadline)  # see cancel_runs
         if code in PERHAPS_DISCONNECTED and not self._is_connected(session):
             raise ConnectionError(str(failure))
         if code in PERHAPS_DISCONNECTED and is_first and may_repeat:
-            return self.run(signature, feed, deadline, is_first=False)  # TensorFlow itself is sometimes out of step
+            return self.run(signature, feed, deadline, is_first=False)  # UNAVAILABLE, but the probe got through
         raise failure
 
     def _is_connected(self, session) -> bool:
         """ABORTED and UNAVAILABLE may be the model's own, too."""
         try:
-            session.run(self._probe)
+            in_step(session.run, self._probe)
         except Exception:
             return False
         return True
@@ -218,17 +221,17 @@ class Graph:
         graph, _, allocate = self._memory
         if allocate and self._target:
             with tf.Session(self._target, graph, self._config) as own:
-                own.run(allocate)
+                in_step(own.run, allocate)
         initializers = [self.graph.get_operation_by_name(name) for name in self._initializers]
         if initializers:  # in this order: a table may be made from a variable
-            self.session.run(initializers[0])
+            in_step(self.session.run, initializers[0])
         elif not self.is_mirror:
-            self._loader.restore_variables(self.session, self._saver)
+            in_step(self._loader.restore_variables, self.session, self._saver)
         self.variables.set_weights(weights)
         for initializer in initializers[1:]:
-            self.session.run(initializer)
+            in_step(self.session.run, initializer)
         if self._loader:
-            self._loader.run_init_ops(self.session, ["serve"])
+            in_step(self._loader.run_init_ops, self.session, ["serve"])
             with self.graph.as_default():
                 initializers = [loader_impl.get_init_op(self._loader.get_meta_graph_def_from_tags(["serve"]))]
             if self._saver:
@@ -237,7 +240,7 @@ class Graph:
         self._check_initialized(initializers, set(weights))
 
     def _check_initialized(self, initializers: list, given: set[str]) -> None:
-        run, states = operations_behind(initializers), self.session.run(self._initialized)
+        run, states = operations_behind(initializers), in_step(self.session.run, self._initialized)
         given |= {op.inputs[0].op.name for op in run if op.type == "Assign"}  # of references; all have been allocated
         lost = [
             op.name

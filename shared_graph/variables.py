@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 import os
+from typing import Any
 
 import numpy as np
 
 from shared_graph.errors import InvalidRequest
 from shared_graph.graph_definition import VARIABLE, operations_behind
 from shared_graph.models import Arrays, to_array
-from shared_graph.tensorflow_runtime import import_tensorflow
+from shared_graph.tensorflow_runtime import import_tensorflow, in_step
 
 
 class TensorFlowVariables:
@@ -75,13 +76,13 @@ class TensorFlowVariables:
     def _shapes(self) -> dict[str, tuple[int, ...]]:
         """Of a variable without a static shape: that of its value."""
         return {
-            name: tuple(p.shape) if p.shape.is_fully_defined() else self._session().run(self._values[name]).shape
+            name: tuple(p.shape) if p.shape.is_fully_defined() else self._run(self._values[name]).shape
             for name, p in self.placeholders.items()
         }
 
     def get_weights(self) -> Arrays:
         """The variables' values by name; one at a time, since a protobuf has 2 GiB at most (tensorflow#2233)."""
-        return {name: np.asarray(self._session().run(value)) for name, value in self._values.items()}
+        return {name: np.asarray(self._run(value)) for name, value in self._values.items()}
 
     def set_weights(self, new_weights: Arrays) -> None:
         """Set some or all variables. A wrong name or shape is an InvalidRequest, and then none of them is set."""
@@ -99,9 +100,9 @@ class TensorFlowVariables:
         small = sum(value.nbytes for value in feeds.values()) < 2**30
         for names in [list(feeds)] if small else [[name] for name in feeds]:
             nodes = [self.assignment_nodes[name] for name in names]
-            self._session().run(nodes, {self.placeholders[name]: feeds[name] for name in names})
+            self._run(nodes, {self.placeholders[name]: feeds[name] for name in names})
 
-    def _session(self):
+    def _run(self, *arguments: Any) -> Any:
         if self.sess is None:
             raise InvalidRequest("there is no session yet: give sess, or call set_session")
-        return self.sess
+        return in_step(self.sess.run, *arguments)

@@ -599,8 +599,11 @@ def run_load(arguments: str) -> None:
                 self.length = len(head) + 4 + int(head.lower().partition(b"content-length:")[2].split(b"\r\n")[0])
             if self.length is None or len(self.buffer) < self.length:
                 return
-            self.buffer, self.length, now = bytearray(), None, time.perf_counter()
-            good += head.split(b" ", 2)[1] == b"200"
+            answer, self.buffer, self.length, now = self.buffer, bytearray(), None, time.perf_counter()
+            if head.split(b" ", 2)[1] == b"200":
+                good += 1
+            else:
+                print(bytes(answer[:2000]), file=sys.stderr)
             times.append(now - self.sent)
             if now >= end:
                 self.transport.close()

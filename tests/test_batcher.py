@@ -4,11 +4,13 @@ import asyncio
 import collections
 import itertools
 import random
+import time
 
 import numpy as np
 import pytest
+import uvloop
 
-from shared_graph.batcher import Batcher
+from shared_graph.batcher import Batcher, Queue
 from shared_graph.bodies import HttpBody
 from shared_graph.connection import WorkerConnection, hint_of
 from shared_graph.errors import DeadlineExceeded, InvalidRequest, Unavailable, WorkerLost
@@ -547,3 +549,23 @@ async def test_no_queue_waits_while_another_gets_two_turns_and_the_last_place_of
                     assert turns_since[model][sent] < 3 or has_some, f"{model} waits while {sent} gets its turns"
     for future in futures:
         future.cancel()
+
+
+@pytest.mark.parametrize("loop_factory", [asyncio.new_event_loop, uvloop.new_event_loop], ids=["asyncio", "uvloop"])
+def test_a_queue_is_looked_at_again_when_it_is_due_neither_early_nor_never_nor_over_and_over(loop_factory):
+    """On the clocks of real loops: uvloop's counts milliseconds, and calls at once what is due within half of one."""
+
+    async def scenario():
+        loop, queue, looks, begun = asyncio.get_running_loop(), Queue(), [], time.process_time()
+        for tenth in range(200):
+            rung, due_at = loop.create_future(), loop.time() + 0.0001 * (tenth % 40)
+            look = lambda due_at=due_at, rung=rung: looks.append(loop.time() - due_at) or rung.set_result(None)
+            queue.set_timer(due_at + 1, look)
+            queue.set_timer(due_at, look)
+            queue.set_timer(due_at + 0.001, look)
+            await asyncio.wait_for(rung, 10)
+        assert len(looks) == 200 and min(looks) > -1e-6
+        assert time.process_time() - begun < 0.2  # of half a second that it waits
+
+    with asyncio.Runner(loop_factory=loop_factory) as runner:
+        runner.run(scenario())

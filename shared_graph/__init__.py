@@ -8,7 +8,7 @@ A Ray *parameter server* actor holds the only copy of a ``tf.compat.v1`` graph's
 the same graph against it (between-graph replication) and run it asynchronously. A *front end* gathers concurrent
 requests into batches and hands them round-robin to the workers. From the bottom up; each imports only from those above:
 
-    errors, wire, threads, memory             what everybody uses: errors, frames, a thread for each thing, small actors
+    errors, wire, threads, memory             what everybody uses: errors, frames, threads, memory given back
     logs                                      log lines, open files, the address to listen on
     model_source, models, options             models, their sources and arrays; one dataclass for all options
     ray_runtime, tensorflow_runtime           Ray and TensorFlow, each started in one place

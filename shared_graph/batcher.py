@@ -76,7 +76,7 @@ class Batcher:
         self._observe, self._observe_batch = observe, observe_batch
         self._queues = collections.defaultdict[QueueKey, Queue](Queue)  # whose turn it is comes first
         self._recent = Recent()
-        self._paces = collections.defaultdict[QueueKey, Pace](Pace)
+        self._paces = collections.defaultdict[QueueKey, Pace](Pace)  # of all queues that there were
         # while one runs, decoding the next one takes processor time from it where there is hardly any to spare
         self.max_concurrent_batches = MAX_BATCHES_IN_FLIGHT if os.cpu_count() > 2 else 1
         self._answered_at = -math.inf  # when a caller last got a result

@@ -188,10 +188,10 @@ class Graph:
         if callables is None:
             raise ConnectionError("there is no connection to it")
         may_repeat = not self.signatures[signature].mutates_state
-        # of a run on several servers one may have refused its part alone
-        run = in_step if may_repeat or not self.is_spread else lambda callable, *feed: callable(*feed)
+        may_be_half_done = self.is_spread and not may_repeat  # if one of several servers refuses its part alone
         try:
-            outputs, failure, code = run(callables[signature], *feed), None, None
+            once = callables[signature]
+            outputs, failure, code = once(*feed) if may_be_half_done else in_step(once, *feed), None, None
         except Exception as error:
             failure, code = failure_of(error), getattr(error, "error_code", None)
         if failure is None:

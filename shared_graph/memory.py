@@ -1,4 +1,4 @@
-"""Memory that is let go goes back to the system. glibc keeps it for next time, which a small container would pay."""
+"""Memory that is let go goes back to the system. glibc keeps it for next time, at the cost of a small container."""
 
 from __future__ import annotations
 

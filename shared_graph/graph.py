@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import importlib
 import logging
@@ -31,6 +30,7 @@ from shared_graph.model_source import ADDER, ADDER_SOURCE, ModelSource
 from shared_graph.models import Arrays
 from shared_graph.options import Options
 from shared_graph.tensorflow_runtime import in_step, server_config, session_config
+from shared_graph.threads import OwnThread
 from shared_graph.variables import TensorFlowVariables
 
 log = logging.getLogger(__name__)
@@ -59,9 +59,10 @@ class Graph:
 
         self.source, self.ps_task, self.is_mirror, self.atomic = source, ps_task, not ps_tasks, False
         self.session, self._callables, self._initializers = None, None, []
+        self.built_in: OwnThread | None = None  # held as long as this lives
         self.checkpointed: int | None = None  # a fingerprint of its variables when they were written last
         self._loader = loader_impl.SavedModelLoader(folder or source.folder) if source.folder else None
-        meta_graph = self._read() if self._loader else self._build(tf)
+        meta_graph = self._loader.get_meta_graph_def_from_tags(["serve"]) if self._loader else self._build(tf)
         prepare_nodes(meta_graph, container=f"{source.name}/{source.version}".encode().hex())
         self.tokens = name_python_functions(meta_graph.graph_def, tokens)
         self._definitions = dict(sorted(meta_graph.signature_def.items()))
@@ -96,9 +97,6 @@ class Graph:
                 # an output may be an input itself, or another output, and TensorFlow fetches neither
                 self._feeds_and_fetches[name] = [t.name for t in feeds], [tf.identity(t).name for t in fetches]
         return outputs
-
-    def _read(self):
-        return copy.deepcopy(self._loader.get_meta_graph_def_from_tags(["serve"]))
 
     def _build(self, tf):
         """Call the user's function, in a graph of its own, and describe what it made as a SavedModel would."""
@@ -149,16 +147,17 @@ class Graph:
         }
         self._use(session, callables)
 
-    def disconnect(self) -> None:
-        self._use(None, None)
+    def disconnect(self) -> threading.Thread:
+        """Returns the thread in which the session ends, since that may wait for a server that is gone."""
+        return self._use(None, None)
 
-    def _use(self, session, callables: dict | None) -> None:
-        """The session of before is left to a thread, since its end may wait for a server that is gone."""
+    def _use(self, session, callables: dict | None) -> threading.Thread:
         left = [self.session, self._callables]
         self.session, self._callables = session, callables
         self.variables.set_session(session)
-        if any(left):
-            threading.Thread(target=left.clear, daemon=True).start()
+        ending = threading.Thread(target=left.clear, daemon=True)
+        ending.start()
+        return ending
 
     def cancel_runs(self, tf, addresses: list[str], options: Options) -> None:
         """End what runs, as far as its kernels let themselves be ended, and go on in another session; there what may
@@ -167,14 +166,15 @@ class Graph:
         self.connect(tf, addresses, options)
         session.close()
 
-    def free(self, tf) -> None:
-        """Give the memory of the variables and tables back."""
+    def free(self, tf) -> threading.Thread:
+        """Give the memory of the variables and tables back; returns what ``disconnect`` does."""
         graph, free, _ = self._memory
         is_local, session = self.session is not None and not self._target, self.session
-        self.disconnect()
+        ending = self.disconnect()
         if free and session is not None and not is_local:  # else it goes with the session
             with tf.Session(self._target, graph, self._config) as own:
                 in_step(own.run, free)
+        return ending
 
     def run(
         self, signature: str, feed: list[np.ndarray], deadline: float = -math.inf, is_first: bool = True
@@ -237,6 +237,7 @@ class Graph:
             if self._saver:
                 restore = self._saver.saver_def.restore_op_name
                 initializers.append(self.graph.get_operation_by_name(restore))
+        self._loader = self._saver = None  # they hold the whole of what was read
         self._check_initialized(initializers, set(weights))
 
     def _check_initialized(self, initializers: list, given: set[str]) -> None:

@@ -26,7 +26,7 @@ from shared_graph.model_source import ADDER_SOURCE, ModelSource
 from shared_graph.models import Arrays, LoadedVersion, ModelKey
 from shared_graph.options import Options
 from shared_graph.tensorflow_runtime import import_tensorflow
-from shared_graph.threads import in_own_thread
+from shared_graph.threads import OwnThread, in_own_thread
 from shared_graph.version_manager import Found
 
 CANCEL_LIMIT_S = 15.0  # in which a run ends that is cancelled
@@ -113,7 +113,9 @@ class Loader:
         key = ModelKey(source.name, source.version)
         files = await in_own_thread(source.files_seen)
         async with self._marks.loading(key, files) if source != ADDER_SOURCE else contextlib.nullcontext():
-            graph = await in_own_thread(self._build_and_restore, key, source)
+            thread = OwnThread()
+            graph = await thread.run(self._build_and_restore, key, source)
+            graph.built_in = thread
             rule = f"{self._options.max_batch} {self._options.exact} {graph.fingerprint}"
             weights = f"{json.dumps(files)} {self._checkpoints.stamp(source)}"
             known_by = hashlib.sha256(f"{rule} {weights}".encode()).hexdigest()
@@ -165,9 +167,9 @@ class Loader:
                 if graph.mutates_state and graph.checkpointed is not None:
                     await self._in_turn(self._checkpoint, graph)
             finally:
-                await in_own_thread(graph.free, import_tensorflow())
+                ending = await in_own_thread(graph.free, import_tensorflow())
             del graph
-            await in_own_thread(free_garbage)
+            await in_own_thread(free_garbage, [ending])
 
     def _set_and_save(self, graph: Graph, weights: Arrays) -> None:
         """Those that cannot be saved are not kept either."""

@@ -5,16 +5,20 @@ from __future__ import annotations
 import asyncio
 import ctypes
 import gc
+import threading
 
 from shared_graph.threads import in_own_thread
 
 LOOK_EVERY_S = 5.0
-GROWN_PAGES = 2**12  # since memory was given back last: worth the 2 to 20 ms that it takes
+GROWN_PAGES = 2**11  # since memory was given back last: worth the 2 to 20 ms that it takes
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 
 
-def free_garbage() -> None:
-    """After a graph was let go: it is full of cycles, of which a dozen would wait for Python to look."""
+def free_garbage(endings: list[threading.Thread]) -> None:
+    """After graphs were let go: they are full of cycles, of which a dozen would wait for Python to look. ``endings``:
+    of their sessions."""
+    for ending in endings:
+        ending.join()
     gc.collect()
     give_memory_back()
 

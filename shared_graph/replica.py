@@ -21,7 +21,7 @@ from shared_graph.models import LoadedVersion, ModelKey, ServerInfo, Snapshot, W
 from shared_graph.options import Options
 from shared_graph.ray_runtime import Actor
 from shared_graph.tensorflow_runtime import import_tensorflow
-from shared_graph.threads import in_own_thread, keep_task, watch_death
+from shared_graph.threads import OwnThread, in_own_thread, keep_task, watch_death
 
 log = logging.getLogger(__name__)
 
@@ -110,13 +110,13 @@ class Replica:
                 await asyncio.wait(runs)
             loaded = {key for key, version in snapshot.versions.items() if version.loaded is not None}
             dropped = [key for key in self.graphs if key.name == name and key not in loaded]
+            endings = [self.graphs.pop(key).disconnect() for key in dropped]
             for key in dropped:
-                self.graphs.pop(key).disconnect()
                 self._weights.pop(key, None)
             self._settled[name] = snapshot.snapshot_id
             self._notify()
         if dropped:
-            await in_own_thread(free_garbage)
+            await in_own_thread(free_garbage, endings)
 
     async def _bring_up(self, key: ModelKey) -> None:
         """Have a version that the parameter server has loaded, or say why not. Other versions do not wait for it."""
@@ -159,18 +159,21 @@ class Replica:
             build = functools.partial(build_graph, tf, self.options, source, is_mirror, **origin)
             if source != ADDER_SOURCE:
                 await stack.enter_async_context(self._marks.loading(key, [loaded.fingerprint]))
-            graph = await in_own_thread(build)
+            thread = OwnThread()
+            graph = await thread.run(build)
+            graph.built_in = thread
             if graph.fingerprint != loaded.fingerprint:
                 raise ModelError("its graph is not the one that the parameter server has built: is it the same code?")
-            await in_own_thread(graph.connect, tf, [] if is_mirror else self.addresses, self.options)
+            await thread.run(graph.connect, tf, [] if is_mirror else self.addresses, self.options)
             if is_mirror:
-                await in_own_thread(graph.restore, tf, weights)
+                await thread.run(graph.restore, tf, weights)
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(WARM_UP_LIMIT_S):
-                    await in_own_thread(warm_up, graph)
+                    await thread.run(warm_up, graph)
         now = self._wanted(key)
         if now is None or (now.fingerprint, now.tokens) != (loaded.fingerprint, loaded.tokens):
-            return graph.disconnect()  # meanwhile it has been given up, and perhaps loaded anew
+            graph.disconnect()  # meanwhile it has been given up, and perhaps loaded anew
+            return
         self.graphs[key] = graph
         self._set_batchable(key, now)
 

@@ -18,44 +18,60 @@ _idle: list[queue.SimpleQueue] = []  # the inboxes of threads that wait for work
 os.register_at_fork(after_in_child=_idle.clear)
 
 
-async def in_own_thread(function: Callable, *arguments: Any) -> Any:
-    """What the function returns, or raises. If the wait for it is cancelled it goes on, and nobody hears of it."""
-    loop = asyncio.get_running_loop()
-    future = loop.create_future()
+class OwnThread:
+    """A thread for one thing after another, and for no other's until nobody holds this any more.
 
-    def finish(result: Any, error: BaseException | None) -> None:
-        if future.done():
-            return
-        if error is None:
-            future.set_result(result)
-        else:
-            future.set_exception(error)
+    Then it is used again: new ones allocate in one after another of malloc's arenas, until all are large. What holds
+    one for as long as it lives, a graph, has its memory together, and leaves no holes in that of the next one.
+    """
 
-    def run() -> Callable[[], None]:
+    def __init__(self):
         try:
-            outcome = function(*arguments), None
-        except BaseException as error:  # a user's; a future takes neither StopIteration nor what ends programs
-            is_plain = isinstance(error, Exception) and not isinstance(error, StopIteration)
-            outcome = None, error if is_plain else RuntimeError(f"{type(error).__name__} {error}".strip())
-        return functools.partial(loop.call_soon_threadsafe, finish, *outcome)
+            self._inbox = _idle.pop()
+        except IndexError:
+            self._inbox = queue.SimpleQueue()
+            threading.Thread(target=_work, args=(self._inbox,), daemon=True, name="own_thread").start()
 
-    try:
-        inbox = _idle.pop()
-    except IndexError:
-        inbox = queue.SimpleQueue()
-        threading.Thread(target=_work, args=(inbox,), daemon=True, name="in_own_thread").start()
-    inbox.put(run)
-    return await future
+    def __del__(self):
+        _idle.append(self._inbox)
+
+    async def run(self, function: Callable, *arguments: Any) -> Any:
+        """What the function returns, or raises. If the wait for it is cancelled it goes on, and nobody hears of it."""
+        loop = asyncio.get_running_loop()
+        future = loop.create_future()
+
+        def finish(result: Any, error: BaseException | None) -> None:
+            if future.done():
+                return
+            if error is None:
+                future.set_result(result)
+            else:
+                future.set_exception(error)
+
+        def work() -> Callable[[], None]:
+            try:
+                outcome = function(*arguments), None
+            except BaseException as error:  # a user's; a future takes neither StopIteration nor what ends programs
+                is_plain = isinstance(error, Exception) and not isinstance(error, StopIteration)
+                outcome = None, error if is_plain else RuntimeError(f"{type(error).__name__} {error}".strip())
+            return functools.partial(loop.call_soon_threadsafe, finish, *outcome)
+
+        self._inbox.put((self, work))
+        return await future
 
 
 def _work(inbox: queue.SimpleQueue) -> None:
-    """A thread is used again: new ones allocate in one after another of malloc's arenas, until all are large."""
     while True:
-        tell = inbox.get()()
-        _idle.append(inbox)  # before what hears of it wants the next one
+        thread, work = inbox.get()
+        tell = work()
+        del thread, work  # before what hears of it wants the next one
         with contextlib.suppress(RuntimeError):  # the loop is closed
             tell()
         del tell
+
+
+async def in_own_thread(function: Callable, *arguments: Any) -> Any:
+    return await OwnThread().run(function, *arguments)
 
 
 def keep_task(tasks: set[asyncio.Task], coroutine: Coroutine) -> None:

@@ -123,6 +123,8 @@ def test_variables_of_unknown_shape_are_loaded_saved_set_and_given_back(tf, load
         assert graph.variables.get_flat().tolist() == [1, 1, 1, 1, 2] and graph.variables.get_flat_size() == 5
         graph.variables.set_flat(np.arange(5))
         assert one(graph, np.float32([2])) == [2 * 3 * 7]
+        graph.free(tf)
+        graph = load(source, restore=False)  # as after a restart
         graph.restore(tf, weights)
         assert one(graph, np.float32([2])) == [18]
         graph.free(tf)

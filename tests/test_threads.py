@@ -6,7 +6,7 @@ import threading
 
 import pytest
 
-from shared_graph.threads import in_own_thread
+from shared_graph.threads import OwnThread, in_own_thread
 
 
 def raise_it(error: BaseException) -> None:
@@ -27,6 +27,38 @@ def test_a_thread_that_is_done_is_used_again_and_one_that_hangs_holds_up_nobody(
         assert await hanging
 
     asyncio.run(scenario())
+
+
+def test_what_holds_a_thread_has_it_alone_as_long_as_it_lives():
+    async def scenario():
+        thread = OwnThread()
+        ident = await thread.run(threading.get_ident)
+        assert {await in_own_thread(threading.get_ident) for _ in range(10)}.isdisjoint({ident})
+        assert await thread.run(threading.get_ident) == ident
+        del thread
+        assert await in_own_thread(threading.get_ident) == ident
+
+    asyncio.run(scenario())
+
+
+def test_a_thread_whose_work_nobody_waits_for_any_more_is_used_again_when_that_is_done_and_not_before():
+    goes_on, idents = threading.Event(), []
+
+    def work() -> None:
+        idents.append(threading.get_ident())
+        goes_on.wait(10)
+
+    async def scenario():
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(in_own_thread(work), 0.05)
+        others = {await asyncio.wait_for(in_own_thread(threading.get_ident), 10) for _ in range(10)}
+        assert others.isdisjoint(idents)
+        goes_on.set()
+        held = []
+        while idents[0] not in [await thread.run(threading.get_ident) for thread in held]:
+            held = [OwnThread() for _ in range(20)]  # each that is idle is among them
+
+    asyncio.run(asyncio.wait_for(scenario(), 10))
 
 
 def test_what_it_raises_is_raised_and_what_ends_programs_is_an_error_like_others():

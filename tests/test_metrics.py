@@ -8,6 +8,7 @@ import tracemalloc
 
 import pytest
 from conftest import REPOSITORY, in_a_process_of_its_own
+from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
 from prometheus_client.parser import text_string_to_metric_families
 
 from shared_graph.metrics import CONTENT_TYPE, LATENCY_BUCKETS_S, Gauges, Metrics
@@ -63,7 +64,7 @@ def test_names_and_help_follow_prometheus_conventions(busy):
         assert its.name.startswith(("ray_tensorflow_", "process_"))
         assert not its.name.endswith(("_ms", "_milliseconds", "_mb", "_kb", "_percent"))
         assert all(sample.name.endswith("_total") for sample in its.samples if its.type == "counter"), its
-    assert text.endswith("\n") and CONTENT_TYPE == "text/plain; version=0.0.4; charset=utf-8"
+    assert text.endswith("\n") and CONTENT_TYPE == CONTENT_TYPE_PLAIN_0_0_4
 
 
 def test_what_was_counted_is_told(busy):

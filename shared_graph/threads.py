@@ -9,13 +9,21 @@ import os
 import queue
 import sys
 import threading
+import weakref
 from collections.abc import Callable, Coroutine
 from typing import Any
 
 from shared_graph.errors import Error
 
 _idle: list[queue.SimpleQueue] = []  # the inboxes of threads that wait for work
-os.register_at_fork(after_in_child=_idle.clear)
+
+
+def _forget_threads() -> None:
+    global _idle
+    _idle = []  # not cleared: what the parent held goes to the parent's list
+
+
+os.register_at_fork(after_in_child=_forget_threads)
 
 
 class OwnThread:
@@ -26,14 +34,13 @@ class OwnThread:
     """
 
     def __init__(self):
+        idle = _idle
         try:
-            self._inbox = _idle.pop()
+            self._inbox = idle.pop()
         except IndexError:
             self._inbox = queue.SimpleQueue()
             threading.Thread(target=_work, args=(self._inbox,), daemon=True, name="own_thread").start()
-
-    def __del__(self):
-        _idle.append(self._inbox)
+        weakref.finalize(self, idle.append, self._inbox)
 
     async def run(self, function: Callable, *arguments: Any) -> Any:
         """What the function returns, or raises. If the wait for it is cancelled it goes on, and nobody hears of it."""

@@ -1,6 +1,7 @@
 """What a worker has of a parameter server, with one that the tests play."""
 
 import asyncio
+import itertools
 import threading
 
 import pytest
@@ -28,6 +29,9 @@ class PlayedGraph:
 
     def disconnect(self):
         self.is_connected = False
+        ending = threading.Thread()
+        ending.start()
+        return ending
 
 
 SOURCES = {name: ModelSource(name, 1, function=f"{name}:build") for name in "ab"}
@@ -76,6 +80,25 @@ async def test_a_version_that_is_given_up_while_it_is_built_is_not_kept(replica,
     may_end.set()
     await until(lambda: not replica._bringing_up)
     assert replica.graphs == {} and not graphs[0].is_connected
+    replica.leave()
+
+
+async def test_a_graph_has_a_thread_of_its_own_as_long_as_it_lives_and_a_later_one_has_it_again(
+    replica, building, monkeypatch
+):
+    """So their memory lies apart, see OwnThread."""
+    replica, (graphs, may_end), threads = replica(), building, []
+    monkeypatch.setattr(PlayedGraph, "connect", lambda *arguments: threads.append(threading.get_ident()))
+    may_end.set()
+    for number in range(1, 21):
+        graphs[:] = [PlayedGraph()]
+        keys = {ModelKey("a", version): THERE for version in (number, number - 1) if version}
+        replica.apply(Snapshot(2 * number, keys, frozenset(), {}))
+        await until(lambda: ModelKey("a", number) in replica.graphs)
+        replica.apply(Snapshot(2 * number + 1, {ModelKey("a", number): THERE}, frozenset(), {}))
+        await until(lambda: replica.graphs.keys() == {ModelKey("a", number)})
+        graphs.clear()
+    assert all(one != next_one for one, next_one in itertools.pairwise(threads)) and len(set(threads)) < 6
     replica.leave()
 
 

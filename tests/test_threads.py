@@ -91,10 +91,24 @@ def test_a_cancelled_wait_and_a_closed_loop_leave_the_thread_usable():
 
 
 def test_a_forked_child_has_no_thread_of_its_parent():
+    held = OwnThread()
     assert asyncio.run(in_own_thread(abs, -1)) == 1
     if (child := os.fork()) == 0:
         try:
+            del held
             os._exit(asyncio.run(asyncio.wait_for(in_own_thread(abs, -3), 10)))
         finally:
             os._exit(99)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 3
+
+
+def test_where_no_thread_can_be_started_any_more_it_says_so_and_later_ones_do_not_wait_for_it(monkeypatch):
+    async def scenario():
+        busy = [OwnThread() for _ in range(200)]  # each that was idle is among them
+        with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="can't start new thread"):
+            patch.setattr(threading.Thread, "start", lambda thread: raise_it(RuntimeError("can't start new thread")))
+            await in_own_thread(abs, -1)
+        assert await asyncio.wait_for(in_own_thread(abs, -1), 10) == 1
+        del busy
+
+    asyncio.run(scenario())

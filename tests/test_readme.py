@@ -175,6 +175,13 @@ def test_each_block_is_of_a_kind_that_is_known_and_each_python_block_names_its_f
             assert re.match(r"# \w+\.py\b", block.text), block
 
 
+def test_no_block_leaves_a_variable_to_the_shell_in_which_the_next_one_is_pasted():
+    for block in CONSOLES:
+        words = [shlex.split(command, comments=True) for command, _ in block.commands()]
+        exported = {word.partition("=")[0] for first, *rest in words if first == "export" for word in rest}
+        assert exported <= {word for first, *rest in words if first == "unset" for word in rest}, block
+
+
 def test_the_map_in_the_readme_is_the_package_s():
     with open(os.path.join(REPOSITORY, "README.md")) as file:
         assert shared_graph.__doc__.partition("above:\n\n")[2].partition("\n\nOne ring")[0] in file.read()

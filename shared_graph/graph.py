@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import importlib
 import logging
@@ -9,6 +10,7 @@ import math
 import re
 import threading
 import time
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -59,13 +61,13 @@ class Graph:
 
         self.source, self.ps_task, self.is_mirror, self.atomic = source, ps_task, not ps_tasks, False
         self.session, self._callables, self._initializers = None, None, []
-        self.built_in: OwnThread | None = None  # held as long as this lives
+        self.built_in: OwnThread | None = None
         self.checkpointed: int | None = None  # a fingerprint of its variables when they were written last
         self._loader = loader_impl.SavedModelLoader(folder or source.folder) if source.folder else None
         meta_graph = self._loader.get_meta_graph_def_from_tags(["serve"]) if self._loader else self._build(tf)
         prepare_nodes(meta_graph, container=f"{source.name}/{source.version}".encode().hex())
         self.tokens = name_python_functions(meta_graph.graph_def, tokens)
-        self._definitions = dict(sorted(meta_graph.signature_def.items()))
+        self._definitions = copy.deepcopy(dict(sorted(meta_graph.signature_def.items())))  # a part would hold all of it
 
         device = f"/job:ps/task:{ps_task}" if ps_tasks else None
         spread = tf.train.replica_device_setter(ps_tasks, worker_device=device) if ps_tasks > 1 else device
@@ -237,7 +239,7 @@ class Graph:
             if self._saver:
                 restore = self._saver.saver_def.restore_op_name
                 initializers.append(self.graph.get_operation_by_name(restore))
-        self._loader = self._saver = None  # they hold the whole of what was read
+        self._loader = self._saver = None  # they hold all that was read
         self._check_initialized(initializers, set(weights))
 
     def _check_initialized(self, initializers: list, given: set[str]) -> None:
@@ -308,3 +310,11 @@ def build_graph(tf, options: Options, source: ModelSource, is_mirror: bool = Fal
     finally:
         if is_alone:
             _building.release()
+
+
+async def build_in_own_thread(build: Callable[..., Graph], *arguments: Any) -> Graph:
+    """What ``build`` returns, which from then on holds the thread, see OwnThread."""
+    thread = OwnThread()
+    graph = await thread.run(build, *arguments)
+    graph.built_in = graph.built_in or thread
+    return graph

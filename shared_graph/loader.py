@@ -18,7 +18,7 @@ from shared_graph.adder import checkpoint_with
 from shared_graph.bundles import Bundle
 from shared_graph.checkpoints import Checkpoints
 from shared_graph.errors import InvalidRequest, ModelError, as_own_errors
-from shared_graph.graph import Graph, build_graph, is_mirrored
+from shared_graph.graph import Graph, build_graph, build_in_own_thread, is_mirrored
 from shared_graph.load_marks import LoadMarks
 from shared_graph.memory import free_garbage
 from shared_graph.merging import Verdict, find_batchable
@@ -26,7 +26,7 @@ from shared_graph.model_source import ADDER_SOURCE, ModelSource
 from shared_graph.models import Arrays, LoadedVersion, ModelKey
 from shared_graph.options import Options
 from shared_graph.tensorflow_runtime import import_tensorflow
-from shared_graph.threads import OwnThread, in_own_thread
+from shared_graph.threads import in_own_thread
 from shared_graph.version_manager import Found
 
 CANCEL_LIMIT_S = 15.0  # in which a run ends that is cancelled
@@ -104,7 +104,7 @@ class Loader:
                         key = ModelKey(source.name, source.version)
                         async with self._marks.loading(key, await in_own_thread(source.files_seen)):
                             build = functools.partial(build_graph, import_tensorflow(), self._options, source)
-                            self._built[key] = await in_own_thread(build)
+                            self._built[key] = await build_in_own_thread(build)
         except Exception:
             return True
         return any(graph.runs_python for graph in self._built.values())
@@ -113,9 +113,7 @@ class Loader:
         key = ModelKey(source.name, source.version)
         files = await in_own_thread(source.files_seen)
         async with self._marks.loading(key, files) if source != ADDER_SOURCE else contextlib.nullcontext():
-            thread = OwnThread()
-            graph = await thread.run(self._build_and_restore, key, source)
-            graph.built_in = thread
+            graph = await build_in_own_thread(self._build_and_restore, key, source)
             rule = f"{self._options.max_batch} {self._options.exact} {graph.fingerprint}"
             weights = f"{json.dumps(files)} {self._checkpoints.stamp(source)}"
             known_by = hashlib.sha256(f"{rule} {weights}".encode()).hexdigest()

@@ -9,6 +9,7 @@ import threading
 
 from shared_graph.threads import in_own_thread
 
+ENDING_LIMIT_S = 10.0  # so long the end of a session is waited for: it ends when its last run does
 LOOK_EVERY_S = 5.0
 GROWN_PAGES = 2**11  # since memory was given back last: worth the 2 to 20 ms that it takes
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h
@@ -18,7 +19,7 @@ def free_garbage(endings: list[threading.Thread]) -> None:
     """After graphs were let go: they are full of cycles, of which a dozen would wait for Python to look. ``endings``:
     of their sessions."""
     for ending in endings:
-        ending.join()
+        ending.join(ENDING_LIMIT_S)
     gc.collect()
     give_memory_back()
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from shared_graph.bundles import fetched_bundle
 from shared_graph.errors import ActorUnavailable, ModelError, first_sentence
-from shared_graph.graph import Graph, build_graph, is_mirrored
+from shared_graph.graph import Graph, build_graph, build_in_own_thread, is_mirrored
 from shared_graph.load_marks import LoadMarks
 from shared_graph.memory import free_garbage
 from shared_graph.merging import warm_up
@@ -21,7 +21,7 @@ from shared_graph.models import LoadedVersion, ModelKey, ServerInfo, Snapshot, W
 from shared_graph.options import Options
 from shared_graph.ray_runtime import Actor
 from shared_graph.tensorflow_runtime import import_tensorflow
-from shared_graph.threads import OwnThread, in_own_thread, keep_task, watch_death
+from shared_graph.threads import in_own_thread, keep_task, watch_death
 
 log = logging.getLogger(__name__)
 
@@ -132,6 +132,7 @@ class Replica:
             except Exception as error:  # a version that others have may be in use, and so is tried again
                 self.failed[key] = "it took too long" if isinstance(error, TimeoutError) else first_sentence(error)
                 self._notify()
+            if key in self.failed:  # out here, where its traceback does not hold what was made
                 await asyncio.sleep(pause_s)
                 pause_s = min(2 * pause_s, longest_s)
         if loaded is None:
@@ -159,17 +160,15 @@ class Replica:
             build = functools.partial(build_graph, tf, self.options, source, is_mirror, **origin)
             if source != ADDER_SOURCE:
                 await stack.enter_async_context(self._marks.loading(key, [loaded.fingerprint]))
-            thread = OwnThread()
-            graph = await thread.run(build)
-            graph.built_in = thread
+            graph = await build_in_own_thread(build)
             if graph.fingerprint != loaded.fingerprint:
                 raise ModelError("its graph is not the one that the parameter server has built: is it the same code?")
-            await thread.run(graph.connect, tf, [] if is_mirror else self.addresses, self.options)
+            await graph.built_in.run(graph.connect, tf, [] if is_mirror else self.addresses, self.options)
             if is_mirror:
-                await thread.run(graph.restore, tf, weights)
+                await graph.built_in.run(graph.restore, tf, weights)
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(WARM_UP_LIMIT_S):
-                    await thread.run(warm_up, graph)
+                    await graph.built_in.run(warm_up, graph)
         now = self._wanted(key)
         if now is None or (now.fingerprint, now.tokens) != (loaded.fingerprint, loaded.tokens):
             graph.disconnect()  # meanwhile it has been given up, and perhaps loaded anew

@@ -40,41 +40,46 @@ class OwnThread:
         except IndexError:
             self._inbox = queue.SimpleQueue()
             threading.Thread(target=_work, args=(self._inbox,), daemon=True, name="own_thread").start()
-        weakref.finalize(self, idle.append, self._inbox)
+        weakref.finalize(self, idle.append, self._inbox).atexit = False  # then it may be busy
 
     async def run(self, function: Callable, *arguments: Any) -> Any:
         """What the function returns, or raises. If the wait for it is cancelled it goes on, and nobody hears of it."""
         loop = asyncio.get_running_loop()
         future = loop.create_future()
+        tell = functools.partial(loop.call_soon_threadsafe, _finish, future)
+        self._inbox.put((self, tell, functools.partial(function, *arguments)))
+        try:
+            return await future
+        finally:
+            del self, future, tell  # else what is raised would hold them, and itself, by its traceback
 
-        def finish(result: Any, error: BaseException | None) -> None:
-            if future.done():
-                return
-            if error is None:
-                future.set_result(result)
-            else:
-                future.set_exception(error)
 
-        def work() -> Callable[[], None]:
-            try:
-                outcome = function(*arguments), None
-            except BaseException as error:  # a user's; a future takes neither StopIteration nor what ends programs
-                is_plain = isinstance(error, Exception) and not isinstance(error, StopIteration)
-                outcome = None, error if is_plain else RuntimeError(f"{type(error).__name__} {error}".strip())
-            return functools.partial(loop.call_soon_threadsafe, finish, *outcome)
-
-        self._inbox.put((self, work))
-        return await future
+def _finish(future: asyncio.Future, result: Any, error: Exception | None) -> None:
+    if future.done():
+        return
+    if error is None:
+        future.set_result(result)
+    else:
+        future.set_exception(error)
 
 
 def _work(inbox: queue.SimpleQueue) -> None:
     while True:
-        thread, work = inbox.get()
-        tell = work()
+        thread, tell, work = inbox.get()
+        outcome = _outcome(work)
         del thread, work  # before what hears of it wants the next one
         with contextlib.suppress(RuntimeError):  # the loop is closed
-            tell()
-        del tell
+            tell(*outcome)
+        del tell, outcome
+
+
+def _outcome(work: Callable[[], Any]) -> tuple[Any, Exception | None]:
+    """What it returns, and what it raises."""
+    try:
+        return work(), None
+    except BaseException as error:  # a user's; a future takes neither StopIteration nor what ends programs
+        is_plain = isinstance(error, Exception) and not isinstance(error, StopIteration)
+        return None, error if is_plain else RuntimeError(f"{type(error).__name__} {error}")
 
 
 async def in_own_thread(function: Callable, *arguments: Any) -> Any:

@@ -211,6 +211,7 @@ class VersionManager:
     async def _fail(self, version: Version, files: list, error: Exception) -> None:
         """It is over with these files."""
         self._failed_files[version.key] = files
+        error.__traceback__ = None  # it holds what is to be given back now
         why = str(error) if isinstance(error, Error) else f"{type(error).__name__}: {first_sentence(error)}"
         prefix = "" if str(version.source) in why else f"Model {version.source} cannot be loaded: "
         await self._drop(version, "END", prefix + why)

@@ -3,6 +3,7 @@
 import asyncio
 import os
 import pickle
+import sys
 import threading
 
 import numpy as np
@@ -68,7 +69,8 @@ async def test_a_trial_that_does_not_end_is_ended_and_its_model_shares_no_runs(t
     await manager.reconcile("endless", at_once=True)
     version = manager.snapshot.versions[ModelKey("endless", 1)]
     assert version.state == "AVAILABLE" and version.loaded.batchable == version.loaded.undecided == ()
-    wait_until(lambda: "work" not in [thread.name for thread in threading.enumerate()], 10, "its thread to end")
+    frames = lambda: [sys._current_frames()[it.ident] for it in threading.enumerate() if it.name == "own_thread"]
+    wait_until(lambda: {frame.f_code.co_name for frame in frames()} == {"_work"}, 10, "its thread to be idle")
 
 
 async def test_weights_that_cannot_be_saved_are_not_set(tf, address, tmp_path, monkeypatch):

@@ -22,7 +22,7 @@ class PlayedServer:
 
 
 class PlayedGraph:
-    signatures, fingerprint, is_connected = {}, "", True
+    signatures, fingerprint, is_connected, built_in = {}, "", True, None
 
     def connect(self, *arguments):
         pass

@@ -1,8 +1,10 @@
 """Threads for what may never end: of their own while it runs, and used again."""
 
 import asyncio
+import gc
 import os
 import threading
+import weakref
 
 import pytest
 
@@ -71,6 +73,29 @@ def test_what_it_raises_is_raised_and_what_ends_programs_is_an_error_like_others
         assert await in_own_thread(abs, -1) == 1
 
     asyncio.run(scenario())
+
+
+def test_what_it_raises_holds_neither_the_thread_nor_what_was_worked_on():
+    class Large:
+        def work(self) -> None:
+            raise ValueError
+
+    async def scenario():
+        idents, objects = set(), weakref.WeakSet()
+        for _ in range(50):
+            objects.add(large := Large())
+            try:  # pytest.raises makes a cycle of its own
+                await in_own_thread(large.work)
+            except ValueError:
+                del large
+            idents.add(await in_own_thread(threading.get_ident))
+        assert len(idents) == 1 and not objects and "large" not in locals()
+
+    gc.disable()
+    try:
+        asyncio.run(scenario())
+    finally:
+        gc.enable()
 
 
 def test_a_cancelled_wait_and_a_closed_loop_leave_the_thread_usable():

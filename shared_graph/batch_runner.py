@@ -158,8 +158,10 @@ class BatchRunner:
                     and answers_equal(output, np.concatenate(parts), self._exact)
                     for output, *parts in zip(together, *alone)
                 )
-            except Error:
-                return
+            except Error as error:
+                if error.status != 400:  # which says nothing of whether they go together
+                    return
+                agrees = False
             except (ValueError, TypeError):  # rows of answers that do not fit together
                 agrees = False
             self._observe(tried[0].signature.name, agrees)

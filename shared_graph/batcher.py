@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import collections
+import contextlib
 import dataclasses
 import math
 import os
@@ -118,11 +119,13 @@ class Batcher:
         except asyncio.CancelledError:
             if not request.is_sent:
                 self.resolve(request, None)
-                self.dispatch()  # which drops it from its queue
+                self.dispatch()
             raise
 
     def resolve(self, request: Request, answer: Any) -> None:
-        """Give a caller the answer, unless there is one or nobody waits for it any more."""
+        """Take it out of its queue, and give its caller the answer, unless there is one or nobody waits any more."""
+        if not request.is_sent:
+            self._leave_queue(request)
         if not request.is_patient:
             self.pending.release(request.size_bytes)
         request.size_bytes = 0
@@ -142,9 +145,10 @@ class Batcher:
         request.is_sent = False
         self.waiting += 1
 
-    def _dequeue(self, queue: Queue) -> Request:
-        self.waiting -= 1
-        return queue.requests.popleft()
+    def _leave_queue(self, request: Request) -> None:
+        with contextlib.suppress(ValueError):  # it has left already
+            self._queues[request.key].requests.remove(request)
+            self.waiting -= 1
 
     def _set_deadline(self, request: Request, now: float) -> None:
         if request.timer is not None:
@@ -159,7 +163,7 @@ class Batcher:
         message = f"No answer within the deadline of {self.options.timeout_s:g} s"
         message += f"; {MAYBE}." if request.is_sent else "; it has not been sent to a worker, and changed nothing."
         self.resolve(request, DeadlineExceeded(message))
-        self.dispatch()  # which drops it from its queue
+        self.dispatch()
 
     # -- workers -------------------------------------------------------------------------------------------------------
 
@@ -196,7 +200,8 @@ class Batcher:
                 self.resolve(request, answer)
         if request is not None and not batch:
             now = asyncio.get_running_loop().time()
-            self._paces[key].answered(len(message.answers), now - request.sent_at, now)
+            if not isinstance(answer, Exception):  # which may be quick where runs are slow
+                self._paces[key].answered(len(message.answers), now - request.sent_at, now)
             del connection.in_flight[message.batch_id]
             connection.slots.give_back(key)
             self.dispatch()
@@ -213,7 +218,7 @@ class Batcher:
             for _, batch in connection.in_flight.values():
                 for request in batch.values():
                     self.resolve(request, WorkerLost(f"{str(error).rstrip('.')}; {MAYBE}."))
-        self.dispatch()  # which drops what has its answer
+        self.dispatch()
 
     # -- whose turn it is ----------------------------------------------------------------------------------------------
 
@@ -225,7 +230,7 @@ class Batcher:
             for key in list(self._queues):
                 queue = self._queues[key]
                 while queue.requests and queue.requests[0].future.done():  # nobody waits for it any more
-                    self.resolve(self._dequeue(queue), None)
+                    self.resolve(queue.requests[0], None)
                 if not queue.requests:
                     self._queues.pop(key).stop_timer()
                 elif batch := self._next_batch(key, queue):
@@ -234,11 +239,7 @@ class Batcher:
 
     def _send(self, key: QueueKey, queue: Queue, connection: WorkerConnection, count: int) -> None:
         now, requests = asyncio.get_running_loop().time(), self._take(key, queue, count)
-        self._queues.pop(key)
-        if queue.requests:
-            self._queues[key] = queue  # behind all others
-        else:
-            queue.stop_timer()
+        self._queues[key] = self._queues.pop(key)  # behind all others
         for request in requests:
             if request.is_patient:
                 self._set_deadline(request, now)
@@ -256,9 +257,10 @@ class Batcher:
     def _take(self, key: QueueKey, queue: Queue, count: int) -> list[Request]:
         requests, size_bytes = [], 0
         while queue.requests and len(requests) < count and size_bytes < MAX_BATCH_BYTES:
-            if requests and (requests[-1].is_patient or queue.requests[0].is_patient) and self._is_slow(key):
+            request = queue.requests[0]
+            if requests and (requests[-1].is_patient or request.is_patient) and self._is_slow(key):
                 break  # its deadline is not to pass while others run that have been sent with it
-            request = self._dequeue(queue)
+            self._leave_queue(request)
             if request.future.done():
                 self.resolve(request, None)
             else:
@@ -314,7 +316,5 @@ class Batcher:
 
     def _under_way(self, runs_python: bool) -> list[QueueKey]:
         """The queues of batches that are not answered yet, of models that run Python or of the others."""
-        batches = [item for c in self.connections for item in c.in_flight.values()]
-        return [
-            k for k, batch in batches if batch and next(iter(batch.values())).version.loaded.runs_python == runs_python
-        ]
+        firsts = [(k, next(iter(b.values()))) for c in self.connections for k, b in c.in_flight.values() if b]
+        return [k for k, request in firsts if request.version.loaded.runs_python == runs_python]

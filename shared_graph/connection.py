@@ -84,7 +84,8 @@ class WorkerConnection:
         return sum(len(batch) for _, batch in list(self.in_flight.values()))
 
     def close(self) -> None:
-        self._writer.close()
+        """At once: a worker that reads nothing any more holds nobody up."""
+        self._writer.transport.abort()
 
     async def _listen(self, reader: asyncio.StreamReader, receive: Callable, remove: Callable) -> None:
         try:
@@ -109,7 +110,7 @@ def hint_of(version: ModelVersion, body: Any) -> str:
         hint = (match[1] or match[2]).decode(errors="replace") if match else ""
     else:
         hint = body[0] if isinstance(body, tuple) else ""
-    return hint if hint in signatures else ""
+    return hint if hint in signatures and hint != "serving_default" else ""  # which nobody need name
 
 
 def size_of(body: Any) -> int:

@@ -25,7 +25,7 @@ class Pace:
         """A batch of so many requests was."""
         if self._answered:
             self._returning = (self._returning + min(1.0, self._came / self._answered)) / 2
-        self.run_s = took_s if self.run_s == math.inf else (self.run_s + took_s) / 2
+        self.run_s = min(took_s, (self.run_s + took_s) / 2)  # one hiccup makes nothing slow for long
         self._answered, self._came, self._until = count, 0, now + min(GATHER_S, self.run_s / 4)
 
     @property

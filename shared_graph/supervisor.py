@@ -163,8 +163,9 @@ class Supervisor:
         if is_hung != (actor.state == "hung"):
             actor.state = "hung" if is_hung else "ready"
             log.warning("%s is %s  pid %d", actor, actor.state, actor.process.pid)
-        if actor.connection:
+        if actor.connection and actor.connection.is_hung != is_hung:
             actor.connection.is_hung = is_hung
+            self._status.batcher.dispatch()  # others may have what would have been its work
 
     def mark_lost(self, actor: ActorStatus) -> None:
         actor.state, actor.trouble = "starting", None

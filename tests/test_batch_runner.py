@@ -127,6 +127,19 @@ def test_rows_of_answers_that_do_not_fit_together_speak_against_sharing_runs_and
     assert played.observed == [("serving_default", False)]
 
 
+def test_rows_that_are_answered_alone_and_refused_together_share_no_runs():
+    played = Played(batchable=False, undecided=True)
+    run = played.graph.run
+
+    def one_row_alone(signature: str, feed: list[np.ndarray], deadline: float) -> list[np.ndarray]:
+        if len(feed[0]) > 1:
+            raise ModelError("one row, please", 400)
+        return run(signature, feed, deadline)
+
+    played.graph.run = one_row_alone
+    assert played.answer(rows(1), rows(2)) == [[2], [4]] and played.observed == [("serving_default", False)]
+
+
 def test_a_broken_row_among_those_that_are_run_both_ways_fails_alone():
     played = Played(batchable=False, undecided=True)
     answers = played.answer(rows(1), rows(-1), rows(2))

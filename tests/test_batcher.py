@@ -248,6 +248,9 @@ def test_the_signature_that_a_body_asks_for_is_seen_where_it_stands_and_never_in
     ]:
         assert hint_of(two, HttpBody(body)) == hint
     assert hint_of(two, ("slow", {})) == "slow" and hint_of(two, 3.0) == ""
+    default = version("two", signatures=("serving_default", "other"))
+    named, unnamed = HttpBody(b'{"signature_name": "serving_default"}'), HttpBody(b"{}")
+    assert {hint_of(default, body) for body in (named, unnamed, ("serving_default", {}))} == {""}  # one queue
     assert hint_of(VERSIONS["m"], HttpBody(b'{"signature_name": "serving_default"}')) == ""
     assert hint_of(two, HttpBody(b"\x93NUMPY", query="a=b&signature_name=fast")) == "fast"
 
@@ -299,6 +302,46 @@ async def test_a_worker_that_hangs_gets_no_new_work_while_there_is_another():
     assert [worker for worker, _, _ in stage.sent] == [1, 1]
     stage.batcher.remove(stage.workers[1])
     assert [worker for worker, _, _ in stage.sent[2:]] == [0, 0]
+
+
+async def test_what_nobody_waits_for_any_more_takes_up_no_place_and_no_memory_behind_what_somebody_waits_for():
+    stage = Stage(max_batch=1, max_queue=1000)
+    stage.ask(*range(2))
+    await turn()
+    waits, *others = stage.ask("waits", *[b"0" * 1000] * 500)
+    await turn()
+    assert stage.batcher.waiting == 501
+    for future in others:
+        future.cancel()
+    await turn()
+    [queue] = stage.batcher._queues.values()
+    assert stage.batcher.waiting == len(queue.requests) == 1 and stage.batcher.pending.count == 0
+    stage.workers[0].answer()
+    assert stage.bodies == [[0], [1], ["waits"]]
+    stage.workers[0].answer()
+    stage.workers[0].answer()
+    assert await waits == "waitswaits" and stage.is_empty()
+
+
+async def test_a_signature_that_is_fast_is_known_to_be_so_after_a_hiccup_and_refusals_say_nothing_of_a_slow_one():
+    stage = Stage(max_batch=1)
+    key, times = None, itertools.cycle([0.005] * 5 + [0.5])
+    for _ in range(12):
+        stage.ask(1)
+        await asyncio.sleep(took_s := next(times))
+        [(key, _)] = stage.workers[0].in_flight.values()
+        stage.workers[0].answer()
+        assert took_s == 0.5 or not stage.batcher._is_slow(key)
+    stage.ask(1)
+    await asyncio.sleep(10)
+    stage.workers[0].answer()
+    assert stage.batcher._is_slow(key)
+    for _ in range(9):
+        [future] = stage.ask(1)
+        await turn()
+        [(batch_id, _)] = stage.workers[0].in_flight.items()
+        stage.batcher.receive(stage.workers[0], Answers(batch_id, {0: InvalidRequest("no")}))
+        assert isinstance(await error_of(future), InvalidRequest) and stage.batcher._is_slow(key)
 
 
 async def test_a_worker_that_lacks_a_version_is_not_asked_for_it_while_another_has_it():

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from conftest import REPOSITORY, plain_environment
 
-from shared_graph.connection import QueueKey, WorkerConnection
+from shared_graph.connection import QueueKey, Request, WorkerConnection
 from shared_graph.errors import InvalidRequest
 
 X = {"x": np.array([[1, 1, 1]], np.float32)}
@@ -413,6 +413,21 @@ def test_at_the_end_what_may_have_been_applied_is_told_from_what_was_not(tmp_pat
     doubtful = report["statuses"].count(502)
     assert not report["hang"] and set(report["statuses"]) <= {502, 503} and len(report["statuses"]) == 64
     assert report["results"] <= report["sum"] <= report["results"] + doubtful
+
+
+@pytest.mark.parametrize("run", [asyncio.run, uvloop_run])
+def test_a_worker_that_reads_nothing_any_more_keeps_no_connection_open(run):
+    async def main():
+        ours, theirs = socket.socketpair()
+        connection = WorkerConnection(0, *await asyncio.open_connection(sock=ours), None, lambda one: None)
+        await asyncio.sleep(0)
+        request = Request(QueueKey("m", None, "", None), None, "predict", b"0" * 2**25, None, 2**25, 0.0, False)
+        connection.send(request.key, [request], 0.0)
+        connection.close()
+        await asyncio.wait_for(connection.closed, 10)
+        theirs.close()
+
+    run(main())
 
 
 @pytest.mark.parametrize("end", ["abort", "close"])

@@ -162,17 +162,20 @@ async def test_an_actor_that_dies_is_brought_up_to_date_when_it_is_back_and_work
         assert (len(stage.actors["worker 0"].starts) > starts) == (name != "worker 1")
 
 
-async def test_a_worker_that_does_not_answer_is_hung_then_ended_and_one_that_wakes_is_used_again():
+async def test_a_worker_that_does_not_answer_is_hung_then_ended_and_one_that_wakes_is_used_again(monkeypatch):
     async with playing(workers=2) as stage:
         await asyncio.sleep(20)
         worker, status = stage.actors["worker 0"], stage.status.workers[0]
+        told = []
+        monkeypatch.setattr(stage.status.batcher, "dispatch", lambda: told.append(status.connection.is_hung))
         worker.is_stopped = True
         await asyncio.sleep(SUSPECT_S + 1.5)
         assert status.state == "hung" and status.connection.is_hung and stage.killed == []
+        assert told == [True]  # what would have been its work is another one's at once
         worker.is_stopped = False
         await asyncio.sleep(PATIENCE_S["worker"] + 2)
         pid, connection = worker.process.pid, worker.connections[-1]
-        assert status.state == "ready" and not connection.is_hung and stage.killed == []
+        assert status.state == "ready" and not connection.is_hung and stage.killed == [] and told == [True, False]
         worker.is_stopped = True
         await asyncio.sleep(PATIENCE_S["worker"] + 2)
         assert stage.killed == [pid] and connection.was_ended

@@ -13,7 +13,7 @@ class Pace:
     runs: two small batches for one. A moment's wait makes them one."""
 
     def __init__(self):
-        self.run_s = math.inf  # what has not been seen yet may be slow
+        self.run_s = self._mean_s = math.inf  # what has not been seen yet may be slow
         self._answered = self._came = 0  # with the last batch, and how many asked after that in time
         self._until = -math.inf  # the end of that time
         self._returning = 0.0  # the part that comes back: a mean in which the last batch counts half
@@ -25,8 +25,9 @@ class Pace:
         """A batch of so many requests was."""
         if self._answered:
             self._returning = (self._returning + min(1.0, self._came / self._answered)) / 2
-        self.run_s = min(took_s, (self.run_s + took_s) / 2)  # one hiccup makes nothing slow for long
-        self._answered, self._came, self._until = count, 0, now + min(GATHER_S, self.run_s / 4)
+        self._mean_s = took_s if self._mean_s == math.inf else (self._mean_s + took_s) / 2
+        self.run_s = min(took_s, self._mean_s)  # one hiccup makes nothing slow for long
+        self._answered, self._came, self._until = count, 0, now + min(GATHER_S, self._mean_s / 4)
 
     @property
     def gathers_until(self) -> float:

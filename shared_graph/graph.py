@@ -61,7 +61,7 @@ class Graph:
 
         self.source, self.ps_task, self.is_mirror, self.atomic = source, ps_task, not ps_tasks, False
         self.session, self._callables, self._initializers = None, None, []
-        self.built_in: OwnThread | None = None
+        self.built_in: OwnThread | None = None  # held as long as this lives, for the sake of memory
         self.checkpointed: int | None = None  # a fingerprint of its variables when they were written last
         self._loader = loader_impl.SavedModelLoader(folder or source.folder) if source.folder else None
         meta_graph = self._loader.get_meta_graph_def_from_tags(["serve"]) if self._loader else self._build(tf)

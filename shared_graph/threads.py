@@ -83,6 +83,7 @@ def _outcome(work: Callable[[], Any]) -> tuple[Any, Exception | None]:
 
 
 async def in_own_thread(function: Callable, *arguments: Any) -> Any:
+    """As ``OwnThread.run``, in one for this alone."""
     return await OwnThread().run(function, *arguments)
 
 

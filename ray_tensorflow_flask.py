@@ -6,7 +6,6 @@ Or any WSGI server with threads on ``ray_tensorflow_flask:app``: the cluster sta
 """
 
 import os
-import signal
 import sys
 import threading
 from collections.abc import Callable
@@ -18,9 +17,9 @@ from shared_graph import http_api
 from shared_graph.bodies import HttpBody
 from shared_graph.cluster import Cluster, check_start
 from shared_graph.errors import Error, InvalidRequest, Unavailable
+from shared_graph.http_server import Server, Threaded, waited_s
 from shared_graph.logs import listen, start_program
 from shared_graph.options import FRONT_END, Options
-from shared_graph.threaded_server import ThreadedServer, waited_s
 from shared_graph.threads import check_threads
 
 PART_BYTES = 2**16  # of a body, as it arrives
@@ -33,7 +32,7 @@ def create_app(options: Options | None = None, on_failure: Callable[[Error], obj
     cluster, starting = None, threading.Lock()
     app = Flask(__name__, static_folder=None)
     app.config["PROVIDE_AUTOMATIC_OPTIONS"] = False
-    app.url_map.merge_slashes = False
+    app.url_map.merge_slashes = app.url_map.strict_slashes = False  # neither of which is to redirect
 
     def start() -> None:
         """Start the cluster of this process when it is first asked for: after any fork of the server's."""
@@ -43,13 +42,17 @@ def create_app(options: Options | None = None, on_failure: Callable[[Error], obj
                 made = Cluster(options or Options.from_environment())
                 cluster = made.start_in_background(on_failure=on_failure)
 
+    def stop() -> None:
+        if cluster:
+            cluster.close()
+
     @app.route("/", methods=http_api.METHODS)
     @app.route("/<path:path>", methods=http_api.METHODS)
     def serve(path: str = "") -> Response:
         start()
         query = request.query_string.decode("latin-1")
         call = http_api.match_path(request.method, sent_path(), request.headers)
-        if waited_s() > cluster.options.timeout_s:
+        if waited_s(request.environ) > cluster.options.timeout_s:
             raise Unavailable("Too many connections are waiting already; try again later.")
         if answer := http_api.tell(cluster.status, call):
             return respond(answer)
@@ -86,7 +89,7 @@ def create_app(options: Options | None = None, on_failure: Callable[[Error], obj
         status = error.code if isinstance(error, HTTPException) else None
         return respond(http_api.error_answer(error, status, cluster and cluster.status, request.method, sent_path()))
 
-    app.start = start
+    app.start, app.stop = start, stop
     return app
 
 
@@ -100,16 +103,13 @@ def main() -> None:
 
     def fail(error: Error) -> None:
         failures.append(error)
-        server.stop()
+        server.should_exit = True
 
     try:
         check_start(options)
-        app = create_app(options, fail)
-        server = ThreadedServer(listen(options.host, options.port), app, options.timeout_s)
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, lambda *_: server.stop())
-        app.start()
-        server.serve_until_stopped()
+        listener, app = listen(options.host, options.port), create_app(options, fail)
+        server = Server(Threaded(app, app.start, app.stop, options.timeout_s), options.timeout_s)
+        server.run([listener])
     except Error as error:
         failures.append(error)
     if failures:

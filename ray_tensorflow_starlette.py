@@ -10,12 +10,10 @@ Below another application nobody runs that, unless it is handed on, and the clus
 
 import asyncio
 import contextlib
-import math
 import os
 import sys
 from collections.abc import Callable
 
-import uvicorn
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
@@ -23,12 +21,13 @@ from starlette.responses import Response
 from starlette.routing import Route, WebSocketRoute
 
 from shared_graph import http_api
-from shared_graph.bodies import MAX_BODY_BYTES, HttpBody
+from shared_graph.bodies import HttpBody
 from shared_graph.cluster import Cluster, check_start
 from shared_graph.errors import Error, InvalidRequest
+from shared_graph.http_server import Server
 from shared_graph.logs import listen, start_program
 from shared_graph.options import FRONT_END, Options
-from shared_graph.web_socket import Server, WebSockets
+from shared_graph.web_socket import WebSockets
 
 
 def create_app(options: Options | None = None, on_failure: Callable[[Error], object] = lambda error: None) -> Starlette:
@@ -98,6 +97,7 @@ def create_app(options: Options | None = None, on_failure: Callable[[Error], obj
     sockets = WebSockets(start)
     routes = [WebSocketRoute("/ws", sockets.serve), Route("/{path:path}", serve, methods=http_api.METHODS)]
     app = Starlette(routes=routes, exception_handlers={HTTPException: refuse}, lifespan=lifespan)
+    app.router.redirect_slashes = False
     app.state.sockets = sockets
     return app
 
@@ -117,10 +117,8 @@ def main() -> None:
     try:
         check_start(options)
         listener = listen(options.host, options.port)
-        config = uvicorn.Config(create_app(options, fail), log_level="warning", access_log=False, proxy_headers=False)
-        config.ws_max_size, config.ws_per_message_deflate = MAX_BODY_BYTES, False
-        config.timeout_graceful_shutdown = math.ceil(options.timeout_s) + 1
-        server = Server(config)
+        app = create_app(options, fail)
+        server = Server(app, options.timeout_s, app.state.sockets.finish)
         server.run([listener])
     except Error as error:
         failures.append(error)

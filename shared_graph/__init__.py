@@ -25,7 +25,7 @@ requests into batches and hands them round-robin to the workers. From the bottom
     home_loop, mapping, cluster               the calls, from any thread or event loop
     progress, files                           whole files, and how far they are
     http_api, messages                        what front ends answer, over HTTP and on a WebSocket
-    threaded_server, web_socket               the server under Flask; the WebSocket of Starlette
+    http_server, web_socket                   the server of both, also under Flask; the WebSocket of Starlette
 
 One ring is not seen in the imports: the parameter server calls ``worker.sync``, and the worker its ``report``.
 The process that imports this never imports tensorflow, and nothing starts before a ``Cluster`` does.

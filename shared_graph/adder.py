@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import reprlib
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -54,7 +55,7 @@ def require_finite(value: Any) -> float:
     """Raises InvalidRequest unless the value is one finite number."""
     is_number = isinstance(value, (int, float, np.number)) and not isinstance(value, bool)
     if not is_number or not abs(value) <= sys.float_info.max:
-        raise InvalidRequest(f"value must be one finite number, not {value!r:.100}")
+        raise InvalidRequest(f"value must be one finite number, not {reprlib.repr(value)}")
     return float(value)
 
 

@@ -71,7 +71,8 @@ def path_below(prefix: str, sent: str | None, path: str) -> str:
     if not sent:  # the server does not tell
         return urllib.parse.quote(path or "/", safe="/:!$&'()*+,;=@~")
     sent = sent.partition("?")[0]
-    sent = sent if sent.startswith("/") else "/" + sent.split("/", 3)[-1]  # http://host/path, as proxies are asked
+    sent = re.sub(r"^\w+://[^/]*", "", sent)  # http://host/path, as proxies are asked
+    sent = sent if sent.startswith("/") else f"/{sent}"
     if not (prefix := prefix.rstrip("/")):
         return sent
     parts, count = sent.split("/"), 1 + prefix.count("/")
@@ -244,4 +245,4 @@ def may_open_socket(options: Options, origin: str | None, host: str | None) -> b
     """A browser opens a WebSocket for a page of any origin, and leaves it to the server to refuse."""
     if origin is None or {"*", origin.lower()} & set(options.allow_origin):
         return True
-    return urllib.parse.urlsplit(origin).netloc.lower() == (host or "").lower()
+    return host is not None and origin.lower().partition("://")[2] == host.lower()

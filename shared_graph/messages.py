@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 from typing import Any, NamedTuple
@@ -19,17 +20,17 @@ VERBS = ("predict", "classify", "regress")
 
 
 class Message(NamedTuple):
-    """``value`` is that of an add."""
+    """``identity`` is its id, as JSON; ``value`` that of an add."""
 
-    identity: Any
+    identity: str
     call: Call
     value: Any
 
 
 class BadMessage(InvalidRequest):
-    """``identity`` is its id, if it has said one."""
+    """``identity`` is its id, as JSON, if it has said one."""
 
-    identity: Any = None
+    identity = "null"
 
 
 def read_message(message: bytes) -> Message:
@@ -40,11 +41,20 @@ def read_message(message: bytes) -> Message:
             read_head(message, document)
         else:
             document = parse_json(message)
-        return Message(document.get("id"), call_of(document), document.get("value"))
+        return Message(identity_of(document), call_of(document), document.get("value"))
     except InvalidRequest as error:
         failure = BadMessage(str(error), error.status)
-    failure.identity = document.get("id")
+    with contextlib.suppress(InvalidRequest):
+        failure.identity = identity_of(document)
     raise failure
+
+
+def identity_of(document: dict[str, Any]) -> str:
+    """Before anything is done: what cannot be answered is not to be done."""
+    try:
+        return json.dumps(document.get("id"))
+    except RecursionError:
+        raise InvalidRequest("id is nested too deeply") from None
 
 
 def call_of(document: dict[str, Any]) -> Call:
@@ -61,7 +71,8 @@ def call_of(document: dict[str, Any]) -> Call:
         raise InvalidRequest("A message has a version or a label, not both")
     if verb is not None and verb not in VERBS:
         raise InvalidRequest(f"verb must be one of {', '.join(VERBS)}, not {shown(verb)}")
-    return Call(str(model), label if version is None else version, verb or "predict")
+    model = model if isinstance(model, str) else shown(model)  # of which there is none
+    return Call(model, label if version is None else version, verb or "predict")
 
 
 def read_head(message: bytes, found: dict[str, Any]) -> None:
@@ -84,11 +95,11 @@ def read_head(message: bytes, found: dict[str, Any]) -> None:
     raise InvalidRequest(f"{what} that has id, model, version, label and verb before {', '.join(BODY_KEYS)}")
 
 
-def result_text(identity: Any, result: Any) -> str:
+def result_text(identity: str, result: Any) -> str:
     """The message that answers with a sum, or with the JSON that a worker has written."""
     body = result.decode(errors="replace") if isinstance(result, bytes) else json.dumps({"result": result})
-    return f'{{"id": {json.dumps(identity)}, {body[1:]}'
+    return f'{{"id": {identity}, {body[1:]}'
 
 
-def error_text(identity: Any, error: Error) -> str:
-    return json.dumps({"id": identity, "error": str(error), "status": error.status})
+def error_text(identity: str, error: Error) -> str:
+    return f'{{"id": {identity}, "error": {json.dumps(str(error))}, "status": {error.status}}}'

@@ -1,13 +1,10 @@
-"""The WebSocket under Starlette: many requests at once on each, answered by their ids; and its server."""
+"""The WebSocket under Starlette: many requests at once on each, answered by their ids."""
 
 from __future__ import annotations
 
 import asyncio
-import socket
-import types
 from collections.abc import Callable
 
-import uvicorn
 from starlette.websockets import WebSocket, WebSocketDisconnect, WebSocketDisconnected
 
 from shared_graph.bodies import HttpBody
@@ -41,7 +38,7 @@ class WebSockets:
         finally:
             self._readers.pop(task, None)
 
-    async def finish(self, timeout_s: float | None) -> None:
+    async def finish(self, timeout_s: float) -> None:
         """Read no more; returns when all that is under way is answered and the sockets are closed."""
         for reader in self._readers.values():
             reader.cancel()
@@ -62,7 +59,7 @@ class WebSockets:
             answering.add_done_callback(lambda _: places.release())
 
     async def _answer(self, websocket: WebSocket, cluster: Cluster, message: bytes) -> None:
-        identity = call = None
+        identity, call = "null", None
         try:
             identity, call, value = read_message(message)
             if call.verb == "add":
@@ -75,17 +72,3 @@ class WebSockets:
             asked = (call.model, call.verb) if call else ()
             text = error_text(identity, own_error(error, cluster.status, *asked))
         await websocket.send_text(text)
-
-
-class Server(uvicorn.Server):
-    """uvicorn's; in the end what is under way on WebSockets is finished before they are closed. It stops in order,
-    however often it is told to: uvicorn would leave all running at a second Ctrl-C, and raise KeyboardInterrupt."""
-
-    def handle_exit(self, sig: int, frame: types.FrameType | None) -> None:
-        self.should_exit = True
-
-    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        for listener in [*self.servers, *(sockets or [])]:
-            listener.close()
-        await self.config.app.state.sockets.finish(self.config.timeout_graceful_shutdown)
-        await super().shutdown(sockets)

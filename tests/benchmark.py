@@ -269,12 +269,12 @@ def serve_constant(framework: str, port: str) -> None:
     else:
         from flask import Flask, Response
 
+        from shared_graph.http_server import Server, Threaded
         from shared_graph.logs import listen
-        from shared_graph.threaded_server import ThreadedServer
 
         app = Flask("constant")
         app.route("/")(lambda: Response(b'{"result": 1.0}', mimetype="application/json"))
-        ThreadedServer(listen("127.0.0.1", int(port)), app, 30).serve_until_stopped()
+        Server(Threaded(app, bool, bool, 30), 30).run([listen("127.0.0.1", int(port))])
 
 
 def serve_gathered(model: str, port: str) -> None:

@@ -134,6 +134,65 @@ def test_a_request_whose_head_is_cut_short_adds_nothing(front_end, sent):
 
 
 @pytest.mark.parametrize(
+    "line, status",
+    [("get /?value=5", 400), ("GET //?value=5", 404), ("GET http://[::1/", 400), ("GET /health%0A/", 404)],
+)
+def test_what_only_looks_like_what_is_served_is_refused(front_end, line, status):
+    before = front_end.add(0)
+    received = raw(front_end, f"{line} HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n".encode())
+    assert received.split()[1] == b"%d" % status and b"<html" not in received.lower(), received
+    assert front_end.add(0) == before
+
+
+def test_an_add_may_be_asked_for_with_the_server_before_it_as_proxies_are(front_end):
+    before = front_end.add(0)
+    received = raw(front_end, b"GET http://a/?value=5 HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n")
+    assert received.split()[1] == b"200" and front_end.add(0) == before + 5, received
+
+
+def raw(server, sent: bytes) -> bytes:
+    """All that is answered until the connection is closed."""
+    with socket.create_connection(("127.0.0.1", server.port), 60) as connection:
+        connection.sendall(sent)
+        return b"".join(iter(lambda: connection.recv(2**16), b""))
+
+
+CHUNKED = (
+    b"POST /v1/models/linear:predict HTTP/1.1\r\nHost: a\r\nConnection: close\r\nTransfer-Encoding: chunked\r\n\r\n"
+)
+DOCUMENT = b'{"instances": [[1, 0, 0]]}'
+
+
+@pytest.mark.parametrize(
+    "body, status",
+    [
+        (b"%x\r\n%b\r\n0\r\n\r\n" % (len(DOCUMENT), DOCUMENT), 200),
+        (b"%x;a=b\r\n%b\r\n0\r\nX: y\r\nZ: z\r\n\r\n" % (len(DOCUMENT), DOCUMENT), 200),
+        (b"1A\r\n%b\r\n5\r\n    \n\r\n0\r\n\r\n" % DOCUMENT, 200),
+        (b"x\r\n", 400),
+        (b"2\r\n" + DOCUMENT, 400),
+    ],
+    ids=["plain", "extension and trailers", "two chunks", "no length", "longer"],
+)
+def test_chunks_are_put_together_whatever_is_said_around_them(front_end, body, status):
+    received = raw(front_end, CHUNKED + body)
+    assert received.split()[1] == b"%d" % status, received
+    assert status != 200 or received.endswith(b'{"predictions":[[1.5,1.5]]}')
+
+
+def test_chunks_that_are_cut_short_are_given_up_and_nothing_else_happens(front_end):
+    """What was announced and did not come was read from behind a buffer, and that ended the process."""
+    for announced in (b"100000", b"5f5e100"):
+        for _ in range(5):
+            with socket.create_connection(("127.0.0.1", front_end.port), 60) as connection:
+                connection.sendall(CHUNKED + announced + b"\r\n" + bytes(4000))
+                connection.shutdown(socket.SHUT_WR)
+                received = b"".join(iter(lambda c=connection: c.recv(2**16), b""))
+                assert not received or received.split()[1] in (b"400", b"408"), received
+    assert front_end.process.poll() is None and front_end.get("/health").status == 200
+
+
+@pytest.mark.parametrize(
     "header, before, after",
     [(f"Content-Length: {65 * 2**20}", b"", b""), ("Transfer-Encoding: chunked", b"100000\r\n", b"\r\n")],
 )

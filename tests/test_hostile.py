@@ -112,6 +112,13 @@ def truncated(r: random.Random) -> bytes:
     return r.choice([add[: r.randint(1, len(add))], body[: r.randrange(1, len(body))]])
 
 
+def truncated_chunk(r: random.Random) -> bytes:
+    """Of which little came, or of a length that is none."""
+    length = r.choice([b"100000", b"5f5e100", b"%x" % r.randint(30, 10**6), b"x", b"", b"-5", b"0x5", b"f" * 99])
+    head = b"POST /v1/models/adder:predict HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n"
+    return head + length + b"\r\n" + bytes(r.choice([0, 10, 4000, 20_000]))
+
+
 def damaged(r: random.Random) -> bytes:
     """A good request with a few bytes changed, or taken out, or put in: it may still be good."""
     request = bytearray(post(DOCUMENT))
@@ -128,7 +135,7 @@ def pipelined(r: random.Random) -> bytes:
 
 
 WELL_FORMED = (wrong_json, wrong_path)  # as HTTP; test_codec has documents that are wrong in other ways
-MALFORMED = (wrong_method, wrong_head, not_http, truncated, damaged, pipelined)
+MALFORMED = (wrong_method, wrong_head, not_http, truncated, truncated_chunk, damaged, pipelined)
 
 
 def exchange(port: int, kind, request: bytes) -> bytes:

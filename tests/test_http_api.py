@@ -142,6 +142,8 @@ def test_a_query_has_one_finite_number_or_means_1_and_any_other_is_refused(query
         ("/tf", "/tfx/health", "/tfx/health", "/tfx/health"),
         ("/a b/c", "/a%20b/c/health?q", "/health", "/health"),
         ("/tf", "http://h/tf/health", "/health", "/health"),
+        ("", "http://h?value=3", "", "/"),
+        ("", "v1/models/m", "v1/models/m", "/v1/models/m"),
     ],
 )
 def test_the_prefix_under_which_a_server_puts_the_application_is_taken_off(prefix, sent, path, expected):
@@ -156,6 +158,8 @@ def test_the_prefix_under_which_a_server_puts_the_application_is_taken_off(prefi
         ([], "http://a:1", "a:2", False),
         ([], "null", "a", False),
         ([], "http://evil", None, False),
+        ([], "http://[::1", "a", False),
+        ([], "null", None, False),
         (["http://b"], "http://b", "a", True),
         (["*"], "http://b", "a", True),
     ],

@@ -25,11 +25,24 @@ BODY = '"instances": [' + "1, " * LARGE_BYTES + "1]"
 )
 def test_a_message_says_what_it_asks_for_as_a_url_does(head, call, padding):
     message = ('{"id": [1, "x"], ' + head + ', "instances": [1]' + padding + "}").encode()
-    assert read_message(message) == Message([1, "x"], call, None)
+    assert read_message(message) == Message('[1, "x"]', call, None)
 
 
 def test_without_a_model_a_value_is_added():
-    assert read_message(b'{"value": 3}') == Message(None, ("adder", None, "add"), 3)
+    assert read_message(b'{"value": 3}') == Message("null", ("adder", None, "add"), 3)
+
+
+DEEP = "[" * 1000 + "]" * 1000
+
+
+def test_what_is_nested_so_deeply_that_it_cannot_be_answered_is_refused_before_it_is_done():
+    with pytest.raises(BadMessage, match="id is nested too deeply") as raised:
+        read_message(f'{{"id": {DEEP}, "value": 1}}'.encode())
+    assert raised.value.identity == "null"
+    with pytest.raises(BadMessage, match="value must be one finite number") as raised:
+        read_message(f'{{"id": 7, "value": {DEEP}}}'.encode())
+    assert raised.value.identity == "7"
+    assert read_message(f'{{"id": 7, "model": {DEEP}}}'.encode()).call.model.startswith("[[[")
 
 
 @pytest.mark.parametrize(
@@ -46,14 +59,14 @@ def test_what_a_message_says_wrongly_is_refused_with_its_id(document, message):
         text = json.dumps({"id": 7} | document)[:-1] + ', "instances": []' + padding + "}"
         with pytest.raises(BadMessage, match=message) as raised:
             read_message(text.encode())
-        assert raised.value.identity == 7 and raised.value.status == 400
+        assert raised.value.identity == "7" and raised.value.status == 400
 
 
 @pytest.mark.parametrize("value", ["3", None, True, [3], 10**400])
 def test_a_value_that_is_no_finite_number_is_refused_with_its_id(value):
     with pytest.raises(BadMessage, match="value must be one finite number") as raised:
         read_message(json.dumps({"id": 7, "value": value}).encode())
-    assert raised.value.identity == 7
+    assert raised.value.identity == "7"
 
 
 @pytest.mark.parametrize("message", [b"", b" ", b"[]", b"null", b"\x93NUMPY\x01", b"PK\x03\x04", b"\xff", b'{"id": 1'])
@@ -77,6 +90,11 @@ def test_a_large_message_costs_no_more_than_its_head():
 
 
 def test_answers_have_the_id_first_and_errors_their_status():
-    assert result_text("ü", 3.0) == '{"id": "\\u00fc", "result": 3.0}'
-    assert result_text(None, b'{"predictions":[1]}') == '{"id": null, "predictions":[1]}'
-    assert json.loads(error_text(10**30, InvalidRequest("no", 404))) == {"id": 10**30, "error": "no", "status": 404}
+    assert read_message('{"id": "ü", "value": 1}'.encode()).identity == '"\\u00fc"'
+    assert result_text('"\\u00fc"', 3.0) == '{"id": "\\u00fc", "result": 3.0}'
+    assert result_text("null", b'{"predictions":[1]}') == '{"id": null, "predictions":[1]}'
+    assert json.loads(error_text(f"{10**30}", InvalidRequest("no", 404))) == {
+        "id": 10**30,
+        "error": "no",
+        "status": 404,
+    }

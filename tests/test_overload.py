@@ -194,19 +194,12 @@ def test_connections_that_say_nothing_keep_nobody_waiting_and_are_closed_at_the_
             connection.sendall(begin)
             return connection
 
-        silent = [connected(b"") for _ in range(200)]
-        begun = time.monotonic()
-        assert [server.add() for _ in range(3)] == [1, 2, 3]
-        assert time.monotonic() - begun < 1.5
-        if kind == "flask":  # uvicorn has none, and does not need one
-            begun_heads = [connected(b"GET / HTTP/1.1\r\nHost: ") for _ in range(130)]
+        for said in (b"", b"GET / HTTP/1.1\r\nHost: "):
+            for _ in range(200):
+                connected(said)
             begun = time.monotonic()
-            assert server.add() == 4  # as soon as the heads that do not come are given up
-            assert time.monotonic() - begun < 4
-            for connection in silent + begun_heads:
-                received = b"".join(iter(lambda c=connection: c.recv(2**16), b""))
-                assert not received or received.split()[1] in (b"400", b"408"), received
-        connected(b"")
+            assert server.add(0) == server.add(0)
+            assert time.monotonic() - begun < 1.5
         begun = time.monotonic()
         assert server.stop(signal.SIGTERM) in (0, -signal.SIGTERM)
         assert time.monotonic() - begun < 15

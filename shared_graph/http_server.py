@@ -1,0 +1,148 @@
+"""The server of both front ends, uvicorn; and how a WSGI application runs under it, with a thread for each request."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import io
+import math
+import socket
+import sys
+import time
+import types
+from collections.abc import Awaitable, Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import uvicorn
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+from shared_graph.bodies import MAX_BODY_BYTES
+
+THREADS = 128  # which wait for answers; requests beyond these wait for a thread
+CAME = "shared_graph.came"  # in a WSGI environment: when the request came, as time.monotonic() has it
+H2C = b"\r\nUpgrade: h2c"
+
+
+class Protocol(HttpToolsProtocol):
+    """uvicorn's, which loses the body of a request that offers to go on with HTTP/2, as Java's own client does in each
+    (uvicorn#2722): such an offer is not taken anyhow, and not seen here."""
+
+    def data_received(self, data: bytes) -> None:
+        if data.startswith(b"POST ") and H2C in data:
+            head, end, rest = data.partition(b"\r\n\r\n")
+            data = head.replace(H2C, b"") + end + rest
+        super().data_received(data)
+
+
+class Server(uvicorn.Server):
+    """uvicorn's, which would leave all running at a second Ctrl-C: it stops in order however often it is told to, and
+    then lets requests under way finish within their deadline, after ``finish``, which is given the seconds."""
+
+    def __init__(self, app: Callable, timeout_s: float, finish: Callable[[float], Awaitable[object]] | None = None):
+        config = uvicorn.Config(app, http=Protocol, log_level="warning", access_log=False, proxy_headers=False)
+        config.ws_max_size, config.ws_per_message_deflate = MAX_BODY_BYTES, False
+        config.timeout_graceful_shutdown = math.ceil(timeout_s) + 1
+        super().__init__(config)
+        self._finish = finish
+
+    def handle_exit(self, sig: int, frame: types.FrameType | None) -> None:
+        self.should_exit = True
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        for listener in [*self.servers, *(sockets or [])]:
+            listener.close()
+        if self._finish:
+            await self._finish(self.config.timeout_graceful_shutdown)
+        await super().shutdown(sockets)
+
+
+class Threaded:
+    """A WSGI application as an ASGI one, which calls ``start`` and ``stop`` when the server does that. What of a body has
+    not come within ``timeout_s`` is an OSError where it is read."""
+
+    def __init__(self, app: Callable, start: Callable[[], object], stop: Callable[[], object], timeout_s: float):
+        self._app, self._start, self._stop, self._timeout_s = app, start, stop, timeout_s
+        self._pool = ThreadPoolExecutor(THREADS)
+
+    async def __call__(self, scope: dict[str, Any], receive: Callable, send: Callable) -> None:
+        if scope["type"] == "lifespan":
+            await receive()
+            self._start()
+            await send({"type": "lifespan.startup.complete"})
+            await receive()
+            await asyncio.to_thread(self._stop)
+            return await send({"type": "lifespan.shutdown.complete"})
+        if scope["type"] == "websocket":
+            return await send({"type": "websocket.close"})
+        loop, came = asyncio.get_running_loop(), time.monotonic()
+
+        def receive_part() -> dict[str, Any]:
+            left_s = max(0.0, came + self._timeout_s - time.monotonic())
+            return asyncio.run_coroutine_threadsafe(receive(), loop).result(left_s)
+
+        environ = environ_of(scope, Body(receive_part)) | {CAME: came}
+        status, headers, content = await loop.run_in_executor(self._pool, answer, self._app, environ)
+        await send({"type": "http.response.start", "status": status, "headers": headers})
+        await send({"type": "http.response.body", "body": content})
+
+
+def waited_s(environ: dict[str, Any]) -> float:
+    """For how long a request has waited for its thread, as far as the server tells."""
+    return time.monotonic() - environ[CAME] if CAME in environ else 0.0
+
+
+class Body(io.RawIOBase):
+    """Of a request, as it arrives. Raises OSError when it does not."""
+
+    def __init__(self, receive_part: Callable[[], dict[str, Any]]):
+        self._receive_part, self._part, self._has_more = receive_part, b"", True
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: memoryview) -> int:
+        while not self._part and self._has_more:
+            event = self._receive_part()
+            if event["type"] == "http.disconnect":
+                raise ConnectionError("The client has gone")
+            self._part, self._has_more = event.get("body", b""), event.get("more_body", False)
+        count = min(len(buffer), len(self._part))
+        buffer[:count], self._part = self._part[:count], self._part[count:]
+        return count
+
+
+def environ_of(scope: dict[str, Any], body: Body) -> dict[str, Any]:
+    """PEP 3333's of an ASGI scope; RAW_URI, as gunicorn calls it, is the path as it was sent."""
+    environ = {
+        "REQUEST_METHOD": scope["method"],
+        "SCRIPT_NAME": "",
+        "PATH_INFO": scope["path"].encode().decode("latin-1"),
+        "RAW_URI": scope["raw_path"].decode("latin-1"),
+        "QUERY_STRING": scope["query_string"].decode("latin-1"),
+        "SERVER_NAME": scope["server"][0],
+        "SERVER_PORT": str(scope["server"][1]),
+        "SERVER_PROTOCOL": f"HTTP/{scope['http_version']}",
+        "wsgi.version": (1, 0),
+        "wsgi.url_scheme": scope["scheme"],
+        "wsgi.input": body,
+        "wsgi.input_terminated": True,
+        "wsgi.errors": sys.stderr,
+        "wsgi.multithread": True,
+        "wsgi.multiprocess": False,
+        "wsgi.run_once": False,
+    }
+    for name, value in scope["headers"]:
+        key = name.decode("latin-1").upper().replace("-", "_")
+        key = key if key in ("CONTENT_TYPE", "CONTENT_LENGTH") else f"HTTP_{key}"
+        environ[key] = f"{environ[key]},{value.decode('latin-1')}" if key in environ else value.decode("latin-1")
+    return environ
+
+
+def answer(app: Callable, environ: dict[str, Any]) -> tuple[int, list[tuple[bytes, bytes]], bytes]:
+    """Status, headers and body."""
+    begun: list[tuple] = []
+    with contextlib.closing(app(environ, lambda *status_and_headers: begun.append(status_and_headers))) as parts:
+        content = b"".join(parts)
+    status, headers = begun[-1][:2]
+    return int(status[:3]), [(name.encode("latin-1"), value.encode("latin-1")) for name, value in headers], content

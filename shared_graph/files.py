@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import os
 import tempfile
+import zipfile
+from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 
 from shared_graph.cluster import Cluster
 from shared_graph.errors import InvalidRequest, first_sentence
+from shared_graph.models import Arrays
+from shared_graph.npy_codec import is_in_npy, text_width
 from shared_graph.progress import shown_progress
 
 
@@ -28,43 +33,93 @@ def check_files(source: str, target: str) -> None:
 def predict_file(cluster: Cluster, model: str, source: str, target: str) -> None:
     """Stream the rows of ``source`` through a model's default signature into ``target``, with progress shown.
 
-    ``.npy`` files may be larger than memory. The target appears whole or not at all. Raises InvalidRequest.
+    ``.npy`` files may be larger than memory. The target appears whole or not at all. Raises InvalidRequest, OSError.
     """
-    try:
-        loaded = np.load(source, mmap_mode="r")
-        columns = {name: loaded[name] for name in loaded.files} if source.endswith(".npz") else {None: loaded}
-        [total] = {len(column) for column in columns.values()}
-        row_bytes = sum(column.nbytes for column in columns.values()) // max(total, 1)
-    except Exception as error:  # there is no end to what numpy and zipfile raise
-        reason = f"cannot be read as arrays that have as many rows each: {first_sentence(error)}"
-        raise InvalidRequest(f"{source} {reason}") from None
+    columns, total = open_columns(source)
+    row_bytes = sum(column.nbytes for column in columns.values()) // max(total, 1)
+    rows, done = max(cluster.options.max_batch, 2**16 // max(row_bytes, 1)), 0
 
-    rows = max(cluster.options.max_batch, 2**16 // max(row_bytes, 1))
-
-    def batches():
+    def batches() -> Iterator[Any]:
         for start in range(0, max(total, 1), rows):  # one of no rows, too: for the outputs' types and shapes
             batch = {name: column[start : start + rows] for name, column in columns.items()}
             yield batch.get(None, batch)
 
-    done, written = 0, {}
     aside = tempfile.TemporaryDirectory(prefix=".ray_tensorflow_", dir=os.path.dirname(target) or ".")
     with aside as folder, shown_progress(total, "rows") as advance:
+        written = Written(folder, total)
         for outputs in cluster.map(batches(), model):
             count = min(rows, total - done)
             for name, array in outputs.items():
-                if array.shape[:1] != (count,):
-                    raise InvalidRequest(f"Output {name!r} has not one row for each of the input: {list(array.shape)}")
-                if array.dtype == object:  # texts, whose width is only known at the end
-                    written.setdefault(name, []).extend(array.tolist())
-                    continue
-                if name not in written:
-                    path, shape = os.path.join(folder, f"{len(written)}.npy"), (total, *array.shape[1:])
-                    written[name] = np.lib.format.open_memmap(path, "w+", array.dtype, shape) if total else array
-                written[name][done : done + count] = array
+                written.add(name, array, done, count)
+            if target.endswith(".npy") and len(outputs) > 1:
+                raise InvalidRequest(f"{target} holds one array, but the outputs are {sorted(outputs)}: name it .npz")
             done += count
             advance(count)
-        if target.endswith(".npy") and len(written) > 1:
-            raise InvalidRequest(f"{target} holds one array, but the outputs are {sorted(written)}: name it .npz")
-        arrays, whole = {name: np.asarray(value) for name, value in written.items()}, os.path.join(folder, target[-4:])
-        np.savez(whole, **arrays) if target.endswith(".npz") else np.save(whole, *arrays.values())
+        whole = os.path.join(folder, target[-4:])
+        save(whole, written.arrays())
         os.replace(whole, target)
+
+
+def open_columns(source: str) -> tuple[dict[str | None, np.ndarray], int]:
+    """Arrays by name, the one of a ``.npy`` under None, and how many rows each has."""
+    try:
+        loaded = np.load(source, mmap_mode="r")
+        columns = {name: loaded[name] for name in loaded.files} if source.endswith(".npz") else {None: loaded}
+        [total] = {len(column) for column in columns.values()}
+    except Exception as error:  # there is no end to what numpy and zipfile raise
+        reason = f"cannot be read as arrays that have as many rows each: {first_sentence(error)}"
+        raise InvalidRequest(f"{source} {reason}") from None
+    return columns, total
+
+
+class Written:
+    """Outputs of ``total`` rows, as they come: numbers in files of a folder, texts, whose width is only known at the
+    end, in memory."""
+
+    def __init__(self, folder: str, total: int):
+        self._folder, self._total = folder, total
+        self._numbers: Arrays = {}
+        self._texts: dict[str, list[np.ndarray]] = {}
+        self._shapes: dict[str, tuple[int, ...]] = {}  # of a row
+
+    def add(self, name: str, array: np.ndarray, start: int, count: int) -> None:
+        """So many rows from there on. Raises InvalidRequest for what does not fit, OSError where there is no room."""
+        if array.shape[:1] != (count,):
+            raise InvalidRequest(f"Output {name!r} has not one row for each of the input: {list(array.shape)}")
+        shape = array.shape[1:]
+        if shape != self._shapes.setdefault(name, shape):
+            shapes = f"{list(self._shapes[name])} and of {list(shape)}"
+            raise InvalidRequest(f"Output {name!r} has rows of shape {shapes}, which one array does not hold")
+        if array.dtype == object:
+            self._texts.setdefault(name, []).append(array)
+            return
+        if name not in self._numbers:
+            self._numbers[name] = self._empty(name, array)
+        self._numbers[name][start : start + count] = array
+
+    def _empty(self, name: str, like: np.ndarray) -> np.ndarray:
+        if not is_in_npy(like.dtype):
+            raise InvalidRequest(f"Output {name!r} is of type {like.dtype}, which a .npy does not have")
+        if not self._total:
+            return like.copy()
+        path = os.path.join(self._folder, f"{len(self._numbers)}.npy")
+        array = np.lib.format.open_memmap(path, "w+", like.dtype, (self._total, *like.shape[1:]))
+        with open(path, "r+b") as file:  # which is a hole: without room for it the program would be killed
+            os.posix_fallocate(file.fileno(), 0, os.path.getsize(path))
+        return array
+
+    def arrays(self) -> Arrays:
+        """All of them. Raises InvalidRequest."""
+        texts = {name: np.concatenate(parts) for name, parts in self._texts.items()}
+        widths = {name: text_width(name, text.ravel().tolist()) for name, text in texts.items()}
+        return self._numbers | {name: text.astype(f"S{widths[name]}") for name, text in texts.items()}
+
+
+def save(path: str, arrays: Arrays) -> None:
+    """A ``.npz`` as ``np.savez`` writes it, which does not take every name."""
+    if path.endswith(".npy"):
+        return np.save(path, *arrays.values())
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, array in arrays.items():
+            with archive.open(f"{name}.npy", "w", force_zip64=True) as file:
+                np.lib.format.write_array(file, array, allow_pickle=False)

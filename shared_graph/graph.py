@@ -286,7 +286,7 @@ CANCELLED, PERHAPS_DISCONNECTED = 1, (10, 14)
 
 def failure_of(error: Exception) -> ModelError:
     """What a run raises when TensorFlow raised this. Our own Python functions in graphs fail with "HTTP 503: why"."""
-    if ours := re.search(r"RuntimeError: HTTP (\d{3}): (.*)", str(error)):
+    if ours := re.search(r"RuntimeError: HTTP ([45]\d\d): (.*)", str(error)):
         return ModelError(ours[2], int(ours[1]))
     if isinstance(error, UnicodeDecodeError):  # what was wrong with a request's bytes has no code any more
         return ModelError(first_sentence(error), 400)

@@ -32,7 +32,7 @@ class HomeLoop:
         self._ended = threading.Event()  # all that the thread does
         self._home: int | None = None  # the thread of the loop, while it runs
         self._calls: set[concurrent.futures.Future] = set()  # from elsewhere, that are not answered
-        self._lock, self._pid = threading.Lock(), os.getpid()
+        self._lock, self._pid = threading.Lock(), 0  # of the process that has started it
 
     def start(
         self,
@@ -46,7 +46,7 @@ class HomeLoop:
         with self._lock:
             if self._thread is not None or self.is_over:
                 return False
-            self.loop = home or uvloop.new_event_loop()
+            self.loop, self._pid = home or uvloop.new_event_loop(), os.getpid()
             self._thread = threading.Thread(target=self._live, args=[home is None, main, around, fail], daemon=True)
             self._thread.start()
             return True
@@ -102,7 +102,7 @@ class HomeLoop:
         return await asyncio.wrap_future(self.run(call))
 
     def _refusal(self) -> Error | None:
-        if os.getpid() != self._pid:
+        if self._pid not in (0, os.getpid()):
             return Unavailable("A forked process has no cluster: start one in it, or join one with --address.")
         if self.is_over:
             return self._why_over()

@@ -13,6 +13,7 @@ from typing import Any
 from shared_graph.errors import Error
 from shared_graph.models import Arrays
 from shared_graph.options import MAX_BATCHES_IN_FLIGHT, Options
+from shared_graph.threads import in_own_thread
 
 END = object()
 
@@ -85,16 +86,17 @@ def map_batches(
 
 
 async def map_asynchronously(map_: Callable[..., Iterator[Any]], batches: Iterable[Any] | AsyncIterable[Any]) -> Any:
-    """As what ``map_`` makes of the batches, for ``async for``. It is threads that wait, not the loop."""
+    """As what ``map_`` makes of the batches, for ``async for``. It is threads that wait, not the loop: such as are no
+    others', since they may wait for those of the loop's executor, and for ever."""
     if isinstance(batches, AsyncIterable):
         batches = from_loop(aiter(batches), asyncio.get_running_loop())
     results = map_(batches)
     try:
-        while (result := await asyncio.to_thread(next, results, END)) is not END:
+        while (result := await in_own_thread(next, results, END)) is not END:
             yield result
     finally:
         with contextlib.suppress(ValueError):  # a thread still waits there, and drops it when it has its result
-            await asyncio.to_thread(results.close)
+            await in_own_thread(results.close)
 
 
 async def next_of(items: AsyncIterator[Any]) -> Any:

@@ -94,20 +94,30 @@ def write_arrays(outputs: Arrays) -> bytes:
 
 def write_npy(name: str, array: np.ndarray) -> bytes:
     array = with_width(name, array) if array.dtype == object else array
-    if array.dtype.kind == "V" or array.dtype.isbuiltin == 2:  # bfloat16, and others that TensorFlow adds to numpy's
+    if not is_in_npy(array.dtype):
         raise InvalidRequest(f"Output {name!r} is of type {array.dtype}, which a .npy does not have: ask with JSON")
     result = io.BytesIO()
     np.save(result, array, allow_pickle=False)
     return result.getvalue()
 
 
+def is_in_npy(dtype: np.dtype) -> bool:
+    """bfloat16 and others that TensorFlow adds to numpy's types are not."""
+    return dtype.kind != "V" and dtype.isbuiltin != 2
+
+
+def text_width(name: str, strings: list[bytes]) -> int:
+    """That of the longest. Raises InvalidRequest where an ``S`` array would be another one."""
+    if any(string.endswith(b"\0") for string in strings):
+        problem = "a string that ends in a zero byte, which a .npy drops"
+        raise InvalidRequest(f"Output {name!r} has {problem}: ask with JSON")
+    return max(map(len, strings), default=0) or 1
+
+
 def with_width(name: str, strings: np.ndarray) -> np.ndarray:
     """An ``S`` array: all strings as wide as the longest. Raises InvalidRequest where that is lossy, or large."""
     flat = strings.ravel().tolist()
-    if any(string.endswith(b"\0") for string in flat):
-        problem = "a string that ends in a zero byte, which a .npy drops"
-        raise InvalidRequest(f"Output {name!r} has {problem}: ask with JSON")
-    width = max(map(len, flat), default=0) or 1
+    width = text_width(name, flat)
     if width * len(flat) > MAX_BODY_BYTES:
         problem = f"{len(flat)} strings, which a .npy would fill up to the {width} bytes of the longest"
         raise InvalidRequest(f"Output {name!r} has {problem}: ask with JSON")

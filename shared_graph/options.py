@@ -141,6 +141,8 @@ class Options:
         """Options from ``RAY_TENSORFLOW_<NAME>`` variables, and PORT for a front end; ``changes`` beat them."""
         names = [field.name for field in dataclasses.fields(cls)]
         found = {name: os.environ.get(f"RAY_TENSORFLOW_{name.upper()}") for name in names}
+        if (found["port"] or "").startswith("tcp://"):  # Kubernetes', for a Service of the name ray-tensorflow
+            del found["port"]
         for wrong, right in mistyped(os.environ, [f"RAY_TENSORFLOW_{name.upper()}" for name in names]).items():
             log.warning("the environment variable %s is not an option: is %s meant?", wrong, right)
         if kind == FRONT_END and os.environ.get("PORT"):

@@ -46,6 +46,8 @@ def remote_predict(
     types = [tf.as_dtype(dtype) for dtype in output_types or [tf.float32] * len(output_tensor_aliases)]
     if not model_name:
         raise ValueError("model_name must be specified.")
+    if not target_address.rpartition(":")[2].isdecimal():
+        raise ValueError(f"target_address must be host:port, not {target_address}")
     sides = {"input_tensors": (input_tensor_aliases, input_tensors), "output_types": (output_tensor_aliases, types)}
     for kind, (aliases, there) in sides.items():
         if len(aliases) != len(there):
@@ -118,5 +120,7 @@ def request_http(address: str, method: str, path: str, body: bytes | None, deadl
     if time.monotonic() >= deadline:
         raise TimeoutError
     if response.status != 200:
+        if not 400 <= response.status < 600:
+            raise ValueError(f"with status {response.status}")
         raise Error(json.loads(text).get("error", "no reason was given"), response.status)
     return text

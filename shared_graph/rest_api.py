@@ -187,6 +187,8 @@ def parse_examples(document: dict[str, Any]) -> np.ndarray:
     if not isinstance(examples, list) or not examples:
         raise InvalidRequest(f"examples: expected a list that is not empty, got {shown(examples)}")
     before = serialize_example("context", context) if context != {} else b""
+    if len(before) * len(examples) > MAX_BODY_BYTES:
+        raise InvalidRequest(f"context: too large to stand before each of {len(examples)} examples", 413)
     return object_array(before + serialize_example(f"examples[{i}]", example) for i, example in enumerate(examples))
 
 

@@ -4,14 +4,17 @@ import contextlib
 import os
 import re
 import signal
+import subprocess
+import sys
 import time
 
+import ml_dtypes
 import numpy as np
 import pytest
 from conftest import wait_until
-from test_command import running
+from test_command import running, with_mounts
 
-from shared_graph.errors import Error
+from shared_graph.errors import Error, InvalidRequest
 from shared_graph.files import check_files, predict_file
 from shared_graph.options import Options
 
@@ -57,18 +60,83 @@ def test_a_file_is_predicted_whole(cluster, tmp_path, capfd, model, given, sourc
     assert re.search(rf"^{total}/{total} rows  \d+ rows/s  0 s left$", capfd.readouterr().err, re.MULTILINE)
 
 
+class Played:
+    """A cluster whose model answers each batch, which is one row, with the next one of these outputs."""
+
+    options = Options(max_batch=1)
+
+    def __init__(self, *answers: dict):
+        self.answers = answers
+
+    def map(self, batches, model):
+        return (outputs for _, outputs in zip(batches, self.answers))
+
+    def predict(self, folder, target: str) -> dict:
+        rows = np.zeros((len(self.answers) if len(next(iter(self.answers[0].values()))) else 0, 2**14))
+        np.save(folder / "in.npy", rows)
+        predict_file(self, "m", str(folder / "in.npy"), str(folder / target))
+        return load(folder / target)
+
+
+def texts(*strings: bytes) -> np.ndarray:
+    return np.array([*strings, None], object)[:-1]
+
+
 def test_texts_are_written_as_wide_as_the_longest(tmp_path):
-    class Texts:
-        """A cluster whose model answers with texts that grow longer."""
+    played = Played(*({"y": texts(b"x" * length)} for length in (0, 2, 4)))
+    assert played.predict(tmp_path, "out.npy")[""].tolist() == [b"", b"xx", b"xxxx"]
+    assert Played({"y": texts()}).predict(tmp_path, "none.npy")[""].dtype == "S1"
 
-        options = Options(max_batch=1)
 
-        def map(self, batches, model):
-            return ({"y": np.array([b"x" * len(model) * int(batch[0, 0])], object)} for batch in batches)
+def test_outputs_of_any_name_are_written(tmp_path):
+    outputs = {"file": np.ones(1), "allow_pickle": texts(b"a"), "a/b": np.ones((1, 2))}
+    found = Played(outputs).predict(tmp_path, "out.npz")
+    assert {name: array.tolist() for name, array in found.items()} == {
+        "file": [1],
+        "allow_pickle": [b"a"],
+        "a/b": [[1, 1]],
+    }
 
-    np.save(tmp_path / "in.npy", np.arange(3).reshape(3, 1).repeat(2**14, 1))  # of which one row fills a batch
-    predict_file(Texts(), "ab", str(tmp_path / "in.npy"), str(tmp_path / "out.npy"))
-    assert load(tmp_path / "out.npy")[""].tolist() == [b"", b"xx", b"xxxx"]
+
+@pytest.mark.parametrize(
+    "values, message",
+    [
+        (
+            [np.ones((1, 3)), np.ones((1, 1))],
+            r"'y' has rows of shape \[3\] and of \[1\], which one array does not hold",
+        ),
+        ([np.ones((1, 3)), np.ones((1, 2))], r"\[3\] and of \[2\]"),
+        ([texts(b"a", b"b").reshape(1, 2), texts(b"a").reshape(1, 1)], r"\[2\] and of \[1\]"),
+        ([texts(b"a"), texts(b"\1\0\0")], "'y' has a string that ends in a zero byte"),
+        ([np.ones(1, ml_dtypes.bfloat16)], "'y' is of type bfloat16, which a .npy does not have"),
+    ],
+    ids=["narrower", "other width", "texts", "zeros", "bfloat16"],
+)
+def test_what_a_file_would_hold_otherwise_is_refused_and_nothing_is_written(tmp_path, values, message):
+    with pytest.raises(InvalidRequest, match=message):
+        Played(*({"y": value} for value in values)).predict(tmp_path, "out.npy")
+    assert os.listdir(tmp_path) == ["in.npy"]
+
+
+FULL = """
+import errno, os, pathlib, sys
+import numpy as np
+from test_files import Played
+
+folder = pathlib.Path(sys.argv[1])
+try:
+    Played({"y": np.ones((1, 2**21))}).predict(folder, "out.npy")
+except OSError as error:
+    assert error.errno == errno.ENOSPC and os.listdir(folder) == ["in.npy"], os.listdir(folder)
+    print("no room")
+"""
+
+
+def test_without_room_for_the_outputs_it_is_told_and_nothing_is_left(tmp_path):
+    """The file was a hole, and to write to a hole that cannot be filled ends a process."""
+    before = with_mounts(f"mount -t tmpfs -o size=8m none {tmp_path}")
+    done = subprocess.run([*before, sys.executable, "-c", FULL, tmp_path], capture_output=True, text=True, timeout=60)
+    assert done.stdout == "no room\n", (done.returncode, done.stderr)
 
 
 def cut(path) -> None:

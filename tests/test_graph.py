@@ -14,7 +14,7 @@ import pytest
 from conftest import HERE, REPOSITORY, one, wait_until
 
 from shared_graph.errors import ModelError
-from shared_graph.graph import Graph
+from shared_graph.graph import Graph, failure_of
 from shared_graph.merging import find_batchable
 from shared_graph.model_source import ADDER_SOURCE, ModelSource
 from shared_graph.options import Options
@@ -289,6 +289,12 @@ def test_a_failure_has_tensorflow_servings_status_for_its_code_and_one_sentence(
         load(f"example_models:{name}").run(signature, [x])
     assert caught.value.status == status
     assert str(caught.value) and not [part for part in ("\n", "[[", "/job:") if part in str(caught.value)]
+
+
+@pytest.mark.parametrize(["said", "status"], [(503, 503), (404, 404), (204, 500), (999, 500), (100, 500)])
+def test_of_a_status_that_a_function_gives_its_failure_only_that_of_an_error_is_taken(said, status):
+    failure = failure_of(Exception(f"RuntimeError: HTTP {said}: why\nTraceback"))
+    assert failure.status == status and "why" in str(failure)
 
 
 def test_when_runs_are_cancelled_those_that_may_be_in_time_begin_anew_and_the_others_end(tf, address, load):

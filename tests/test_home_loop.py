@@ -31,6 +31,28 @@ def test_a_forked_child_that_stops_does_not_wait_for_a_thread_that_it_does_not_h
     home.stop()
 
 
+def test_one_that_was_made_before_a_fork_may_be_started_in_the_child_and_one_that_was_started_is_refused_there():
+    async def main(closing: asyncio.Event) -> None:
+        await closing.wait()
+
+    async def answer() -> int:
+        return 5
+
+    made, running = HomeLoop(lambda: Unavailable("It is over.")), started()
+    if not (child := os.fork()):
+        with contextlib.suppress(BaseException):
+            made.start(None, main, contextlib.nullcontext, lambda error: None)
+            assert made.result(answer(), 10) == 5
+            made.stop()
+            with pytest.raises(Unavailable, match="A forked process has no cluster"):
+                running.result(answer(), 10)
+            os._exit(7)
+        os._exit(1)
+    status = wait_until(lambda: os.waitpid(child, os.WNOHANG)[1], 20, "the child to end")
+    assert os.waitstatus_to_exitcode(status) == 7
+    running.stop()
+
+
 def test_where_no_thread_can_be_started_stop_returns(monkeypatch):
     def fail(thread: threading.Thread) -> None:
         raise RuntimeError("can't start new thread")

@@ -6,6 +6,8 @@ import itertools
 import queue
 import re
 import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -129,6 +131,40 @@ def test_what_cannot_be_iterated_is_told_and_nobody_waits(cluster):
         next(cluster.map(lambda: [[1.0]], "linear"))
 
 
+def test_many_maps_at_once_leave_the_threads_of_the_loop_to_what_they_wait_for(cluster):
+    """Each held one of the cpu + 4 threads of ``asyncio.to_thread``."""
+
+    async def slowly():
+        for _ in range(3):
+            await asyncio.to_thread(time.sleep, 0.001)
+            yield [1.0]
+
+    async def all_at_once() -> list:
+        maps = [consume_all(cluster.map_async(slowly(), "picky")) for _ in range(40)]
+        return await asyncio.wait_for(asyncio.gather(*maps), 60)
+
+    assert asyncio.run(all_at_once()) == [3] * 40
+
+
+def test_a_cancelled_map_whose_iterable_never_ends_does_not_keep_the_program(cluster):
+    items: queue.Queue = queue.Queue()
+
+    async def cancel() -> bool:
+        task = asyncio.create_task(consume_all(cluster.map_async(iter(items.get, None), "picky")))
+        await asyncio.wait([task], timeout=0.5)
+        task.cancel()
+        await asyncio.wait([task])
+        return task.cancelled()
+
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(asyncio.run, cancel()).result(30)
+    items.put(None)
+
+
+async def consume_all(results) -> int:
+    return len([result async for result in results])
+
+
 def test_a_cancelled_task_stops_the_work(cluster):
     pulled, pulling, go_on = itertools.count(), threading.Event(), threading.Event()
 
@@ -138,12 +174,8 @@ def test_a_cancelled_task_stops_the_work(cluster):
         go_on.wait(60)
         yield from ([1.0] for _ in pulled)
 
-    async def consume_all():
-        async for _ in cluster.map_async(batches(), "picky"):
-            pass
-
     async def cancel() -> bool:
-        task = asyncio.create_task(consume_all())
+        task = asyncio.create_task(consume_all(cluster.map_async(batches(), "picky")))
         await asyncio.to_thread(pulling.wait)
         task.cancel()
         await asyncio.wait([task])

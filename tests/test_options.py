@@ -210,6 +210,15 @@ def test_each_script_helps_and_ends_at_once_with_one_sentence_about_what_is_wron
     assert {"4", "64", "1024", "30.0", "0.0", "shared", "off", "none"} <= set(shown)
 
 
+def test_the_address_that_kubernetes_gives_of_a_service_called_ray_tensorflow_is_no_port(monkeypatch):
+    monkeypatch.setenv("RAY_TENSORFLOW_PORT", "tcp://10.3.240.1:80")
+    assert Options.from_environment().port == 8080
+    monkeypatch.setenv("PORT", "5000")
+    assert Options.from_environment().port == 5000
+    monkeypatch.setenv("RAY_TENSORFLOW_PORT", "80")
+    assert Options.from_environment().port == 80
+
+
 def test_a_mistyped_variable_is_pointed_out_and_others_are_left_alone(monkeypatch, caplog):
     for name in (
         "RAY_TENSORFLOW_WORKER",

@@ -29,6 +29,7 @@ FAILURES = {  # arguments of remote_predict (or a whole reply), status code, HTT
     "garbage": ({"reply": "what?\r\n\r\n"}, INTERNAL, 500, "does not answer as it should"),
     "html": ({"reply": "HTTP/1.1 404 Oh\r\n\r\n<html>"}, INTERNAL, 500, "does not answer as it should"),
     "bad_error": ({"reply": "HTTP/1.1 500 Oh\r\n\r\n[]"}, INTERNAL, 500, "does not answer as it should"),
+    "accepted": ({"reply": "HTTP/1.1 202 Oh\r\n\r\n{}"}, INTERNAL, 500, "does not answer as it should"),
     "teapot": ({"reply": 'HTTP/1.1 503 Oh\r\n\r\n{"error": "short and stout"}'}, UNAVAILABLE, 503, "short and stout"),
 }
 SUCCESSES = {
@@ -161,9 +162,10 @@ def test_each_front_end_answers_remote_predict(front_end):
         ({"output_types": ["float32"] * 2}, "1 aliases do not fit 2 output_types"),
         ({"output_tensor_aliases": [], "output_types": ["string"]}, "0 aliases do not fit 1 output_types"),
         ({"model_name": ""}, "model_name must be specified."),
+        ({"target_address": "localhost"}, "target_address must be host:port, not localhost"),
     ],
 )
-def test_lengths_that_do_not_agree_are_refused_when_the_graph_is_built(changes, message):
+def test_arguments_that_do_not_agree_are_refused_when_the_graph_is_built(changes, message):
     arguments = {
         "input_tensor_aliases": ["x"],
         "input_tensors": [1.0],

@@ -226,6 +226,13 @@ def test_a_wrong_example_is_told_by_its_place(text, where):
     refused(where, examples_of, text)
 
 
+def test_a_context_that_would_be_many_times_as_large_before_each_example_is_refused():
+    """A body of 410 kB took 5.2 GB."""
+    text = '{"context": {"x": "%s"}, "examples": [%s]}'
+    assert len(examples_of(text % ("a" * 1000, ", ".join(["{}"] * 1000)))) == 1000
+    refused("context: too large", examples_of, text % ("a" * 200_000, ", ".join(["{}"] * 50_000)), status=413)
+
+
 # -- answers -----------------------------------------------------------------------------------------------------------
 
 TEXTS = [["hello", "world"], ["tf", '"é\\\n']]

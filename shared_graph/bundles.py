@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import os
-import pathlib
-import shutil
 import tarfile
 import tempfile
 from collections.abc import Awaitable, Callable, Iterator
-from typing import IO
 
 from shared_graph.errors import ModelError
 from shared_graph.model_source import SAVED_MODEL_FILES, ModelSource
@@ -22,43 +19,26 @@ class Bundle:
 
     def __init__(self, source: ModelSource, with_assets: bool):
         self._source, self._with_assets = source, with_assets
-        self._file: IO[bytes] | None = None  # which has no name, and so is gone with this process
+        self._file = tempfile.TemporaryFile()  # noqa: SIM115  (has no name: it is gone with this process)
 
     @contextlib.contextmanager
-    def opened(self) -> Iterator[str]:
-        """A folder from which the SavedModel can be loaded, for as long as the block runs. Raises ModelError when its
-        files have changed meanwhile."""
-        before = self._source.files_seen()
-        with tempfile.TemporaryDirectory(prefix="model_") as folder:
-            kept = [name for name in SAVED_MODEL_FILES if os.path.isfile(os.path.join(self._source.folder, name))]
-            for name in kept:
-                shutil.copyfile(os.path.join(self._source.folder, name), os.path.join(folder, name))
-            assets = os.path.join(self._source.folder, "assets")
-            if self._with_assets and os.path.isdir(assets):
-                shutil.copytree(assets, os.path.join(folder, "assets"), ignore=_dead_links)
-                kept.append("assets")
-            for name in os.listdir(self._source.folder):
-                if name not in kept:
-                    os.symlink(os.path.join(self._source.folder, name), os.path.join(folder, name))
-            self._file = tempfile.TemporaryFile()  # noqa: SIM115  (lives as long as the version)
-            with tarfile.open(fileobj=self._file, mode="w") as tar:
-                for name in kept:
-                    tar.add(os.path.join(folder, name), name)
-            self._file.flush()
-            yield folder
+    def opened(self) -> Iterator[None]:
+        """Bundles what the block loads. Raises ModelError when the files have changed by its end."""
+        top, before = self._source.folder, self._source.files_seen()
+        paths = [os.path.join(top, name) for name in SAVED_MODEL_FILES]
+        if self._with_assets:
+            paths += [path for path, *_ in self._source._replace(folder=os.path.join(top, "assets")).files_seen()]
+        with tarfile.open(fileobj=self._file, mode="w", dereference=True) as tar:
+            for path in filter(os.path.isfile, paths):  # others are links that lead nowhere
+                tar.add(path, os.path.relpath(path, top))
+        self._file.flush()
+        yield
         if self._source.files_seen() != before:
             raise ModelError("its files changed while it was loaded")
 
     def read(self, offset: int) -> bytes:
         """A slice; an empty one is the end."""
         return os.pread(self._file.fileno(), SLICE_BYTES, offset)
-
-
-def _dead_links(folder: str, names: list[str]) -> list[str]:
-    """Those that lead nowhere, or back to a folder on the way to them: to follow these would never end."""
-    above = {os.path.realpath(path) for path in (folder, *pathlib.Path(folder).parents)}
-    paths = {name: os.path.join(folder, name) for name in names}
-    return [name for name, path in paths.items() if not os.path.exists(path) or os.path.realpath(path) in above]
 
 
 @contextlib.asynccontextmanager

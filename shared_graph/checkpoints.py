@@ -114,10 +114,10 @@ class Checkpoints:
         return known[key]
 
     def _remove_what_others_left(self, run_id: str) -> None:
-        for pattern in (".run-*", ".loading-*", ".merged-*"):
-            for path in glob.glob(os.path.join(glob.escape(self.folder), pattern)):
-                if run_id not in os.path.basename(path):
-                    os.remove(path)
+        here = glob.escape(self.folder)
+        if others := [path for path in glob.glob(os.path.join(here, ".run-*")) if not path.endswith(f"-{run_id}")]:
+            for path in [*others, *glob.glob(os.path.join(here, ".loading-*"))]:
+                os.remove(path)
 
     def _write_first(self, path: str, write: Callable[[Any], Any]) -> None:
         """Write it aside; from now on it has to be there when this run's parameter server comes back."""

@@ -58,8 +58,8 @@ class Server(uvicorn.Server):
 
 
 class Threaded:
-    """A WSGI application as an ASGI one, which calls ``start`` and ``stop`` when the server does that. What of a body has
-    not come within ``timeout_s`` is an OSError where it is read."""
+    """A WSGI application as an ASGI one, which calls ``start`` and ``stop`` when the server does that. What of a body
+    has not come within ``timeout_s`` is an OSError where it is read."""
 
     def __init__(self, app: Callable, start: Callable[[], object], stop: Callable[[], object], timeout_s: float):
         self._app, self._start, self._stop, self._timeout_s = app, start, stop, timeout_s

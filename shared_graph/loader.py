@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import concurrent.futures
 import contextlib
 import functools
 import hashlib
@@ -26,7 +25,7 @@ from shared_graph.model_source import ADDER_SOURCE, ModelSource
 from shared_graph.models import Arrays, LoadedVersion, ModelKey
 from shared_graph.options import Options
 from shared_graph.tensorflow_runtime import import_tensorflow
-from shared_graph.threads import in_own_thread
+from shared_graph.threads import OwnThread, in_own_thread
 from shared_graph.version_manager import Found
 
 CANCEL_LIMIT_S = 15.0  # in which a run ends that is cancelled
@@ -54,7 +53,7 @@ class Loader:
         self._built: dict[ModelKey, Graph] = {}  # that are still to be loaded
         self._checkpoints: Checkpoints | None = None
         self.bundles: dict[ModelKey, Bundle] = {}
-        self._serial_executor = concurrent.futures.ThreadPoolExecutor(1)  # what is saved is saved in order
+        self._saving = OwnThread()  # what is saved is saved in order
 
     def open_folder(self, folder: str, run_id: str) -> None:
         """Where variables are saved. Idempotent. Raises Unavailable."""
@@ -64,9 +63,6 @@ class Loader:
         self._marks = LoadMarks(folder, run_id)
         checkpoint_with(self._checkpoints.save_sum)
 
-    async def _in_turn(self, method, *arguments):
-        return await asyncio.get_running_loop().run_in_executor(self._serial_executor, method, *arguments)
-
     async def get_weights(self, key: ModelKey) -> Arrays:
         with as_own_errors(f"The weights of model {key} cannot be read"):
             return await in_own_thread(self._graph(key).variables.get_weights)
@@ -75,18 +71,17 @@ class Loader:
         """They are saved when this returns; what is so with them."""
         with as_own_errors(f"The weights of model {key} cannot be set"):
             graph = self._graph(key)
-            await self._in_turn(self._set_and_save, graph, weights)
-            if graph.mutates_state:  # who may share runs was found for whatever weights it may come to
-                return loaded._replace(weights_id=secrets.token_hex(8))
-            verdict = await self._try_batchable(graph)
-        return loaded._replace(**verdict._asdict(), weights_id=secrets.token_hex(8))
+            await self._saving.run(self._set_and_save, graph, weights)
+            # where runs change weights, who may share them was found for whatever weights there may be
+            verdict = {} if graph.mutates_state else (await self._try_batchable(graph))._asdict()
+        return loaded._replace(**verdict, weights_id=secrets.token_hex(8))
 
     async def checkpoint_all(self) -> None:
         """Save the variables of the models that change them when they run."""
         with as_own_errors("The variables cannot be saved"):
             for graph in list(self._graphs.values()):
                 if graph.mutates_state and graph.checkpointed is not None:
-                    await self._in_turn(self._checkpoint, graph)
+                    await self._saving.run(self._checkpoint, graph)
 
     def _graph(self, key: ModelKey) -> Graph:
         if (graph := self._graphs.get(key)) is None:
@@ -120,7 +115,7 @@ class Loader:
             cached = functools.partial(self._checkpoints.cached, known_by)
             verdict = Verdict(*map(tuple, await self._try_batchable(graph, cached)))
             if graph.mutates_state:
-                await self._in_turn(self._checkpoint, graph)
+                await self._saving.run(self._checkpoint, graph)
         return LoadedVersion(
             graph.metadata(), graph.fingerprint, tuple(graph.tokens), *verdict, graph.runs_python, secrets.token_hex(8)
         )
@@ -130,11 +125,10 @@ class Loader:
         tf = import_tensorflow()
         weights = self._checkpoints.load(source)
         with contextlib.ExitStack() as stack:
-            origin = {}
             if source.folder:
                 bundle = self.bundles[key] = Bundle(source, is_mirrored(self._options, source))
-                origin["folder"] = stack.enter_context(bundle.opened())
-            graph = self._built.pop(key, None) or build_graph(tf, self._options, source, **origin)
+                stack.enter_context(bundle.opened())
+            graph = self._built.pop(key, None) or build_graph(tf, self._options, source)
             if is_mirrored(self._options, source) and graph.mutates_state:
                 raise ModelError("it changes its variables when it runs and cannot be mirrored: use --placement shared")
             self._graphs[key] = graph
@@ -163,7 +157,7 @@ class Loader:
         if graph := self._graphs.pop(key, None):
             try:
                 if graph.mutates_state and graph.checkpointed is not None:
-                    await self._in_turn(self._checkpoint, graph)
+                    await self._saving.run(self._checkpoint, graph)
             finally:
                 ending = await in_own_thread(graph.free, import_tensorflow())
             del graph

@@ -55,52 +55,38 @@ class ModelSource(NamedTuple):
         """The symbolic links ``stable -> 123`` beside the versions; those that lead elsewhere are none."""
         if self.version is not None:
             return {}
-        with os.scandir(self.folder) as entries:
-            links = [entry.path for entry in entries if entry.is_symlink() and not entry.name.isdecimal()]
-        to = {}
-        for link in links:
-            with contextlib.suppress(OSError):  # it has been moved just now
-                to[os.path.basename(link)] = os.path.normpath(os.path.join(self.folder, os.readlink(link)))
-        here = (os.path.normpath(self.folder), os.path.realpath(self.folder))
-        return {
-            label: int(os.path.basename(target))
-            for label, target in to.items()
-            if os.path.dirname(target) in here and os.path.basename(target).isdecimal()
-        }
+        here, labels = (os.path.normpath(self.folder), os.path.realpath(self.folder)), {}
+        for name in os.listdir(self.folder):
+            with contextlib.suppress(OSError):  # it is no link, or has been moved just now
+                target = os.path.join(self.folder, os.readlink(os.path.join(self.folder, name)))
+                folder, version = os.path.split(os.path.normpath(target))
+                if folder in here and version.isdecimal() and not name.isdecimal():
+                    labels[name] = int(version)
+        return labels
 
     def files_seen(self) -> list[tuple[str, int, float]]:
         """The files of a version, with their sizes and times. Raises nothing."""
-        return sorted(_files(self.folder, set())) if self.folder else []
+        return sorted(_files(self.folder)) if self.folder else []
 
 
 def _has_saved_model(folder: str) -> bool:
     return any(os.path.isfile(os.path.join(folder, name)) for name in SAVED_MODEL_FILES)
 
 
-def _files(folder: str, seen: set[str]) -> Iterator[tuple[str, int, float]]:
+def _files(top: str) -> Iterator[tuple[str, int, float]]:
     """All below, through links as well, each folder once: links may lead in circles."""
-    if (real := os.path.realpath(folder)) in seen:
-        return
-    seen.add(real)
-    try:
-        names = os.listdir(folder)
-    except OSError:
-        names = []
-        yield folder, -1, 0.0
-    for path in (os.path.join(folder, name) for name in names):
-        if os.path.isdir(path):
-            yield from _files(path, seen)
-        else:
-            yield path, *_size_and_time(path)
-
-
-def _size_and_time(path: str) -> tuple[int, float]:
-    """Not those of a link that leads nowhere, or to itself, or of a file that is gone: what needs it will say so."""
-    try:
-        status = os.stat(path)
-    except OSError:
-        return -1, 0.0
-    return status.st_size, status.st_mtime
+    seen = set()
+    for folder, folders, names in os.walk(top, followlinks=True):
+        if (real := os.path.realpath(folder)) in seen:
+            folders.clear()
+            continue
+        seen.add(real)
+        for path in (os.path.join(folder, name) for name in names):
+            try:
+                status = os.stat(path)
+                yield path, status.st_size, status.st_mtime
+            except OSError:  # a link that leads nowhere, or a file that is gone: what needs it will say so
+                yield path, -1, 0.0
 
 
 ADDER_SOURCE = ModelSource(ADDER, 1, function="shared_graph.adder:build_adder")

@@ -102,7 +102,6 @@ class ParameterServer:
     async def reload(self, model: str) -> Snapshot:
         """Look at a model's folder now; what is served then."""
         await self.start()
-        self.manager.check_known(model)
         await self.manager.reconcile(model, at_once=True)
         return self.manager.snapshot
 

@@ -138,10 +138,8 @@ def ray_runtime(options: Options) -> Iterator[None]:
     else the cluster at ``options.address``, or a local one of our own. Raises Unavailable."""
     global _users, _owner, _ended
     with _lock:
-        if _users == 0 and ray.is_initialized():  # not ours to end
-            is_ours = False
-        else:
-            is_ours = True
+        is_ours = _users > 0 or not ray.is_initialized()  # else it is the user's, and not ours to end
+        if is_ours:
             if _users == 0:
                 started, _ended = Future(), threading.Event()
                 _owner = threading.Thread(target=_own_ray, args=[options, started, _ended], daemon=True)

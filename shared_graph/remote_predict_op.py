@@ -7,7 +7,6 @@ import http.client
 import json
 import time
 import urllib.parse
-from typing import Any
 
 import numpy as np
 
@@ -60,7 +59,7 @@ def remote_predict(
         named = dict(zip(input_tensor_aliases, map(np.asarray, inputs)))
         asked = target_address, path, signature_name, named, dtypes, max_rpc_deadline_millis / 1000
         try:
-            return [np.int32(0), b"", *try_remote(*asked)]
+            return [np.int32(0), b"", *call_remote(*asked)]
         except Error as error:
             if fail_op_on_rpc_error:
                 raise RuntimeError(f"HTTP {error.status}: {error}") from None
@@ -76,37 +75,32 @@ def nothing(dtype: np.dtype) -> np.ndarray:
     return np.array(b"", object) if dtype == object else np.zeros((), dtype)
 
 
-def try_remote(address: str, *arguments: Any) -> list[np.ndarray]:
-    """As ``call_remote``; raises Error whatever goes wrong."""
+def call_remote(
+    address: str, path: str, signature_name: str, inputs: Arrays, dtypes: dict[str, np.dtype], seconds: float
+) -> list[np.ndarray]:
+    """The outputs of one predict over REST. Raises Error whatever goes wrong, the server's own if there is one."""
+    deadline = time.monotonic() + seconds
     try:
-        return call_remote(address, *arguments)
+        document = json.loads(request_http(address, "GET", f"{path}/metadata", None, deadline))
+        signature = document["metadata"]["signature_def"]["signature_def"].get(signature_name)
+        if signature is None:
+            raise InvalidRequest(f'Serving signature name: "{signature_name}" not found in signature def')
+        if inputs.keys() != signature["inputs"].keys() or dtypes.keys() - signature["outputs"].keys():
+            there = [sorted(signature[side]) for side in ("inputs", "outputs")]
+            raise InvalidRequest(f"aliases {sorted(inputs)} and {sorted(dtypes)} do not fit {there[0]} and {there[1]}")
+        columns = {name: plain(array, "_bytes") for name, array in inputs.items()}
+        body = json_text({"signature_name": signature_name, "inputs": columns})
+        outputs = load(request_http(address, "POST", f"{path}:predict", body, deadline))["outputs"]
+        named = outputs if len(signature["outputs"]) > 1 else dict.fromkeys(signature["outputs"], outputs)
+        return [parse_tensor(name, named[name], dtype) for name, dtype in dtypes.items()]
     except Error:
         raise
     except TimeoutError:
-        raise DeadlineExceeded(f"{address} did not answer within {arguments[-1] * 1000:g} ms") from None
+        raise DeadlineExceeded(f"{address} did not answer within {seconds * 1000:g} ms") from None
     except OSError as error:
         raise Unavailable(f"{address} cannot be reached: {error.strerror or error}") from None
     except Exception as error:
         raise ModelError(f"{address} does not answer as it should: {first_sentence(error)}") from None
-
-
-def call_remote(
-    address: str, path: str, signature_name: str, inputs: Arrays, dtypes: dict[str, np.dtype], seconds: float
-) -> list[np.ndarray]:
-    """The outputs of one predict over REST. Raises Error with the server's answer, TimeoutError, OSError."""
-    deadline = time.monotonic() + seconds
-    document = json.loads(request_http(address, "GET", f"{path}/metadata", None, deadline))
-    signature = document["metadata"]["signature_def"]["signature_def"].get(signature_name)
-    if signature is None:
-        raise InvalidRequest(f'Serving signature name: "{signature_name}" not found in signature def')
-    if inputs.keys() != signature["inputs"].keys() or dtypes.keys() - signature["outputs"].keys():
-        there = [sorted(signature[side]) for side in ("inputs", "outputs")]
-        raise InvalidRequest(f"aliases {sorted(inputs)} and {sorted(dtypes)} do not fit {there[0]} and {there[1]}")
-    columns = {name: plain(array, "_bytes") for name, array in inputs.items()}
-    body = json_text({"signature_name": signature_name, "inputs": columns})
-    outputs = load(request_http(address, "POST", f"{path}:predict", body, deadline))["outputs"]
-    named = outputs if len(signature["outputs"]) > 1 else dict.fromkeys(signature["outputs"], outputs)
-    return [parse_tensor(name, named[name], dtype) for name, dtype in dtypes.items()]
 
 
 def request_http(address: str, method: str, path: str, body: bytes | None, deadline: float) -> bytes:

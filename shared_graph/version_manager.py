@@ -15,7 +15,7 @@ import logging
 from collections.abc import Awaitable, Callable
 from typing import NamedTuple
 
-from shared_graph.errors import Error, InvalidRequest, ModelError, Unavailable, first_sentence
+from shared_graph.errors import Error, ModelError, Unavailable, first_sentence
 from shared_graph.model_source import ModelSource
 from shared_graph.models import LoadedVersion, ModelKey, ModelVersion, Snapshot, WorkerReport, not_found
 
@@ -70,7 +70,7 @@ class VersionManager:
         self.snapshot = Snapshot()
         self._look, self._load, self._unload, self._publish = look, load, unload, publish
         self._versions: dict[ModelKey, Version] = {}
-        self._pointers: dict[tuple[str, str | None], int | None] = {}
+        self._pointers: dict[str, dict[str | None, int | None]] = {name: {} for name in self.sources}
         self._reports: dict[int, WorkerReport] = {}  # of each worker that there is
         self._files_seen: dict[str, dict[int, list]] = {}  # of each model's versions, at the last look
         self._failed_files: dict[ModelKey, list] = {}  # with which a version has failed
@@ -131,12 +131,12 @@ class VersionManager:
             for version in self._loaded(name):
                 failures = self._failures(version.key)
                 if not version.was_ready and failures and len(failures) == len(self._all()):
-                    its = {pointer for pointer, number in self._pointers.items() if (pointer[0], number) == version.key}
-                    self._pointers |= dict.fromkeys(its)  # who asks waits for another one
-                    await self._fail(version, found.files_seen.get(version.key.version, []), ModelError(failures[0]))
-            aspired = {choice: version for (n, choice), version in self._pointers.items() if n == name}
-            aspired = {choice: aspired[choice] for choice in [None, *found.labels] if choice in aspired}
-            aspired = {c: v for c, v in aspired.items() if (it := self._versions.get(ModelKey(name, v))) and it.loaded}
+                    number, pointers = version.source.version, self._pointers[name]
+                    # who asks waits for another one
+                    self._pointers[name] = {choice: None if n == number else n for choice, n in pointers.items()}
+                    await self._fail(version, found.files_seen.get(number, []), ModelError(failures[0]))
+            pointers, loaded = self._pointers[name], {version.source.version for version in self._loaded(name)}
+            aspired = {choice: pointers[choice] for choice in [None, *found.labels] if pointers.get(choice) in loaded}
             for version in sorted(found.versions, reverse=True):
                 if await self._ensure_loaded(found, version, version in at_rest, at_once):
                     aspired[None] = version
@@ -229,16 +229,13 @@ class VersionManager:
 
     async def _switch(self, name: str, aspired: dict[str | None, int]) -> None:
         """Let the latest and the labels stand for other versions, in two steps."""
-        now = {choice: version for (n, choice), version in self._pointers.items() if n == name}
+        now = self._pointers[name]
         if now == aspired:
             return
-        others = {key: version for key, version in self._pointers.items() if key[0] != name}
-        moving = {c: v if now.get(c, v) == v else None for c, v in aspired.items()}
-        self._pointers = others | {(name, choice): version for choice, version in moving.items()}
+        self._pointers[name] = {choice: n if now.get(choice, n) == n else None for choice, n in aspired.items()}
         self._update()
         await self._until_settled(name)
-        others = {key: version for key, version in self._pointers.items() if key[0] != name}
-        self._pointers = others | {(name, choice): version for choice, version in aspired.items()}
+        self._pointers[name] = aspired
         self._update()
 
     async def _drop(self, version: Version, state: str, error: str | None = None) -> None:
@@ -277,7 +274,8 @@ class VersionManager:
     def _update(self) -> None:
         """Publish what there is now, if that is something else than before; and look again at what is waited for."""
         versions = {key: self._described(version) for key, version in self._versions.items()}
-        now = versions, frozenset(self._loading), dict(self._pointers)
+        pointers = {(name, choice): n for name, of_model in self._pointers.items() for choice, n in of_model.items()}
+        now = versions, frozenset(self._loading), pointers
         if now != self.snapshot[1:]:
             self.snapshot = Snapshot(self.snapshot.snapshot_id + 1, *now)
             self._publish(self.snapshot)
@@ -303,12 +301,9 @@ class VersionManager:
 
     def latest(self, name: str) -> ModelKey:
         """Raises InvalidRequest, or Unavailable while another one takes its place."""
-        if (name, None) not in self._pointers:
+        pointers = self._pointers.get(name, {})
+        if None not in pointers:
             raise not_found(name, None)
-        if (version := self._pointers[name, None]) is None:
+        if (number := pointers[None]) is None:
             raise Unavailable(f"Another version of model {name} is just being taken into use; try again.")
-        return ModelKey(name, version)
-
-    def check_known(self, name: str) -> None:
-        if name not in self.sources:
-            raise InvalidRequest(f"There is no model {name}", 404)
+        return ModelKey(name, number)

@@ -1,10 +1,12 @@
 """What lies in a model's folder: versions, labels, and links that lead nowhere, elsewhere or in circles."""
 
 import os
+import pathlib
 
 import pytest
 
-from shared_graph.bundles import Bundle
+from shared_graph.bundles import Bundle, fetched_bundle
+from shared_graph.errors import ModelError
 from shared_graph.loader import look
 from shared_graph.model_source import ModelSource
 
@@ -48,10 +50,27 @@ async def test_a_version_with_links_that_lead_nowhere_or_in_circles_is_found_and
     found = await look(source)
     files = {path for path, size, _ in found.files_seen[1] if size == 3}
     assert {os.path.join(top, "words"), os.path.join(top, "other words")} <= files and len(found.files_seen[1]) < 10
-    with Bundle(version, with_assets=True).opened() as folder:
-        for name in ("words", "other words"):
+    bundle = Bundle(version, with_assets=True)
+    with bundle.opened():
+        pass  # here it would be loaded
+
+    async def read(offset: int) -> bytes:
+        return bundle.read(offset)
+
+    async with fetched_bundle(read) as folder:
+        assert os.path.isfile(os.path.join(folder, "saved_model.pb"))
+        for name in ("words", "other words") if place == "assets" else ():
             with open(os.path.join(folder, place, name)) as file:
                 assert file.read() == "one"
+
+
+def test_a_version_that_changes_while_it_is_loaded_is_refused(source):
+    version = source.versions()[1]
+    with (
+        pytest.raises(ModelError, match="its files changed while it was loaded"),
+        Bundle(version, with_assets=True).opened(),
+    ):
+        write(pathlib.Path(version.folder) / "assets" / "words")
 
 
 def test_a_version_whose_files_are_there_twice_is_taken_once_and_that_is_told(source, tmp_path):

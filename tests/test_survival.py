@@ -36,10 +36,12 @@ def kill(actor: dict) -> None:
 
 
 def kill_one(server, kind: str, least: int) -> dict:
-    """One of the workers or parameter servers that are ready, as soon as there are so many."""
+    """One of the workers or parameter servers that are ready, as soon as there are so many. Not one that was killed
+    just now: Ray takes a moment to tell."""
 
     def ready() -> list[dict] | None:
         found = [actor for actor in server.get("/health").json[kind] if actor["state"] == "ready"]
+        found = [actor for actor in found if command_of(actor["pid"])]
         return found if len(found) >= least else None
 
     kill(killed := random.choice(wait_until(ready, what=f"{kind} to be ready")))
@@ -227,6 +229,18 @@ def test_files_that_have_gone_are_not_taken_for_a_beginning(tmp_path):
         again.load(MODEL)
     with pytest.raises(Unavailable, match="variables are gone"):
         Checkpoints(str(tmp_path / "elsewhere"), run_id="1", durable=True)
+
+
+def test_the_marks_of_models_that_are_loaded_stay_for_as_long_as_the_run(tmp_path):
+    """A worker's, by which it knows a model that ends it, are not gone with a parameter server."""
+    for name in (".run-1", ".loading-1-m", ".loading-worker-0-m"):
+        (tmp_path / name).touch()
+    Checkpoints(str(tmp_path), run_id="1", durable=True)
+    marks = lambda: sorted(name for name in os.listdir(tmp_path) if name.startswith((".loading", ".run")))
+    assert marks() == [".loading-1-m", ".loading-worker-0-m", ".run-1"]
+    (tmp_path / ".run-2").touch()
+    Checkpoints(str(tmp_path), run_id="2", durable=True)
+    assert marks() == [".run-2"]
 
 
 def test_a_checkpoint_of_another_model_stops_the_start_with_a_sentence_that_names_the_file(tmp_path):

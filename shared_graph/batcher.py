@@ -100,9 +100,9 @@ class Batcher:
         if self._closed:
             raise self._closed.with_traceback(None)
         size_bytes = size_of(body)
-        if self.waiting >= self.options.max_queue:
-            raise Unavailable(f"Too many requests are waiting already ({self.waiting}); try again later.")
-        if not is_patient:  # of which ``map`` has a few under way, however large
+        if not is_patient:  # of which ``map`` has a few under way, however large, and is not to fail half way
+            if self.waiting >= self.options.max_queue:
+                raise Unavailable(f"Too many requests are waiting already ({self.waiting}); try again later.")
             self.pending.hold(size_bytes)
         loop = asyncio.get_running_loop()
         key, now = QueueKey(name, choice, hint_of(version, body), worker), loop.time()

@@ -53,6 +53,7 @@ def matching(pattern: str, allowed: str, convert: Callable[[str], Any] = str) ->
 
 
 text = matching(".+", "a non-empty text")
+folder = matching(".+", "a non-empty text", os.path.abspath)  # other processes have other working directories
 array_file = matching(r".*\.np[yz]", "a file whose name ends in .npy or .npz")
 
 
@@ -102,7 +103,7 @@ class Options:
         None,
         "folder in which the sum and changed variables are kept, through power cuts and for the next start;"
         " without it they are kept as long as the program runs",
-        text,
+        folder,
     )
     address: str | None = option(
         None, "Ray cluster to join ('auto': the one that runs here), else one is started", text

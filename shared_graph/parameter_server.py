@@ -111,8 +111,10 @@ class ParameterServer:
 
     # -- called by workers ---------------------------------------------------------------------------------------------
 
-    async def report(self, report: WorkerReport) -> Snapshot:
-        """What a worker has; what is served now."""
+    async def report(self, incarnation: str, report: WorkerReport) -> Snapshot:
+        """What a worker has of this life; what is served now."""
+        if incarnation != self.incarnation:
+            raise ActorUnavailable("That was another life of the parameter server.")
         if self.workers.get(report.index, ("", None))[0] != report.incarnation:
             worker = await find_actor(f"worker {report.index}", self.namespace)
             self.workers[report.index] = report.incarnation, worker
@@ -158,12 +160,11 @@ class ParameterServer:
         others = [await find_actor(name, self.namespace) for name in names]
         for other in others:
             self.addresses += (await other.call("start")).addresses
+            keep_task(self.tasks, self._end_with(other))  # before anything waits for it that has no end
         self.loader.addresses = self.addresses
         await self.manager.reconcile(ADDER, at_once=True)
         if error := self.manager.snapshot.versions[ModelKey(ADDER, 1)].error:
             raise ModelError(error)
-        for other in others:
-            keep_task(self.tasks, self._end_with(other))
         keep_task(self.tasks, self._checkpoint_now_and_then())
         for source in self.options.model:
             keep_task(self.tasks, self._watch_folder(source.name))

@@ -74,8 +74,10 @@ class Replica:
         self.apply(snapshot)
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(patience_s):
-                while self._bringing_up - self.failed.keys():
+                while self._bringing_up - self.failed.keys() and not self.is_left:
                     await self._changed.wait()
+        if self.is_left:
+            raise ActorUnavailable("The parameter server was lost.")
         await self._report()
         keep_task(self._tasks, self._keep_reporting())
 
@@ -125,8 +127,6 @@ class Replica:
             try:
                 async with asyncio.timeout(BUILD_LIMIT_S):
                     await self._build(key, loaded)
-                if key in self.graphs:
-                    self._weights[key] = loaded.weights_id
                 self.failed.pop(key, None)
                 self._notify()
             except Exception as error:  # a version that others have may be in use, and so is tried again
@@ -146,12 +146,14 @@ class Replica:
         return version and version.loaded
 
     async def _build(self, key: ModelKey, loaded: LoadedVersion) -> None:
-        """Build, connect and warm up; or give a mirror other weights."""
+        """Build, connect and warm up, or give a mirror other weights: those that are wanted by then."""
         tf, source = import_tensorflow(), self.snapshot.versions[key].source
         is_mirror = is_mirrored(self.options, source)
         weights = await self.server.call("get_weights", *key) if is_mirror else {}
         if key in self.graphs:
-            return await in_own_thread(self.graphs[key].variables.set_weights, weights)
+            await in_own_thread(self.graphs[key].variables.set_weights, weights)
+            self._weights[key] = loaded.weights_id
+            return
         async with contextlib.AsyncExitStack() as stack:
             origin: dict[str, Any] = {"tokens": None if is_mirror else list(loaded.tokens)}
             if source.folder:
@@ -169,11 +171,13 @@ class Replica:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(WARM_UP_LIMIT_S):
                     await graph.built_in.run(warm_up, graph)
-        now = self._wanted(key)
+        while (now := self._wanted(key)) and is_mirror and is_reweighted(loaded, now):
+            loaded, weights = now, await self.server.call("get_weights", *key)
+            await graph.built_in.run(graph.variables.set_weights, weights)
         if now is None or (now.fingerprint, now.tokens) != (loaded.fingerprint, loaded.tokens):
             graph.disconnect()  # meanwhile it has been given up, and perhaps loaded anew
             return
-        self.graphs[key] = graph
+        self.graphs[key], self._weights[key] = graph, loaded.weights_id
         self._set_batchable(key, now)
 
     # -- reports -------------------------------------------------------------------------------------------------------
@@ -188,7 +192,7 @@ class Replica:
             self._reported = self._revision
             ready = {key: self._weights[key] for key in self.graphs if key in self._weights}
             report = WorkerReport(self.index, self._incarnation, dict(self._settled), ready, dict(self.failed))
-            self.apply(await self.server.call("report", report))
+            self.apply(await self.server.call("report", self.server_incarnation, report))
 
     async def _keep_reporting(self) -> None:
         """Whenever something has changed."""
@@ -209,6 +213,11 @@ class Replica:
     async def _watch_server(self) -> None:
         await watch_death(self.server)
         self.leave()
+
+
+def is_reweighted(loaded: LoadedVersion, now: LoadedVersion) -> bool:
+    """Is it the same graph, with other weights?"""
+    return loaded.fingerprint == now.fingerprint and loaded.weights_id != now.weights_id
 
 
 def part_of(name: str, snapshot: Snapshot) -> tuple[dict, dict]:

@@ -30,6 +30,7 @@ PING_S = 0.5  # between two looks at an actor
 SUSPECT_S = 1.5  # a worker that has not answered for so long gets no new work
 PATIENCE_S = {"worker": 4.0, "parameter server": 30.0}  # an actor that has not answered for so long is ended
 START_PATIENCE_S = 30.0  # and one that does so while it starts
+FIRST_WORKER_S = 30.0  # so long the other workers wait for the first one
 LONGEST_PAUSE_S = 30.0  # between two attempts to start what cannot start
 
 
@@ -60,7 +61,9 @@ class Supervisor:
     async def supervise(self, actor: ActorStatus) -> None:
         """Bring an actor up to date, and again whenever it, or the parameter server, was away."""
         if actor.kind == "worker" and (actor.index or self._options.address):  # else beside the parameter server
-            await (self._worker_ready if actor.index else self._server_ready).wait()  # one that serves comes first
+            first = asyncio.ensure_future((self._worker_ready if actor.index else self._server_ready).wait())
+            await asyncio.wait([first], timeout=FIRST_WORKER_S if actor.index else None)  # one that serves comes first
+            first.cancel()
         loop, pause_s, told = asyncio.get_running_loop(), PING_S, None
         while True:
             started = loop.time()
@@ -71,16 +74,17 @@ class Supervisor:
                 pause_s, told = PING_S, None
                 log.warning("%s lost  pid %d  %s", actor, actor.process.pid, await self.wait_until_lost(actor))
             except OptionError as error:
-                self.remove_folder()
+                self.remove_folder(is_unused=True)
                 return self._status.fail(error, is_over=True)
-            except ActorUnavailable as error:
-                if error.is_final:  # a shared cluster that had ended; else Ray is starting it anew
-                    actor.actor = None
             except Exception as error:
-                if (why := first_sentence(error)) != told:
-                    log.warning("%s could not start: %s", actor, why)
-                told, pause_s = why, min(2 * pause_s, LONGEST_PAUSE_S)
-                if isinstance(error, Error) and actor is self._primary:
+                is_gone = isinstance(error, ActorUnavailable)
+                if is_gone and error.is_final:  # a shared cluster that had ended, or what cannot be made at all
+                    actor.actor = None
+                if not is_gone or error.is_final:  # else Ray is starting it anew
+                    if (why := first_sentence(error)) != told:
+                        log.warning("%s could not start: %s", actor, why)
+                    told, pause_s = why, min(2 * pause_s, LONGEST_PAUSE_S)
+                if isinstance(error, Error) and not is_gone and actor is self._primary:
                     self._status.fail(error, is_over=not self._server_ready.is_set())
                     if self._status.is_over:
                         return
@@ -92,11 +96,11 @@ class Supervisor:
         if actor.actor is None:
             arguments = [] if actor.kind == "worker" else [self._make_folder(), self._run_id]
             actor.actor = await self._create(actor.kind, actor.index, *arguments)
+            self._is_shared = bool(self._options.address)  # from now on the folder is the parameter server's
         info = await self._call_start(actor, *([self._options.shared] if actor is self._primary else []))
         if actor is self._primary:
             if info.folder != self._folder:  # others made this cluster
-                self.remove_folder()
-            self._is_shared = bool(self._options.address)
+                self.remove_folder(is_unused=True)
             self._status.apply_snapshot(info.snapshot)
             self._status.recover()
             self._server_ready.set()
@@ -203,9 +207,9 @@ class Supervisor:
             raise Unavailable(f"The folder for variables cannot be used: {error.filename}: {error.strerror}.") from None
         return self._folder
 
-    def remove_folder(self) -> None:
-        """If it is ours alone."""
-        if self._folder and not self._options.checkpoint_dir and not self._is_shared:
+    def remove_folder(self, is_unused: bool = False) -> None:
+        """If it is ours alone, or no parameter server has it."""
+        if self._folder and not self._options.checkpoint_dir and (is_unused or not self._is_shared):
             for _ in range(50):  # an actor that is just being ended may still write to it
                 shutil.rmtree(self._folder, ignore_errors=True)
                 if not os.path.exists(self._folder):

@@ -71,7 +71,8 @@ class Worker:
                     keep_task(self.tasks, keep_memory_low())
                 server = await find_actor("parameter server 0", self.namespace)
                 info = await server.call("start")
-                if self.replica is None or self.replica.server_incarnation != info.incarnation:
+                replica = self.replica
+                if replica is None or replica.is_left or replica.server_incarnation != info.incarnation:
                     self._leave()
                     self.compute, self.remote = Lane(MAX_BATCHES_IN_FLIGHT), Lane(REMOTE_CALLS_AT_ONCE)
                     self.replica = Replica(

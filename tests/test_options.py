@@ -43,7 +43,7 @@ RIGHT = [  # option, text, value
     ("batch-wait-ms", "2.5", 2.5),
     ("max-queue", "9", 9),
     ("timeout-s", "1e3", 1000.0),
-    ("checkpoint-dir", "kept here", "kept here"),
+    ("checkpoint-dir", "kept here", os.path.abspath("kept here")),
     ("address", "auto", "auto"),
     ("host", "::1", "::1"),
     ("port", "65535", 65535),

@@ -7,17 +7,27 @@ import threading
 import pytest
 
 import shared_graph.replica as module
+from shared_graph import parameter_server
+from shared_graph.errors import ActorUnavailable
 from shared_graph.model_source import ModelSource
-from shared_graph.models import LoadedVersion, ModelKey, ModelVersion, ServerInfo, Snapshot
+from shared_graph.models import LoadedVersion, ModelKey, ModelVersion, ServerInfo, Snapshot, WorkerReport
 from shared_graph.options import Options
 from shared_graph.replica import Replica
 from shared_graph.wire import ProcessInfo
 
 
 class PlayedServer:
-    """Has nothing new to tell, and lives."""
+    """Has weights, nothing new to tell, and lives."""
+
+    def __init__(self):
+        self.called, self.weights = [], None
 
     async def call(self, method: str, *arguments):
+        self.called.append(method)
+        if method == "get_weights":
+            weights = self.weights
+            await asyncio.sleep(0.1)
+            return weights
         await asyncio.sleep(1000)
 
 
@@ -44,7 +54,7 @@ THERE, LEAVING = ModelVersion(SOURCES["a"], "AVAILABLE", None, LOADED), ModelVer
 def replica(tmp_path):
     """Of a parameter server that has nothing yet; call it inside the test's event loop."""
     info = ServerInfo(ProcessInfo(1, "node", [], None), "life", str(tmp_path), ["a:1"], Snapshot())
-    return lambda: Replica(0, "life", Options(), PlayedServer(), info, lambda: None)
+    return lambda **options: Replica(0, "life", Options(**options), PlayedServer(), info, lambda: None)
 
 
 @pytest.fixture
@@ -80,6 +90,65 @@ async def test_a_version_that_is_given_up_while_it_is_built_is_not_kept(replica,
     may_end.set()
     await until(lambda: not replica._bringing_up)
     assert replica.graphs == {} and not graphs[0].is_connected
+    replica.leave()
+
+
+async def test_a_worker_that_catches_up_when_the_parameter_server_dies_says_so_and_reports_to_no_other_life(
+    replica, building
+):
+    """Its report made a good version of the next life END, or had that wait for ever."""
+    replica, (graphs, may_end) = replica(), building
+    graphs.append(PlayedGraph())
+    catching_up = asyncio.create_task(replica.catch_up(Snapshot(1, {KEY: THERE}, frozenset(), {}), 1000))
+    await asyncio.sleep(0.05)
+    replica.leave()
+    with pytest.raises(ActorUnavailable):
+        await asyncio.wait_for(catching_up, 10)
+    assert "report" not in replica.server.called
+    may_end.set()
+
+
+async def test_a_report_of_another_life_is_refused_and_one_of_this_life_is_taken(monkeypatch, tmp_path):
+    monkeypatch.setattr(parameter_server, "this_process", lambda: ProcessInfo(1, "node", [], None))
+    server = parameter_server.ParameterServer(0, Options(), "here", str(tmp_path), "run")
+    server.workers[0] = "worker's life", PlayedServer()
+    for incarnation in (None, "this life"):
+        server.incarnation = incarnation
+        with pytest.raises(ActorUnavailable):
+            await server.report("another life", WorkerReport(0, "worker's life", {}, {}, {}))
+    assert await server.report("this life", WorkerReport(0, "worker's life", {}, {}, {})) == server.manager.snapshot
+
+
+async def test_a_mirror_is_not_answered_from_until_it_has_the_weights_that_were_set_while_it_was_built(
+    replica, building, monkeypatch
+):
+    """``set_weights`` waits for those who have the version, and this worker has none yet."""
+    replica, (graphs, may_end) = replica(placement="mirrored"), building
+
+    class Mirror(PlayedGraph):
+        weights = None
+
+        @property
+        def variables(self):
+            return self
+
+        def restore(self, tf, weights):
+            may_end.wait(10)
+            self.weights = weights
+
+        set_weights = lambda self, weights: setattr(self, "weights", weights)
+
+    graphs.append(graph := Mirror())
+    monkeypatch.setattr(module, "build_graph", lambda *arguments, **origin: graph)
+    replica.server.weights = "old"
+    replica.apply(Snapshot(1, {KEY: THERE}, frozenset(), {}))
+    await asyncio.sleep(0.05)
+    replica.server.weights = "new"
+    others = ModelVersion(SOURCES["a"], "AVAILABLE", None, LOADED._replace(weights_id="others"))
+    replica.apply(Snapshot(2, {KEY: others}, frozenset(), {}))
+    may_end.set()
+    await until(lambda: KEY in replica.graphs)
+    assert (graph.weights, replica._weights) == ("new", {KEY: "others"})
     replica.leave()
 
 

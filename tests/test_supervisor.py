@@ -35,6 +35,7 @@ class PlayedActor:
         self.stage, self.kind, self.index = stage, kind, index
         self.connections: list[PlayedConnection] = []
         self.is_stopped, self.is_ended, self.starts, self.failure = False, False, [], None
+        self.cause: str | None = None  # for which it is dead for good
         self.begin()
 
     def begin(self) -> None:
@@ -54,7 +55,9 @@ class PlayedActor:
     async def call(self, method: str, *arguments):
         if not self.is_alive:
             await asyncio.sleep(0.01)
-            raise ActorUnavailable("it is dead")
+            failure = ActorUnavailable(self.cause or "it is dead")
+            failure.is_final = self.cause is not None
+            raise failure
         answer = asyncio.create_task(getattr(self, method)(*arguments))
         death = asyncio.create_task(self.died.wait())
         try:
@@ -199,6 +202,61 @@ async def test_what_cannot_start_is_told_once_and_tried_again_with_growing_pause
         await asyncio.sleep(60)
         told = [record for record in caplog.records if "could not start" in record.message]
         assert len(told) == 2 and stage.states() == ["ready"] * 3
+
+
+@pytest.mark.parametrize("name", ["parameter server 0", "worker 0"])
+async def test_an_actor_that_cannot_even_be_made_is_told_once_and_made_anew_with_growing_pauses(name, caplog):
+    """As on a machine that lacks the package; Ray does not start such a one by itself."""
+    stage, made = Stage(workers=1), []
+    create = stage.create
+
+    async def cannot_be_made(kind: str, index: int, *arguments) -> PlayedActor:
+        actor = await create(kind, index, *arguments)
+        if str(f"{kind} {index}") == name:
+            made.append(actor)
+            actor.is_alive, actor.cause = False, "ModuleNotFoundError: No module named 'tensorflow'"
+        return actor
+
+    stage.supervisor._create = cannot_be_made
+    task = asyncio.create_task(stage.supervisor.run())
+    await asyncio.sleep(600)
+    told = [record.message for record in caplog.records if "could not start" in record.message]
+    assert told == [f"{name} could not start: ModuleNotFoundError: No module named 'tensorflow'"]
+    assert 15 < len(made) < 40 and not stage.over
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)
+    stage.supervisor.remove_folder()
+
+
+@pytest.mark.parametrize("is_stopped", [False, True], ids=["fails", "hangs"])
+async def test_a_first_worker_that_never_starts_does_not_keep_the_others_waiting(is_stopped):
+    stage = Stage(workers=3)
+    stage.actors["worker 0"] = first = PlayedActor(stage, "worker", 0)
+    first.failure, first.is_stopped = Error("no TensorFlow on its node"), is_stopped
+    task = asyncio.create_task(stage.supervisor.run())
+    await asyncio.sleep(60)
+    assert stage.states() == ["ready", "starting", "ready", "ready"]
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)
+    stage.supervisor.remove_folder()
+
+
+@pytest.mark.parametrize("others_made_it", [False, True])
+async def test_a_shared_parameter_server_has_its_folder_when_who_made_it_ends_before_it_has_started(others_made_it):
+    stage = Stage(workers=1, address="auto")
+    stage.actors["parameter server 0"] = actor = PlayedActor(stage, "parameter server", 0)
+    if others_made_it:
+        stage.folder_of_server = lambda: "/theirs"
+    else:
+        actor.is_stopped = True
+    task = asyncio.create_task(stage.supervisor.run())
+    await asyncio.sleep(10)
+    folder = stage.supervisor._folder
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)
+    stage.supervisor.remove_folder()
+    assert os.path.exists(folder) == (not others_made_it)
+    stage.supervisor.remove_folder(is_unused=True)
 
 
 @pytest.mark.parametrize("failure", [ModelError("The sum is damaged."), OptionError("--workers 3: ...")])

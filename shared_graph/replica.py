@@ -70,15 +70,22 @@ class Replica:
             self._left()
 
     async def catch_up(self, snapshot: Snapshot, patience_s: float) -> None:
-        """Have what is in it, as far as that can be had soon; and report from now on what there is."""
+        """Have what is in it, and what came meanwhile, as far as that can be had soon; and report from now on what there
+        is."""
         self.apply(snapshot)
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(patience_s):
-                while self._bringing_up - self.failed.keys() and not self.is_left:
-                    await self._changed.wait()
+                seen = None
+                while seen is not self.snapshot and not self.is_left:
+                    if self._bringing_up - self.failed.keys():
+                        await self._changed.wait()
+                    else:
+                        seen = self.snapshot
+                        await self._report()
         if self.is_left:
             raise ActorUnavailable("The parameter server was lost.")
-        await self._report()
+        if self._reported != self._revision:
+            await self._report()
         keep_task(self._tasks, self._keep_reporting())
 
     def apply(self, snapshot: Snapshot) -> None:

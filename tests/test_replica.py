@@ -20,7 +20,7 @@ class PlayedServer:
     """Has weights, nothing new to tell, and lives."""
 
     def __init__(self):
-        self.called, self.weights = [], None
+        self.called, self.weights, self.snapshot = [], None, None
 
     async def call(self, method: str, *arguments):
         self.called.append(method)
@@ -28,6 +28,8 @@ class PlayedServer:
             weights = self.weights
             await asyncio.sleep(0.1)
             return weights
+        if method == "report" and self.snapshot:
+            return self.snapshot
         await asyncio.sleep(1000)
 
 
@@ -106,6 +108,18 @@ async def test_a_worker_that_catches_up_when_the_parameter_server_dies_says_so_a
         await asyncio.wait_for(catching_up, 10)
     assert "report" not in replica.server.called
     may_end.set()
+
+
+async def test_what_came_while_a_worker_caught_up_is_there_before_it_is_ready(replica, building):
+    replica, (graphs, may_end) = replica(), building
+    graphs.append(PlayedGraph())
+    may_end.set()
+    replica.server.snapshot = Snapshot(
+        2, {KEY: THERE, OTHER: ModelVersion(SOURCES["b"], "AVAILABLE", None, LOADED)}, (), {}
+    )
+    await replica.catch_up(Snapshot(1, {KEY: THERE}, frozenset(), {}), 10)
+    assert replica.graphs.keys() == {KEY, OTHER}
+    replica.leave()
 
 
 async def test_a_report_of_another_life_is_refused_and_one_of_this_life_is_taken(monkeypatch, tmp_path):

@@ -70,8 +70,9 @@ class Replica:
             self._left()
 
     async def catch_up(self, snapshot: Snapshot, patience_s: float) -> None:
-        """Have what is in it, and what came meanwhile, as far as that can be had soon; and report from now on what there
-        is."""
+        """Have what is in it and came meanwhile, as far as that can be had soon. From now on report what there is.
+
+        Raises ActorUnavailable when the parameter server is gone."""
         self.apply(snapshot)
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(patience_s):

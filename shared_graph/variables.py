@@ -82,7 +82,8 @@ class TensorFlowVariables:
 
     def get_weights(self) -> Arrays:
         """The variables' values by name; one at a time, since a protobuf has 2 GiB at most (tensorflow#2233)."""
-        return {name: np.asarray(self._run(value)) for name, value in self._values.items()}
+        values = {name: self._run(value) for name, value in self._values.items()}
+        return {name: np.array(v, object) if isinstance(v, bytes) else np.asarray(v) for name, v in values.items()}
 
     def set_weights(self, new_weights: Arrays) -> None:
         """Set some or all variables. A wrong name or shape is an InvalidRequest, and then none of them is set."""

@@ -36,6 +36,23 @@ def a_loader(address: str, folder, *sources: ModelSource) -> tuple[loader.Loader
     return own, manager
 
 
+def words(tf):
+    """A string, and a vector of strings."""
+    x = tf.placeholder(tf.float32, [None], name="x")
+    one, two = tf.get_variable("one", initializer="a"), tf.get_variable("two", initializer=["b", "c"])
+    return {"serving_default": ({"x": x}, {"y": x, "one": one.read_value(), "two": two.read_value()})}
+
+
+async def a_life(address: str, folder, source: ModelSource, before: loader.Loader | None = None) -> loader.Loader:
+    """Of a parameter server with one model; the one ``before`` it has ended."""
+    if before:
+        before._checkpoints._lock.close()
+    own, manager = a_loader(address, folder, source)
+    await manager.reconcile(source.name, at_once=True)
+    assert manager.snapshot.versions[ModelKey(source.name, 1)].error is None
+    return own
+
+
 @pytest.mark.parametrize("step", ["__init__", "connect", "restore", "metadata", "run", "free", "metadata and free"])
 async def test_what_fails_at_any_step_is_over_with_its_reason_and_others_are_there(
     tf, address, tmp_path, monkeypatch, step
@@ -97,3 +114,15 @@ async def test_weights_that_cannot_be_set_are_an_error_of_ours(tf, address, tmp_
         ) as caught:
             await call
         assert type(caught.value) is Error
+
+
+async def test_strings_are_the_same_in_each_life(tf, address, tmp_path):
+    source, key = ModelSource("words", 1, function="test_loader:words"), ModelKey("words", 1)
+    strings = {"one": b"hello\0", "two": [b"", b"zeros\0\0"]}
+    own = await a_life(address, tmp_path, source)
+    own._set_and_save(own._graph(key), {name: np.array(value, object) for name, value in strings.items()})
+    for _ in range(2):
+        own = await a_life(address, tmp_path, source, before=own)
+        weights = await own.get_weights(key)
+        assert {name: value.tolist() for name, value in weights.items()} == strings
+        own._set_and_save(own._graph(key), weights)

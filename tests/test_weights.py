@@ -49,6 +49,14 @@ def test_weights_are_got_and_set_by_name_also_some_of_them(tf, resource):
     assert plain(variables) == NETWORK | {"net/b": [3, 4]}
 
 
+@pytest.mark.parametrize("string", [b"hello", b"zeros\0\0", b""])
+def test_a_single_string_is_got_as_it_is(tf, string):
+    """As dtype S, numpy would strip zeros from its end."""
+    variables = ready(tf, tf.get_variable("greeting", initializer=string))
+    assert variables.get_weights()["greeting"].tolist() == string
+    assert variables.get_weights()["greeting"].dtype == object
+
+
 def test_flat_weights_are_one_vector_in_the_order_of_the_names_and_setting_any_makes_no_operation(tf):
     variables = ready(tf, network(tf))
     tf.get_default_graph().finalize()  # whatever made an operation would fail

@@ -77,11 +77,17 @@ class Loader:
         return loaded._replace(**verdict, weights_id=secrets.token_hex(8))
 
     async def checkpoint_all(self) -> None:
-        """Save the variables of the models that change them when they run."""
+        """Save the variables of the models that change them when they run. One that fails stops no other's."""
+        failure = None
         with as_own_errors("The variables cannot be saved"):
             for graph in list(self._graphs.values()):
                 if graph.mutates_state and graph.checkpointed is not None:
-                    await self._saving.run(self._checkpoint, graph)
+                    try:
+                        await self._saving.run(self._checkpoint, graph)
+                    except Exception as error:
+                        failure = failure or error
+            if failure:
+                raise failure
 
     def _graph(self, key: ModelKey) -> Graph:
         if (graph := self._graphs.get(key)) is None:

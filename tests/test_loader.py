@@ -19,6 +19,7 @@ from shared_graph.options import Options
 from shared_graph.version_manager import VersionManager
 
 GOOD, BAD = (ModelSource(name, 1, function="example_models:linear") for name in ("good", "bad"))
+COUNTERS = [ModelSource(name, 1, function="example_models:counter") for name in ("first", "second", "third")]
 
 
 def endless(tf):
@@ -126,3 +127,16 @@ async def test_strings_are_the_same_in_each_life(tf, address, tmp_path):
         weights = await own.get_weights(key)
         assert {name: value.tolist() for name, value in weights.items()} == strings
         own._set_and_save(own._graph(key), weights)
+
+
+async def test_a_model_that_cannot_be_saved_keeps_no_other_from_it(tf, address, tmp_path):
+    own, manager = a_loader(address, tmp_path, *COUNTERS)
+    for source in COUNTERS:
+        await manager.reconcile(source.name, at_once=True)
+        own._graph(ModelKey(source.name, 1)).run("count", [np.int64([0])])
+    for name in ("first", "third"):
+        (tmp_path / f"{name}.1.npz.new").mkdir()  # where it would be written first
+    with pytest.raises(Error, match=r"first\.1\.npz: "):
+        await own.checkpoint_all()
+    kept = [own._checkpoints.load(source) for source in COUNTERS]
+    assert [it.popitem()[1] for it in kept] == [0, 1, 0]

@@ -128,12 +128,17 @@ class Checkpoints:
 
     def _write_atomically(self, path: str, write: Callable[[Any], Any]) -> None:
         with naming_file(path):
-            with open(path + ".new", "wb") as file:
-                write(file)
-                if self.durable:
-                    file.flush()
-                    os.fsync(file.fileno())
-            os.replace(path + ".new", path)
+            try:
+                with open(path + ".new", "wb") as file:
+                    write(file)
+                    if self.durable:
+                        file.flush()
+                        os.fsync(file.fileno())
+                os.replace(path + ".new", path)
+            except Exception:
+                with contextlib.suppress(OSError):
+                    os.remove(path + ".new")  # it may have taken the last room, which others need
+                raise
             if self.durable:
                 folder = os.open(self.folder, os.O_RDONLY)
                 os.fsync(folder)

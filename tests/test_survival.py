@@ -1,6 +1,7 @@
 """What is left when processes are killed or stopped: each acknowledged add exactly once, and an answer for everyone."""
 
 import contextlib
+import errno
 import http.client
 import itertools
 import json
@@ -217,6 +218,19 @@ def test_a_checkpoint_comes_back_but_cut_short_at_any_length_or_with_any_byte_ch
             assert path in str(error)
         else:  # a byte that says nothing, such as the date
             assert len(contents) == len(whole) and back == {"sum": total}
+
+
+def test_what_could_not_be_written_takes_no_room(checkpoints, monkeypatch):
+    def savez(file, **arrays):
+        file.write(bytes(10**6))
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    checkpoints.save(MODEL, {"sum": np.float64(1)})
+    before = sorted(os.listdir(checkpoints.folder))
+    monkeypatch.setattr(np, "savez", savez)
+    with pytest.raises(Unavailable, match=f"{checkpoints.path(MODEL)}: No space left"):
+        checkpoints.save(MODEL, {"sum": np.float64(2)})
+    assert sorted(os.listdir(checkpoints.folder)) == before and checkpoints.load(MODEL) == {"sum": 1}
 
 
 def test_files_that_have_gone_are_not_taken_for_a_beginning(tmp_path):

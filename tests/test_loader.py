@@ -44,6 +44,15 @@ def words(tf):
     return {"serving_default": ({"x": x}, {"y": x, "one": one.read_value(), "two": two.read_value()})}
 
 
+def attends(tf):
+    """Rows attend to each other, unless the weights are zeros; these come from a checkpoint of TensorFlow 1."""
+    x = tf.placeholder(tf.float32, [None, 3], name="x")
+    w = tf.get_variable("w", [3, 3])
+    tf.train.init_from_checkpoint(os.environ["TEST_CHECKPOINT"], {"/": "/"})
+    scores = tf.matmul(tf.matmul(x, w), x, transpose_b=True)
+    return {"serving_default": ({"x": x}, {"y": tf.matmul(tf.nn.softmax(scores), tf.matmul(x, w))})}
+
+
 async def a_life(address: str, folder, source: ModelSource, before: loader.Loader | None = None) -> loader.Loader:
     """Of a parameter server with one model; the one ``before`` it has ended."""
     if before:
@@ -140,3 +149,22 @@ async def test_a_model_that_cannot_be_saved_keeps_no_other_from_it(tf, address, 
         await own.checkpoint_all()
     kept = [own._checkpoints.load(source) for source in COUNTERS]
     assert [it.popitem()[1] for it in kept] == [0, 1, 0]
+
+
+async def test_who_may_share_runs_is_found_anew_when_a_function_reads_other_weights(tf, address, tmp_path, monkeypatch):
+    find, found = loader.find_batchable, []
+
+    def finding(*arguments):
+        found.append(find(*arguments))
+        return found[-1]
+
+    monkeypatch.setattr(loader, "find_batchable", finding)
+    monkeypatch.setenv("TEST_CHECKPOINT", str(tmp_path / "old"))
+    source, own = ModelSource("attends", 1, function="test_loader:attends"), None
+    for weights in (np.zeros((3, 3)), np.zeros((3, 3)), np.eye(3)):
+        with tf.Graph().as_default(), tf.Session() as session:
+            w = tf.get_variable("w", initializer=np.float32(weights))
+            session.run(w.initializer)
+            tf.train.Saver().save(session, str(tmp_path / "old"))
+        own = await a_life(address, tmp_path, source, before=own)
+    assert [verdict.batchable for verdict in found] == [("serving_default",), ()]

@@ -48,10 +48,9 @@ def prepare_nodes(meta_graph, container: str) -> None:
 
 
 def name_python_functions(graph_def, names: list[str] | None) -> list[str]:
-    """What the Python functions in a graph are called, in the order in which they appear in it: by tokens, which each
+    """What the Python functions in a graph are called, in the order in which they are met in it: by tokens, which each
     process gives out in the order in which it makes them. If ``names`` are given, they are called these from now on."""
-    nodes = itertools.chain(graph_def.node, *(function.node_def for function in graph_def.library.function))
-    nodes = [node for node in nodes if PYTHON_FUNCTION.fullmatch(node.op)]
+    nodes = [node for node, _ in nodes_run(graph_def) if PYTHON_FUNCTION.fullmatch(node.op)]
     tokens = list(dict.fromkeys(node.attr["token"].s.decode() for node in nodes))
     if names is not None:
         if len(names) != len(tokens):
@@ -63,11 +62,13 @@ def name_python_functions(graph_def, names: list[str] | None) -> list[str]:
 
 
 def nodes_run(graph_def) -> Iterator[tuple[Any, list[str]]]:
-    """The nodes of a graph and of all functions that are called in it, each with the names that it calls."""
+    """The nodes of a graph and of all functions that are called in it, each with the names that it calls; in the same
+    order in each process, which the functions in a library and a node's attributes are not."""
     functions = {function.signature.name: function.node_def for function in graph_def.library.function}
     nodes = list(graph_def.node)
     for node in nodes:  # which grow meanwhile
-        called = [f.name for attribute in node.attr.values() for f in [attribute.func, *attribute.list.func] if f.name]
+        attributes = [node.attr[key] for key in sorted(node.attr)]
+        called = [f.name for attribute in attributes for f in [attribute.func, *attribute.list.func] if f.name]
         for name in [node.op, *called]:
             nodes.extend(functions.pop(name, ()))
         yield node, called

@@ -1,6 +1,7 @@
 """What a model's graph promises, with TensorFlow in this process and a parameter server's TensorFlow server."""
 
 import ast
+import json
 import os
 import shutil
 import subprocess
@@ -341,3 +342,49 @@ def test_a_function_has_the_same_fingerprint_in_each_process_whatever_is_built_b
     [found] = seen
     fingerprints = [fingerprint for _, fingerprint in ast.literal_eval(found)]
     assert len(set(fingerprints)) == len(names)
+
+
+def calls_python_everywhere(tf):
+    """Each output is the input times the number in its name, by Python functions in all kinds of functions."""
+    x = tf.placeholder(tf.float32, [None], name="x")
+
+    def times(factor: int, value):
+        return tf.reshape(tf.numpy_function(lambda v: np.float32(factor * v), [value], tf.float32), tf.shape(value))
+
+    def loop(factor: int):
+        return tf.while_loop(lambda i, _: i < 1, lambda i, value: (i + 1, times(factor, value)), [0, x])[1]
+
+    outputs = {f"mapped {i}": tf.map_fn(lambda v, i=i: times(i, v), x) for i in (2, 3, 4)}
+    outputs |= {f"looped {i}": loop(i) for i in (5, 6)}
+    outputs |= {f"called {i}": tf.function(lambda v, i=i: times(i, v))(x) for i in (7, 8)}
+    outputs["chosen 9"] = tf.cond(tf.shape(x)[0] > 2, lambda: times(9, x), lambda: times(10, x))
+    outputs["chosen 12"] = tf.cond(tf.shape(x)[0] > 3, lambda: times(11, x), lambda: times(12, x))
+    return {"serving_default": ({"x": x}, outputs | {"direct 13": times(13, x)})}
+
+
+WORKER = """
+import json, sys
+import numpy as np
+from shared_graph.graph import Graph
+from shared_graph.model_source import ModelSource
+from shared_graph.options import Options
+from shared_graph.tensorflow_runtime import import_tensorflow
+tf, address, tokens, before = import_tensorflow(whole=True), sys.argv[1], json.loads(sys.argv[2]), sys.argv[3:]
+for name in before:
+    Graph(tf, ModelSource("before", 1, function=name))
+graph = Graph(tf, ModelSource("m", 1, function="test_graph:calls_python_everywhere"), tokens=tokens)
+graph.connect(tf, [address], Options())
+outputs = graph.run("serving_default", [np.float32([1, 2, 3])])
+print({name: output.tolist() for name, output in zip(graph.signatures["serving_default"].outputs, outputs)})
+"""
+
+
+def test_each_python_function_of_a_graph_is_run_where_it_stands_whatever_a_process_has_built_before_it(load, address):
+    graph = load("test_graph:calls_python_everywhere")
+    for before in (["example_models:spinning"], ["test_graph:calls_python_everywhere"] * 2):
+        command = [sys.executable, "-c", WORKER, address, json.dumps(graph.tokens), *before]
+        environment = os.environ | {"PYTHONPATH": f"{REPOSITORY}:{HERE}"}
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=100)
+        assert done.returncode == 0, done.stderr
+        found = ast.literal_eval(done.stdout)
+        assert found == {name: [int(name.split()[1]) * value for value in (1, 2, 3)] for name in found}

@@ -199,7 +199,7 @@ class Graph:
         if failure is None:
             return [np.array(output, object) if isinstance(output, bytes) else np.asarray(output) for output in outputs]
         # out here, where it does not hold the session: its end would wait for its server
-        if code == CANCELLED and self.session is not session and may_repeat and time.monotonic() < deadline:
+        if code in CANCELLED and self.session is not session and may_repeat and time.monotonic() < deadline:
             return self.run(signature, feed, deadline)  # see cancel_runs
         if code in PERHAPS_DISCONNECTED and not self._is_connected(session):
             raise ConnectionError(str(failure))
@@ -281,7 +281,7 @@ def tensor_info(tf, what: str, value):
 
 # tensorflow::error::Code to HTTP status, as TensorFlow Serving has it; any other is 500
 STATUS = {1: 499, 3: 400, 4: 504, 5: 404, 6: 409, 7: 403, 8: 429, 9: 400, 10: 409, 11: 400, 12: 501, 14: 503, 16: 401}
-CANCELLED, PERHAPS_DISCONNECTED = 1, (10, 14)
+CANCELLED, PERHAPS_DISCONNECTED = (1, 9), (10, 14)  # 9: as it began, its session was closed
 
 
 def failure_of(error: Exception) -> ModelError:

@@ -316,6 +316,22 @@ def test_when_runs_are_cancelled_those_that_may_be_in_time_begin_anew_and_the_ot
     assert one(graph, np.float32([1])) == [1]
 
 
+def test_a_run_that_finds_its_session_closed_since_another_run_is_cancelled_begins_anew(tf, address, load):
+    """Of two threads that run without pause, every sixth time."""
+    from tensorflow.python.framework.errors_impl import FailedPreconditionError
+
+    graph = load("example_models:linear")
+
+    def closed(*feed):
+        graph.cancel_runs(tf, [address], Options())
+        raise FailedPreconditionError(None, None, "Session is closed.")
+
+    feed = [np.float32([[1, 2, 3]])]
+    expected = graph.run("serving_default", feed)
+    graph._callables["serving_default"] = closed
+    assert np.array_equal(graph.run("serving_default", feed, time.monotonic() + 30), expected)
+
+
 LOOPS = """
 import sys
 from shared_graph.graph import Graph

@@ -61,9 +61,9 @@ class Supervisor:
     async def supervise(self, actor: ActorStatus) -> None:
         """Bring an actor up to date, and again whenever it, or the parameter server, was away."""
         if actor.kind == "worker" and (actor.index or self._options.address):  # else beside the parameter server
-            first = asyncio.ensure_future((self._worker_ready if actor.index else self._server_ready).wait())
-            await asyncio.wait([first], timeout=FIRST_WORKER_S if actor.index else None)  # one that serves comes first
-            first.cancel()
+            with contextlib.suppress(TimeoutError):  # one that serves comes first
+                async with asyncio.timeout(FIRST_WORKER_S if actor.index else None):
+                    await (self._worker_ready if actor.index else self._server_ready).wait()
         loop, pause_s, told = asyncio.get_running_loop(), PING_S, None
         while True:
             started = loop.time()

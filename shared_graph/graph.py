@@ -27,6 +27,7 @@ from shared_graph.graph_definition import (
     name_python_functions,
     operations_behind,
     prepare_nodes,
+    probes,
 )
 from shared_graph.model_source import ADDER, ADDER_SOURCE, ModelSource
 from shared_graph.models import Arrays
@@ -76,10 +77,9 @@ class Graph:
             self._saver = tf.train.import_meta_graph(meta_graph)
             outputs = self._add_outputs(tf, meta_graph.graph_def)
             self.variables = TensorFlowVariables(outputs)
-            self._probe = tf.no_op(name="probe")
+            self._probes = probes(tf, self.graph)
             self._initialized = [is_initialized(tf, operation) for operation in self.variables.operations]
         self.graph.finalize()
-        self.is_spread = ps_tasks > 1 and len({operation.device for operation in self.graph.get_operations()}) > 1
         self._memory = memory_graph(tf, self.graph, device)
         self._outputs = [tensor.op for tensor in outputs]
         self.fingerprint = self._fingerprint(tf, meta_graph)
@@ -190,7 +190,7 @@ class Graph:
         if callables is None:
             raise ConnectionError("there is no connection to it")
         may_repeat = not self.signatures[signature].mutates_state
-        may_be_half_done = self.is_spread and not may_repeat  # if one of several servers refuses its part alone
+        may_be_half_done = len(self._probes) > 1 and not may_repeat  # if one of several servers refuses its part alone
         try:
             once = callables[signature]
             outputs, failure, code = once(*feed) if may_be_half_done else in_step(once, *feed), None, None
@@ -204,13 +204,13 @@ class Graph:
         if code in PERHAPS_DISCONNECTED and not self._is_connected(session):
             raise ConnectionError(str(failure))
         if code in PERHAPS_DISCONNECTED and is_first and may_repeat:
-            return self.run(signature, feed, deadline, is_first=False)  # UNAVAILABLE, but the probe got through
+            return self.run(signature, feed, deadline, is_first=False)  # UNAVAILABLE, but the probes got through
         raise failure
 
     def _is_connected(self, session) -> bool:
         """ABORTED and UNAVAILABLE may be the model's own, too."""
         try:
-            in_step(session.run, self._probe)
+            in_step(session.run, self._probes)
         except Exception:
             return False
         return True

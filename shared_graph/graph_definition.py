@@ -155,6 +155,16 @@ def is_initialized(tf, variable):
     return tf.raw_ops.IsVariableInitialized(ref=variable.outputs[0])
 
 
+def probes(tf, graph) -> list:
+    """Operations that do nothing: one on each server that has a part of the graph, since one alone gets through as long
+    as its own server is there."""
+    made = []
+    for device in {operation.device for operation in graph.get_operations()}:
+        with tf.device(device):
+            made.append(tf.no_op(name="probe"))
+    return made
+
+
 def memory_graph(tf, graph, device: str | None) -> tuple[Any, list, list]:
     """A graph of its own that gives back the memory of another one's variables and tables: it can be run when that one
     cannot. And what has to be run before they are restored: reference variables cannot be removed, only be made empty.

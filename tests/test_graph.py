@@ -1,6 +1,7 @@
 """What a model's graph promises, with TensorFlow in this process and a parameter server's TensorFlow server."""
 
 import ast
+import contextlib
 import json
 import os
 import shutil
@@ -15,7 +16,7 @@ import pytest
 from conftest import HERE, REPOSITORY, one, wait_until
 
 from shared_graph.errors import ModelError
-from shared_graph.graph import Graph, failure_of
+from shared_graph.graph import Graph, build_graph, failure_of
 from shared_graph.merging import find_batchable
 from shared_graph.model_source import ADDER_SOURCE, ModelSource
 from shared_graph.options import Options
@@ -48,15 +49,15 @@ def test_adds_to_no_finite_sum_fail_and_change_nothing(add, values):
     assert add(0) == [5]
 
 
-@pytest.mark.parametrize("is_spread", [False, True])
+@pytest.mark.parametrize("servers", [1, 2])
 def test_a_run_that_tensorflow_takes_for_another_one_is_run_again_unless_a_part_of_it_may_have_been_applied(
-    load, is_spread
+    load, servers
 ):
     from tensorflow.python.framework.errors_impl import AbortedError
 
     adder = load(ADDER_SOURCE)
     run, refusals = adder._callables["serving_default"], iter([True, True, False])
-    adder.is_spread = is_spread
+    adder._probes *= servers
 
     def refusing(*feed):
         if next(refusals):
@@ -64,7 +65,7 @@ def test_a_run_that_tensorflow_takes_for_another_one_is_run_again_unless_a_part_
         return run(*feed)
 
     adder._callables["serving_default"] = refusing
-    if is_spread:
+    if servers > 1:
         with pytest.raises(ModelError, match="received twice"):
             one(adder, np.array([3.0]))
         assert next(refusals)
@@ -330,6 +331,45 @@ def test_a_run_that_finds_its_session_closed_since_another_run_is_cancelled_begi
     expected = graph.run("serving_default", feed)
     graph._callables["serving_default"] = closed
     assert np.array_equal(graph.run("serving_default", feed, time.monotonic() + 30), expected)
+
+
+def spread(tf):
+    """A table in two parts, which is read; and counted how often by a variable beside it."""
+    x, count = tf.placeholder(tf.float32, [None], name="x"), tf.get_variable("count", initializer=0.0)
+    w = tf.get_variable("w", [8], initializer=tf.ones_initializer(), partitioner=tf.fixed_size_partitioner(2))
+    y = x * tf.reduce_sum(w)
+    return {"read": ({"x": x}, {"y": y}), "count": ({"x": x}, {"y": y + count.assign_add(1.0)})}
+
+
+SERVER = """
+import sys
+from shared_graph.tensorflow_runtime import import_tensorflow
+server = import_tensorflow().train.Server({"boot": ["localhost:0"]}, job_name="boot", task_index=0)
+print(server.target.removeprefix("grpc://"), flush=True)
+sys.stdin.read()
+"""
+
+
+def test_a_model_on_two_servers_has_lost_its_connection_when_the_second_has_gone(tf):
+    """For reads, and for what writes. A run waits for the first until it is disconnected."""
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "cwd": REPOSITORY}
+    with contextlib.ExitStack() as stack:
+        servers = [stack.enter_context(subprocess.Popen([sys.executable, "-c", SERVER], **pipes)) for _ in range(2)]
+        for server in servers:
+            stack.callback(server.kill)
+        addresses = [server.stdout.readline().strip() for server in servers]
+        options = Options(parameter_servers=2, model=["test_graph:spread"])
+        graph = build_graph(tf, options, options.model[0])
+        graph.connect(tf, addresses, options)
+        graph.restore(tf, {})
+        feed = [np.float32([1, 2])]
+        assert [graph.run(name, feed)[0].tolist() for name in ("read", "count")] == [[8, 16], [9, 17]]
+        servers[1].kill()
+        servers[1].wait()
+        for name in ("read", "count", "read"):
+            with pytest.raises(ConnectionError):
+                graph.run(name, feed)
+        graph.disconnect()
 
 
 LOOPS = """

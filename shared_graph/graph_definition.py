@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import re
 from collections.abc import Iterator
@@ -50,7 +51,7 @@ def prepare_nodes(meta_graph, container: str) -> None:
 def name_python_functions(graph_def, names: list[str] | None) -> list[str]:
     """What the Python functions in a graph are called, in the order in which they are met in it: by tokens, which each
     process gives out in the order in which it makes them. If ``names`` are given, they are called these from now on."""
-    nodes = [node for node, _ in nodes_run(graph_def) if PYTHON_FUNCTION.fullmatch(node.op)]
+    nodes = [node for node, *_ in nodes_run(graph_def) if PYTHON_FUNCTION.fullmatch(node.op)]
     tokens = list(dict.fromkeys(node.attr["token"].s.decode() for node in nodes))
     if names is not None:
         if len(names) != len(tokens):
@@ -61,29 +62,37 @@ def name_python_functions(graph_def, names: list[str] | None) -> list[str]:
     return tokens
 
 
-def nodes_run(graph_def) -> Iterator[tuple[Any, list[str]]]:
-    """The nodes of a graph and of all functions that are called in it, each with the names that it calls; in the same
-    order in each process, which the functions in a library and a node's attributes are not."""
+def nodes_run(graph_def) -> Iterator[tuple[Any, list[str], str]]:
+    """The nodes of a graph and of all functions that are called in it, each with the names that it calls and that of
+    the function that it is in; in the same order in each process, which a library and a node's attributes are not."""
     functions = {function.signature.name: function.node_def for function in graph_def.library.function}
-    nodes = list(graph_def.node)
-    for node in nodes:  # which grow meanwhile
+    nodes = [(node, "") for node in graph_def.node]
+    for node, where in nodes:  # which grow meanwhile
         attributes = [node.attr[key] for key in sorted(node.attr)]
         called = [f.name for attribute in attributes for f in [attribute.func, *attribute.list.func] if f.name]
         for name in [node.op, *called]:
-            nodes.extend(functions.pop(name, ()))
-        yield node, called
+            nodes.extend([(inner, name) for inner in functions.pop(name, ())])
+        yield node, called, where
 
 
 def ingredients(graph_def) -> list[str]:
-    """What a graph and the functions in it are made of, sorted: operations with their attributes, such as the values of
-    constants. Not how they are named, numbered and ordered, which differs from process to process."""
-    names, found = {function.signature.name for function in graph_def.library.function}, []
-    for node, called in nodes_run(graph_def):
-        is_call = bool(called) or node.op in names  # its attributes are in the order of what it captures
+    """What a graph and the functions in it are made of, sorted: a hash for each operation, of its attributes, such as
+    the value of a constant, and of what its inputs are made of. Not how they are named, numbered and ordered, which
+    differs from process to process, as does the order of what a function captures."""
+    names, hashes = {function.signature.name for function in graph_def.library.function}, {}
+    for node, called, where in nodes_run(graph_def):
+        is_call = bool(called) or node.op in names
+        inputs = []
+        for source in node.input:  # made before, but for a function's arguments and what closes a loop
+            name, _, output = source.removeprefix("^").partition(":")
+            made, of_call = hashes.get((where, name), ("", False))
+            inputs.append(f"{source[0] == '^'} {made} {'' if of_call else output}")
+        ordered = [] if is_call else [data for data, source in zip(inputs, node.input) if source[0] != "^"]
         attributes = {} if is_call else {key: a for key, a in node.attr.items() if key[0] != "_" and key != "token"}
         plain = sorted((key, attribute.SerializeToString(deterministic=True)) for key, attribute in attributes.items())
-        found.append(f"{'a function' if node.op in names else node.op} {plain}")
-    return sorted(found)
+        parts = f"{'a function' if node.op in names else node.op} {plain} {ordered} {sorted(inputs)}"
+        hashes[where, node.name] = hashlib.sha256(parts.encode()).hexdigest(), is_call
+    return sorted(made for made, _ in hashes.values())
 
 
 def operations_behind(operations: list) -> set:
@@ -119,7 +128,7 @@ def describe_signature(tf, graph, graph_def, name: str, definition, atomic: bool
                 return signature, [], []
     feeds, fetches = ({key: graph.get_tensor_by_name(infos[key].name) for key in sorted(infos)} for _, infos in sides)
     part = tf.graph_util.extract_sub_graph(graph_def, [tensor.op.name for tensor in fetches.values()])
-    types = {node.op for node, _ in nodes_run(part)}
+    types = {node.op for node, *_ in nodes_run(part)}
     signature.inputs = {key: tensor_spec(tensor, definition.inputs[key]) for key, tensor in feeds.items()}
     signature.outputs = {key: tensor_spec(tensor, definition.outputs[key]) for key, tensor in fetches.items()}
     signature.mutates_state = any(map(STATE_CHANGING.fullmatch, types))

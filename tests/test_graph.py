@@ -444,3 +444,31 @@ def test_each_python_function_of_a_graph_is_run_where_it_stands_whatever_a_proce
         assert done.returncode == 0, done.stderr
         found = ast.literal_eval(done.stdout)
         assert found == {name: [int(name.split()[1]) * value for value in (1, 2, 3)] for name in found}
+
+
+def wired(tf, how: str):
+    x = tf.placeholder(tf.float32, [None, 4], name="x")
+    a, b = (tf.get_variable(name, initializer=1.0) for name in "ab")
+    left, right = tf.split(x, 2, axis=1)
+    y = {
+        "": lambda: x * a - b,
+        "variables": lambda: x * b - a,
+        "operands": lambda: b - x * a,
+        "halves": lambda: left - right,
+        "halves swapped": lambda: right - left,
+        "called": lambda: tf.function(lambda v: tf.exp(v) - tf.abs(v))(x),
+        "called, operands swapped": lambda: tf.function(lambda v: tf.abs(v) - tf.exp(v))(x),
+        "mapped": lambda: tf.map_fn(lambda v: tf.sin(tf.cos(v)), x),
+        "mapped the other way round": lambda: tf.map_fn(lambda v: tf.cos(tf.sin(v)), x),
+    }[how]()
+    return {"serving_default": ({"x": x}, {"y": y})}
+
+
+def test_functions_of_the_same_operations_that_are_wired_otherwise_have_other_fingerprints(tf, monkeypatch):
+    ways = ["", "variables", "operands", "halves", "halves swapped", "called", "called, operands swapped", "mapped",
+            "mapped the other way round"]  # fmt: skip
+    fingerprints = set()
+    for how in ways:
+        monkeypatch.setattr("test_graph.edited", lambda tf, how=how: wired(tf, how), raising=False)
+        fingerprints.add(Graph(tf, ModelSource("m", 1, function="test_graph:edited")).fingerprint)
+    assert len(fingerprints) == len(ways)

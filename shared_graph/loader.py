@@ -115,9 +115,13 @@ class Loader:
         files = await in_own_thread(source.files_seen)
         async with self._marks.loading(key, files) if source != ADDER_SOURCE else contextlib.nullcontext():
             graph = await build_in_own_thread(self._build_and_restore, key, source)
-            known_by = await in_own_thread(self._known_by, graph, files)
+            rule = f"{self._options.max_batch} {self._options.exact} {graph.fingerprint}"
+            weights = f"{json.dumps(files)} {self._checkpoints.stamp(source)}"
+            known_by = hashlib.sha256(f"{rule} {weights}".encode()).hexdigest()
             cached = functools.partial(self._checkpoints.cached, known_by)
-            verdict = Verdict(*map(tuple, await self._try_batchable(graph, cached)))
+            # a function may read its first weights from files that are not known here
+            trial = self._try_batchable(graph, cached) if source.folder else self._try_batchable(graph)
+            verdict = Verdict(*map(tuple, await trial))
             if graph.mutates_state:
                 await self._saving.run(self._checkpoint, graph)
         return LoadedVersion(
@@ -143,15 +147,6 @@ class Loader:
                 why = f"The checkpoint {self._checkpoints.path(source)} is not of this model: {error}"
                 raise ModelError(why) from None
         return graph
-
-    def _known_by(self, graph: Graph, files: list) -> str:
-        """All that a verdict depends on: which of its signatures may share runs is found once for that."""
-        rule = f"{self._options.max_batch} {self._options.exact} {graph.fingerprint}"
-        if graph.source.function:  # it may read its first weights from files that are not known here
-            weights = str(checksum(graph.variables.get_weights()))
-        else:
-            weights = f"{json.dumps(files)} {self._checkpoints.stamp(graph.source)}"
-        return hashlib.sha256(f"{rule} {weights}".encode()).hexdigest()
 
     async def _try_batchable(self, graph: Graph, cached=lambda find: find()) -> Verdict:
         trial = asyncio.create_task(in_own_thread(cached, functools.partial(find_batchable, graph, self._options)))
@@ -193,12 +188,7 @@ class Loader:
             graph.checkpointed = 0
             return
         weights = graph.variables.get_weights()
-        fingerprint = checksum(weights)
+        fingerprint = zlib.crc32(pickle.dumps(weights))
         if graph.checkpointed != fingerprint:
             self._checkpoints.save(graph.source, weights)
             graph.checkpointed = fingerprint
-
-
-def checksum(weights: Arrays) -> int:
-    """Of one variable after another, since each is copied for it."""
-    return functools.reduce(lambda crc, item: zlib.crc32(pickle.dumps(item), crc), weights.items(), 0)

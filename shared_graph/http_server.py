@@ -41,7 +41,7 @@ class Server(uvicorn.Server):
 
     def __init__(self, app: Callable, timeout_s: float, finish: Callable[[float], Awaitable[object]] | None = None):
         config = uvicorn.Config(app, http=Protocol, log_level="warning", access_log=False, proxy_headers=False)
-        config.ws_max_size, config.ws_per_message_deflate = MAX_BODY_BYTES, False
+        config.lifespan, config.ws_max_size, config.ws_per_message_deflate = "on", MAX_BODY_BYTES, False
         config.timeout_graceful_shutdown = math.ceil(timeout_s) + 1
         super().__init__(config)
         self._finish = finish

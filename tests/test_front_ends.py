@@ -180,6 +180,18 @@ def test_chunks_are_put_together_whatever_is_said_around_them(front_end, body, s
     assert status != 200 or received.endswith(b'{"predictions":[[1.5,1.5]]}')
 
 
+def test_a_request_that_offers_to_go_on_with_http_2_is_answered_with_http_1(front_end):
+    """As Java's own client sends each of its requests."""
+    offer = b"Connection: Upgrade, HTTP2-Settings\r\nHost: a\r\nHTTP2-Settings: AAEAAEAAAAIAAAAB\r\nUpgrade: h2c"
+    with socket.create_connection(("127.0.0.1", front_end.port), 60) as connection:
+        for _ in range(2):  # on one connection
+            head = b"POST /v1/models/linear:predict HTTP/1.1\r\nContent-Length: %d\r\n%b\r\n\r\n"
+            connection.sendall(head % (len(DOCUMENT), offer) + DOCUMENT)
+            response = http.client.HTTPResponse(connection)
+            response.begin()
+            assert good(Answer(response)) == {"predictions": [[1.5, 1.5]]}
+
+
 def test_chunks_that_are_cut_short_are_given_up_and_nothing_else_happens(front_end):
     """What was announced and did not come was read from behind a buffer, and that ended the process."""
     for announced in (b"100000", b"5f5e100"):

@@ -68,7 +68,7 @@ class Loader:
             return await in_own_thread(self._graph(key).variables.get_weights)
 
     async def set_weights(self, key: ModelKey, loaded: LoadedVersion, weights: Arrays) -> LoadedVersion:
-        """They are saved when this returns; what is so with them."""
+        """They are saved when this returns. Returns what was found out about them."""
         with as_own_errors(f"The weights of model {key} cannot be set"):
             graph = self._graph(key)
             await self._saving.run(self._set_and_save, graph, weights)

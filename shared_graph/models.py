@@ -112,7 +112,7 @@ class WorkerReport(NamedTuple):
 
 
 class ServerInfo(NamedTuple):
-    """What the first parameter server tells of one life of it."""
+    """What the primary parameter server tells of one life of it."""
 
     process: ProcessInfo
     incarnation: str  # another one in each life

@@ -30,7 +30,9 @@ from shared_graph.wire import ProcessInfo
 
 log = logging.getLogger(__name__)
 
-WATCH_S = 60.0  # after so long a call that watches an actor returns: who is gone must not leave it there for ever
+WATCH_S = (
+    60.0  # how long one ``death_watch`` lasts: a caller that is gone must not leave its call in the actor for ever
+)
 
 # -- actors ------------------------------------------------------------------------------------------------------------
 

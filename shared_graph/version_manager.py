@@ -164,7 +164,7 @@ class VersionManager:
             return found.oddity
 
     async def change_weights(self, key: ModelKey, change: Callable[[LoadedVersion], Awaitable[LoadedVersion]]) -> None:
-        """``change`` sets weights; it is given what was so with those of before, and tells what is so with them.
+        """``change`` sets weights; it is given what was found out about those of before, and returns that about them.
         Meanwhile no two requests share a run, since that was decided for other weights. When this returns each worker
         has the new ones, or is gone."""
         async with self._turns.get(key.name, contextlib.nullcontext()):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import collections
+import math
 from collections.abc import Hashable
 
 RECENT_S = 3.0  # for so long after it has asked a kind of work counts as somebody who may need a slot
@@ -85,7 +86,7 @@ class Gate:
         if self._timer:
             self._timer.cancel()
             self._timer = None
-        left = []
+        left, next_at = [], math.inf
         for key, entered in self._waiting:
             if entered.done():
                 continue
@@ -95,6 +96,7 @@ class Gate:
                 entered.set_result(None)
                 continue
             left.append((key, entered))
-            if self._slots.free and self._timer is None:
-                self._timer = loop.call_at(alone_at, self._let_in)
+            next_at = min(next_at, alone_at)
         self._waiting = left
+        if self._slots.free and left:
+            self._timer = loop.call_at(next_at, self._let_in)

@@ -60,6 +60,27 @@ async def test_two_slow_kinds_of_work_do_not_stop_a_fast_one_and_one_alone_has_a
     assert loop.time() - started < RECENT_S + 1 + 8.1  # two at a time
 
 
+async def test_the_last_slot_goes_to_whoever_of_those_that_wait_may_have_it_first():
+    gate, loop, entered = Gate(3), asyncio.get_running_loop(), {}
+
+    async def enter(kind: str) -> None:
+        await gate.enter(kind)
+        entered[kind] = loop.time() - begun
+
+    await gate.enter("a")
+    await gate.enter("b")
+    begun = loop.time()
+    waiting = [asyncio.create_task(enter("a"))]  # until b has not asked for some seconds
+    await asyncio.sleep(0.5)
+    waiting.append(asyncio.create_task(enter("b")))  # which it does again
+    await asyncio.wait(waiting, timeout=RECENT_S + 1)
+    assert entered == {"b": pytest.approx(RECENT_S)}
+    gate.leave("b")
+    await asyncio.wait(waiting)
+    for kind in "aab":
+        gate.leave(kind)
+
+
 @pytest.mark.parametrize("seed", range(100))
 async def test_whoever_comes_gets_in_and_no_more_are_in_than_may_be_whatever_is_cancelled(seed):
     chance, count = random.Random(seed), random.Random(seed).randint(1, 4)

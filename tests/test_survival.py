@@ -124,7 +124,8 @@ def killed(request, server):
             answered = len(adds.answers)
             wait_until(lambda: len(adds.answers) > answered + 100, what="adds to go on")
             if not only_a_worker:
-                wait_until(lambda: (now := workers(server)[killed["index"]])["state"] == "ready" and now["restarts"])
+                back = lambda: workers(server)[killed["index"]].get("pid", killed["pid"]) != killed["pid"]
+                wait_until(back)
                 only_a_worker = list(predictions.answers)
     added, predicted = adds.stop(), predictions.stop()
     server.wait_ready(workers=3)

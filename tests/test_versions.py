@@ -254,15 +254,16 @@ def test_memory_after_60_versions_and_after_60_failed_loads_is_that_after_5(tmp_
     os.truncate(broken / "variables" / "variables.index", 5)
 
     def memory() -> list[tuple[int, int]]:
-        """Of each actor, in KiB: what it has of its own, and its proportional set size, in which the libraries' part is
-        smaller when others on this machine have them, too. The least of some seconds, in which memory is given back."""
+        """Of each actor, in KiB: what it has of its own, and its proportional set size if the three were alone: what it
+        is depends on who else has the same libraries. The least of some seconds, in which memory is given back."""
         looks = []
         for _ in range(14):
             looks.append([])
             for actor in cluster.health()["parameter_servers"] + cluster.health()["workers"]:
                 with open(f"/proc/{actor['pid']}/smaps_rollup") as file:
                     sizes = dict(re.findall(r"^(\w+): +(\d+) kB$", file.read(), re.M))
-                looks[-1].append((int(sizes["Pss_Anon"]), int(sizes["Pss"])))
+                own, libraries = int(sizes["Anonymous"]), int(sizes["Rss"]) - int(sizes["Anonymous"])
+                looks[-1].append((own, own + libraries // 3))
             time.sleep(0.5)
         return list(map(min, zip(*looks)))
 

@@ -5,6 +5,7 @@
 Or any WSGI server with threads on ``ray_tensorflow_flask:app``: the cluster starts with the first request.
 """
 
+import asyncio
 import os
 import sys
 import threading
@@ -34,13 +35,13 @@ def create_app(options: Options | None = None, on_failure: Callable[[Error], obj
     app.config["PROVIDE_AUTOMATIC_OPTIONS"] = False
     app.url_map.merge_slashes = app.url_map.strict_slashes = False  # neither of which is to redirect
 
-    def start() -> None:
+    def start(home: asyncio.AbstractEventLoop | None = None) -> None:
         """Start the cluster of this process when it is first asked for: after any fork of the server's."""
         nonlocal cluster
         with starting:
             if cluster is None:
                 made = Cluster(options or Options.from_environment())
-                cluster = made.start_in_background(on_failure=on_failure)
+                cluster = made.start_in_background(home, on_failure)
 
     def stop() -> None:
         if cluster:

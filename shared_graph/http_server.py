@@ -58,17 +58,17 @@ class Server(uvicorn.Server):
 
 
 class Threaded:
-    """A WSGI application as an ASGI one, which calls ``start`` and ``stop`` when the server does that. What of a body
-    has not come within ``timeout_s`` is an OSError where it is read."""
+    """A WSGI application as an ASGI one, which calls ``start``, with the server's loop, and ``stop`` when the server
+    does that. What of a body has not come within ``timeout_s`` is an OSError where it is read."""
 
-    def __init__(self, app: Callable, start: Callable[[], object], stop: Callable[[], object], timeout_s: float):
+    def __init__(self, app: Callable, start: Callable, stop: Callable[[], object], timeout_s: float):
         self._app, self._start, self._stop, self._timeout_s = app, start, stop, timeout_s
         self._pool = ThreadPoolExecutor(THREADS)
 
     async def __call__(self, scope: dict[str, Any], receive: Callable, send: Callable) -> None:
         if scope["type"] == "lifespan":
             await receive()
-            self._start()
+            self._start(asyncio.get_running_loop())
             await send({"type": "lifespan.startup.complete"})
             await receive()
             await asyncio.to_thread(self._stop)

@@ -183,6 +183,7 @@ class VersionManager:
             finally:
                 self._evidence = {k: count for k, count in self._evidence.items() if k[0] != key}
                 self._update()
+            await self._until_settled(key.name)
             await self._until(lambda: all(r.ready.get(key) in (None, version.loaded.weights_id) for r in self._all()))
             version.weights_ids = {version.loaded.weights_id}
 

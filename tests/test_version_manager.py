@@ -5,6 +5,7 @@ import asyncio
 import contextlib
 import functools
 import random
+from collections.abc import Callable
 
 import pytest
 
@@ -16,6 +17,8 @@ from shared_graph.version_manager import BRING_UP_LIMIT_S, EVIDENCE, Found, Vers
 pytestmark = pytest.mark.simulated
 
 NAMES = ("m", "n")
+FATES = ("hangs", "fails", "is slow")  # of a version in a worker
+SLOW_S = 20.0
 
 
 class PlayedWorker:
@@ -61,10 +64,13 @@ class PlayedWorker:
         await self.stage.pause()
         if fate == "hangs":
             return
+        if fate == "is slow":
+            await asyncio.sleep(SLOW_S)
+        now = self.snapshot.versions.get(key, NONE).loaded
         if fate == "fails":
             self.failed[key] = "it cannot"
-        else:
-            self.ready[key] = loaded.weights_id
+        elif now and now.fingerprint == loaded.fingerprint:
+            self.ready[key] = now.weights_id
         self.report()
 
     def report(self) -> None:
@@ -79,6 +85,9 @@ class PlayedWorker:
             return None
         version = self.snapshot.find(name, choice)
         return version.version if version and version.key in self.ready else None
+
+    def has(self, key: ModelKey) -> bool:
+        return key in self.ready
 
     def is_in_touch(self) -> bool:
         """Front ends close their connections when the parameter server dies, and connect anew when a worker has begun
@@ -97,15 +106,18 @@ NONE = type("None", (), {"loaded": None})
 class Stage:
     """A parameter server's manager, in one life after the other; what lies in the folders, and who is told."""
 
-    def __init__(self, seed: int = 0):
-        self.chance = random.Random(seed)
+    def __init__(self, seed: int = 0, make_worker: Callable = PlayedWorker):
+        self.chance, self.make_worker = random.Random(seed), make_worker
         self.folders = {name: {1: "files 1"} for name in NAMES}  # version to its files
         self.labels: dict[str, dict[str, int]] = {name: {} for name in NAMES}
         self.bad: set[tuple[str, int, str]] = set()  # model, version and files that cannot be loaded
         self.fates: dict[tuple[int, ModelKey], str] = {}
         self.on_server: set[ModelKey] = set()
+        self.files: dict[ModelKey, str] = {}  # that are loaded
+        self.weights: dict[ModelKey, str] = {}  # the number of those that it has; later ones have higher numbers
+        self.weights_set: dict[ModelKey, str] = {}  # of this life, that everyone has
         self.workers: dict[int, PlayedWorker] = {}
-        self.lives, self.loads, self.longest_s = 0, 0, 1.0
+        self.lives, self.loads, self.longest_s, self.news_s = 0, 0, 1.0, 0.1
         self.incarnation, self.serving, self.tasks = 0, asyncio.Event(), []
         self.start_server()
 
@@ -117,6 +129,7 @@ class Stage:
     def start_server(self) -> None:
         """A new life, which knows what lies in the folders, and nothing of the life before."""
         self.incarnation += 1
+        self.death = asyncio.Event()
         publish = functools.partial(self.publish, self.incarnation)
         sources = [ModelSource(name, None, f"/{name}") for name in NAMES]
         self.manager = VersionManager(sources, self.look, self.load, self.unload, publish)
@@ -127,7 +140,9 @@ class Stage:
         """It is back in some seconds. Each worker hears of that when it hears of it, which may be later than that."""
         loop = asyncio.get_running_loop()
         self.serving.clear()
+        self.death.set()
         self.on_server.clear()
+        self.weights_set.clear()
         for task in self.tasks:
             task.cancel()
         loop.call_later(self.chance.uniform(0.5, 4), self.start_server)
@@ -146,18 +161,46 @@ class Stage:
             raise ModelError("it is broken")
         key = ModelKey(source.name, source.version)
         self.on_server.add(key)
+        self.files[key], self.weights[key] = files, self.next_weights()
+        return LoadedVersion({}, files, (), ("serving_default",), (), False, self.weights[key])
+
+    def next_weights(self) -> str:
         self.loads += 1
-        return LoadedVersion({}, "", (), ("serving_default",), (), False, f"load {self.loads}")
+        return f"{self.loads:06}"
+
+    async def set_weights(self, name: str) -> None:
+        """Of the latest version, if there is one."""
+        key = ModelKey(name, self.latest(name) or 0)
+
+        async def change(loaded: LoadedVersion) -> LoadedVersion:
+            await self.pause()
+            self.weights[key] = self.next_weights()
+            await self.pause()
+            return loaded._replace(weights_id=self.weights[key])
+
+        with contextlib.suppress(InvalidRequest):
+            await self.manager.change_weights(key, change)
+            self.weights_set[key] = self.weights[key]
+            self.check_weights()
+
+    def check_weights(self) -> None:
+        for key, weights in self.weights_set.items():
+            workers = [worker for worker in self.workers.values() if worker.is_in_touch()]
+            old = [worker.index for worker in workers if worker.ready.get(key, weights) < weights]
+            assert not old, f"{key} has the weights of before in worker {old}"
 
     async def unload(self, key: ModelKey) -> None:
         for worker in self.workers.values():
-            assert key not in worker.ready or not worker.is_in_touch(), "what a worker has is taken away"
+            assert not worker.has(key) or not worker.is_in_touch(), "what a worker has is taken away"
         await self.pause()
         self.on_server.discard(key)
+        self.weights_set.pop(key, None)
 
     def publish(self, incarnation: int, snapshot: Snapshot) -> None:
         for worker in self.workers.values():
-            asyncio.get_running_loop().call_later(self.chance.uniform(0, 0.1), worker.sync, incarnation, snapshot)
+            asyncio.get_running_loop().call_later(
+                self.chance.uniform(0, self.news_s), worker.sync, incarnation, snapshot
+            )
 
     def report(self, report: WorkerReport) -> None:
         """Of what a worker has, perhaps from a life before, of whose end it has not heard."""
@@ -177,7 +220,7 @@ class Stage:
 
     def start_worker(self, index: int) -> PlayedWorker:
         self.lives += 1
-        self.workers[index] = PlayedWorker(self, index, self.lives)
+        self.workers[index] = self.make_worker(self, index, self.lives)
         return self.workers[index]
 
     def kill_worker(self, index: int) -> None:
@@ -190,7 +233,7 @@ class Stage:
         """It has heard of the death, and begins with the next life."""
         if worker.is_alive and worker.incarnation not in (None, self.incarnation * self.serving.is_set()):
             worker.end()
-            self.workers[worker.index] = PlayedWorker(self, worker.index, worker.life)
+            self.workers[worker.index] = self.make_worker(self, worker.index, worker.life)
 
     def state(self, name: str, number: int) -> str | None:
         version = self.manager.snapshot.versions.get(ModelKey(name, number))
@@ -201,8 +244,8 @@ class Stage:
 
 
 @contextlib.asynccontextmanager
-async def playing(seed: int = 0, workers: int = 2):
-    stage = Stage(seed)
+async def playing(seed: int = 0, workers: int = 2, make_worker: Callable = PlayedWorker):
+    stage = Stage(seed, make_worker)
     for index in range(workers):
         stage.start_worker(index)
     try:
@@ -387,18 +430,23 @@ async def test_some_observations_decide_whether_requests_share_runs_and_those_of
 
 @pytest.mark.parametrize("seed", range(70))
 async def test_no_client_sees_a_version_go_back_and_all_settles_whatever_happens(seed):
-    """Versions come, are broken, hang or fail in a worker, go; labels move; workers and the parameter server die at any
-    step. Of a life before, a new one knows what lies in the folders: so no client gets from it less than the highest
-    version that is there and that every worker can have."""
+    await live_at_random(seed, PlayedWorker)
+
+
+async def live_at_random(seed: int, make_worker: Callable) -> None:
+    """Versions come, are broken, meet a fate in a worker, go; labels move; weights are set; workers and the parameter
+    server die at any step. Of a life before, a new one knows what lies in the folders: so no client gets from it less
+    than the highest version that is there and that every worker can have."""
     chance = random.Random(seed)
-    async with playing(seed, workers=3) as stage:
-        stage.longest_s = chance.choice([0.01, 0.5, 3.0])
+    async with playing(seed, 3, make_worker) as stage:
+        stage.longest_s, stage.news_s = chance.choice([0.01, 0.5, 3.0]), chance.choice([0.1, 1.0])
         seen = dict.fromkeys(NAMES, 0)
         newest = dict.fromkeys(NAMES, 1)
         served: set[tuple[int, str]] = set()  # life and model
+        setting: list[asyncio.Task] = []
 
         def can_be_had(name: str) -> set[int]:
-            spoilt = {key for _, key in stage.fates}
+            spoilt = {key for (_, key), fate in stage.fates.items() if fate != "is slow"}
             files = stage.folders[name].items()
             return {n for n, its in files if (name, n, its) not in stage.bad and ModelKey(name, n) not in spoilt}
 
@@ -421,24 +469,28 @@ async def test_no_client_sees_a_version_go_back_and_all_settles_whatever_happens
                     assert key in stage.on_server, f"{key} is not there"
                     lacking = [worker.index for worker in workers if worker.has_reported and key not in worker.ready]
                     assert not lacking, f"{key} is not in worker {lacking}"
+            stage.check_weights()
 
         for _ in range(60):
             name = chance.choice(NAMES)
             what = chance.choice(
-                ["new", "new", "broken", "hang", "fail", "remove", "label", "kill", "server", "nothing"]
+                ["new", "new", "broken", *FATES, "remove", "label", "weights", "kill", "server", "nothing"]
             )
-            if what in ("new", "broken", "hang", "fail"):
+            if what in ("new", "broken", *FATES):
                 newest[name] += 1
                 number = newest[name]
                 stage.folders[name][number] = f"files {number}"
                 if what == "broken":
                     stage.bad.add((name, number, f"files {number}"))
                 elif what != "new":
-                    stage.fates[chance.randrange(3), ModelKey(name, number)] = f"{what}s"
+                    stage.fates[chance.randrange(3), ModelKey(name, number)] = what
             elif what == "remove" and (old := [v for v in stage.folders[name] if v < (stage.latest(name) or 0)]):
                 del stage.folders[name][chance.choice(old)]
             elif what == "label":
                 stage.labels[name] = {"stable": chance.choice(list(stage.folders[name]))}
+            elif what == "weights" and stage.serving.is_set():
+                setting.append(task := asyncio.create_task(stage.set_weights(name)))
+                stage.tasks.append(task)  # which ends with the parameter server
             elif what == "kill":
                 stage.kill_worker(index := chance.randrange(3))
                 stage.start_worker(index)
@@ -452,11 +504,14 @@ async def test_no_client_sees_a_version_go_back_and_all_settles_whatever_happens
                 look()
         await asyncio.sleep((len(stage.fates) + 4) * BRING_UP_LIMIT_S)
         look()
+        for task in setting:
+            assert task.done(), "weights are never set"
+            with contextlib.suppress(asyncio.CancelledError):
+                task.result()
         for name in NAMES:
             assert stage.latest(name) is not None and stage.latest(name) >= max(can_be_had(name), default=0)
         in_use = {ModelKey(name, number) for (name, _), number in stage.manager.snapshot.pointers.items()}
         assert stage.on_server == in_use, "memory is not given back"
         for worker in stage.workers.values():
-            assert worker.is_in_touch() and {key for key in in_use if (worker.index, key) not in stage.fates} == {
-                *worker.ready
-            }
+            spoilt = {key for key in in_use if stage.fates.get((worker.index, key), "is slow") != "is slow"}
+            assert worker.is_in_touch() and worker.ready.keys() == in_use - spoilt

@@ -32,7 +32,7 @@ class HomeLoop:
         self._ended = threading.Event()  # all that the thread does
         self._home: int | None = None  # the thread of the loop, while it runs
         self._calls: set[concurrent.futures.Future] = set()  # from elsewhere, that are not answered
-        self._lock, self._pid = threading.Lock(), 0  # of the process that has started it
+        self._starting, self._pid = threading.RLock(), 0  # of the process that has started it
 
     def start(
         self,
@@ -43,7 +43,7 @@ class HomeLoop:
     ) -> bool:
         """Run ``main(closing)`` in the loop, within the context ``around``, in the background; was that not so yet?
         ``fail`` is called with what ends it too early."""
-        with self._lock:
+        with self._starting:
             if self._thread is not None or self.is_over:
                 return False
             self.loop, self._pid = home or uvloop.new_event_loop(), os.getpid()
@@ -52,9 +52,9 @@ class HomeLoop:
             return True
 
     def stop(self) -> None:
-        """Returns when all has ended. Safe to call twice."""
+        """Returns when all has ended. Safe to call twice, and in a signal handler, whatever that interrupts."""
         self.check_elsewhere()
-        with self._lock:
+        with self._starting:
             if self._thread is not None and not self.is_over:
                 log.info("stopping")
             self.is_over = True
@@ -81,13 +81,17 @@ class HomeLoop:
 
     def run(self, call: Coroutine) -> concurrent.futures.Future:
         """Run it in the loop, from elsewhere. Raises Error when that cannot be."""
-        with self._lock:
+        try:
             if refusal := self._refusal():
-                call.close()
                 raise refusal
             future = asyncio.run_coroutine_threadsafe(call, self.loop)
-            self._calls.add(future)
+        except Exception as error:
+            call.close()
+            raise self._why_over() if isinstance(error, RuntimeError) else error from None  # the loop is closed
+        self._calls.add(future)
         future.add_done_callback(self._calls.discard)
+        if self._ended.is_set():  # and so has not failed this one
+            self._fail_calls()
         return future
 
     def result(self, call: Coroutine, timeout_s: float | None = None) -> Any:
@@ -103,7 +107,7 @@ class HomeLoop:
 
     def _refusal(self) -> Error | None:
         if self._pid not in (0, os.getpid()):
-            return Unavailable("A forked process has no cluster: start one in it, or join one with --address.")
+            return Unavailable("A forked process has no cluster: let each start one, or join one, after the fork.")
         if self.is_over:
             return self._why_over()
         if self._thread is None:
@@ -124,14 +128,16 @@ class HomeLoop:
             if not self._closing.is_set():  # else it was ended on purpose while it started
                 fail(error)
         finally:
-            with self._lock:
-                self.is_over = True
-            for future in list(self._calls):
-                with contextlib.suppress(concurrent.futures.InvalidStateError):
-                    future.set_exception(self._why_over())
+            self.is_over = True
             if is_own:
                 self.loop.close()
             self._ended.set()
+            self._fail_calls()
+
+    def _fail_calls(self) -> None:
+        for future in list(self._calls):
+            with contextlib.suppress(concurrent.futures.InvalidStateError):
+                future.set_exception(self._why_over())
 
     async def _main(self, main: Callable) -> None:
         self._home = threading.get_ident()

@@ -132,6 +132,15 @@ _lock = threading.Lock()
 _users = 0  # clusters that hold the Ray that we have started
 _ended = threading.Event()  # set when none does any more
 _owner: threading.Thread | None = None  # Ray's processes end with the thread that has started them
+_is_inherited = False  # Ray runs in the process that this one was forked from, and can neither run nor begin here
+
+
+def _note_fork() -> None:
+    global _lock, _users, _is_inherited
+    _lock, _users, _is_inherited = threading.Lock(), 0, ray.is_initialized()
+
+
+os.register_at_fork(after_in_child=_note_fork)
 
 
 @contextlib.contextmanager
@@ -139,6 +148,9 @@ def ray_runtime(options: Options) -> Iterator[None]:
     """Ray for as long as the block runs: one that runs in this process already, be it the user's or another cluster's,
     else the cluster at ``options.address``, or a local one of our own. Raises Unavailable."""
     global _users, _owner, _ended
+    if _is_inherited:
+        why = "This process was forked from one in which Ray runs, and so cannot have a cluster"
+        raise Unavailable(f"{why}: use multiprocessing's spawn, or fork before the cluster starts.")
     with _lock:
         is_ours = _users > 0 or not ray.is_initialized()  # else it is the user's, and not ours to end
         if is_ours:
@@ -200,7 +212,7 @@ def joined_ray(options: Options) -> Iterator[None]:
 def local_ray(options: Options) -> Iterator[None]:
     """A Ray of our own that listens on 127.0.0.1 alone and leaves no process and no file behind."""
     temporary, is_clustered = tempfile.gettempdir(), ray_constants.ENABLE_RAY_CLUSTER
-    folder = tempfile.mkdtemp(prefix="ray_tensorflow_", dir=temporary if len(temporary) < 18 else "/tmp")  # for sockets
+    folder = tempfile.mkdtemp(prefix="ray_tensorflow_", dir=temporary if len(os.fsencode(temporary)) < 18 else "/tmp")
     try:
         if shutil.disk_usage(folder).free < 2**20:  # Ray would try for ever
             raise Unavailable(f"Less than 1 MiB is free in {os.path.dirname(folder)}: make room, or set TMPDIR.")
@@ -256,7 +268,9 @@ def watch_ray() -> Awaitable[str]:
     loop = asyncio.get_running_loop()
     ended = loop.create_future()
     for name, pid in _ray_processes():
-        with contextlib.suppress(ProcessLookupError):
+        with contextlib.suppress(
+            OSError
+        ):  # it has ended, or there are no such descriptors here: then that is seen later
             descriptor = os.pidfd_open(pid)
             loop.add_reader(descriptor, lambda name=name: ended.done() or ended.set_result(name))
             ended.add_done_callback(lambda _, d=descriptor: (loop.remove_reader(d), os.close(d)))

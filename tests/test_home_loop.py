@@ -78,3 +78,21 @@ def test_what_is_told_of_a_failure_may_stop_it():
     home.start(None, None, around, fail)
     assert told.wait(10)
     home.stop()
+
+
+def test_a_signal_handler_that_stops_it_may_interrupt_a_call_at_any_step():
+    home = started()
+
+    class Interrupted(set):
+        def add(self, future) -> None:
+            home.stop()
+            super().add(future)
+
+    def call() -> None:
+        with pytest.raises(Unavailable, match="It is over"):
+            home.result(asyncio.sleep(1000))
+        ended.set()
+
+    home._calls, ended = Interrupted(), threading.Event()
+    threading.Thread(target=call, daemon=True).start()
+    assert ended.wait(10), "stop() waits for what waits for it"

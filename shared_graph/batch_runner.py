@@ -100,10 +100,11 @@ class BatchRunner:
         if not item.feed or not (signature.batchable or signature.name in self._undecided):
             return item.index
         rows, parts = item.feed[0].shape[:1], [item.is_json, signature.name]
-        for array in item.feed:
-            if array.shape[:1] != rows or not (0,) <= rows <= (MAX_SHARED_ROWS,):  # not (): that one has none
+        for array, spec in zip(item.feed, signature.inputs.values()):
+            shape = array.shape
+            if shape[:1] != rows or not (0,) <= rows <= (MAX_SHARED_ROWS,) or not spec.has(shape):
                 return item.index
-            parts.append(array.shape[1:])
+            parts.append(shape[1:])
         return tuple(parts)
 
     def _answer_group(self, group: list[Item], reply: Callable[[dict[int, Any]], None]) -> None:
@@ -147,6 +148,8 @@ class BatchRunner:
                 reply({item.index: error.with_traceback(None)})
                 continue
             reply({item.index: answer})
+            if any(all(map(np.array_equal, item.feed, other.feed)) for other in tried):
+                continue  # what is the same goes well together, and shows nothing
             if sum(other.rows for other in tried) + item.rows <= TRIED_ROWS:
                 alone.append(outputs)
                 tried.append(item)

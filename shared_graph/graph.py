@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import hashlib
 import importlib
-import logging
 import math
 import re
 import threading
@@ -20,23 +19,24 @@ from shared_graph.graph_definition import (
     ITERATOR,
     KERAS,
     check_keras,
+    check_signatures,
     describe_signature,
+    fills_tables,
     ingredients,
     is_initialized,
     memory_graph,
+    metadata_of,
     name_python_functions,
     operations_behind,
     prepare_nodes,
     probes,
 )
 from shared_graph.model_source import ADDER, ADDER_SOURCE, ModelSource
-from shared_graph.models import Arrays
+from shared_graph.models import Arrays, array_of
 from shared_graph.options import Options
 from shared_graph.tensorflow_runtime import in_step, server_config, session_config
 from shared_graph.threads import OwnThread
 from shared_graph.variables import TensorFlowVariables
-
-log = logging.getLogger(__name__)
 
 
 class Graph:
@@ -79,6 +79,8 @@ class Graph:
             self.variables = TensorFlowVariables(outputs)
             self._probes = probes(tf, self.graph)
             self._initialized = [is_initialized(tf, operation) for operation in self.variables.operations]
+        self._restoring = [self._saver.saver_def.restore_op_name] if self._saver else []
+        self.fills_tables = fills_tables(tf, meta_graph.graph_def, self._restoring)
         self.graph.finalize()
         self._memory = memory_graph(tf, self.graph, device)
         self._outputs = [tensor.op for tensor in outputs]
@@ -111,8 +113,7 @@ class Graph:
         meta_graph = meta_graph_pb2.MetaGraphDef()
         with self._builder.as_default():
             signatures = function(tf)
-            if not isinstance(signatures, dict):
-                raise ModelError(f"{name} returned {signatures!r:.100}, not a dict of signatures: (inputs, outputs)")
+            check_signatures(name, signatures)
             for signature, sides in signatures.items():
                 infos = [
                     {key: tensor_info(tf, f"signature {signature!r}: {kind} {key!r}", t) for key, t in side.items()}
@@ -197,7 +198,7 @@ class Graph:
         except Exception as error:
             failure, code = failure_of(error), getattr(error, "error_code", None)
         if failure is None:
-            return [np.array(output, object) if isinstance(output, bytes) else np.asarray(output) for output in outputs]
+            return list(map(array_of, outputs))
         # out here, where it does not hold the session: its end would wait for its server
         if code in CANCELLED and self.session is not session and may_repeat and time.monotonic() < deadline:
             return self.run(signature, feed, deadline)  # see cancel_runs
@@ -225,20 +226,20 @@ class Graph:
             with tf.Session(self._target, graph, self._config) as own:
                 in_step(own.run, allocate)
         initializers = [self.graph.get_operation_by_name(name) for name in self._initializers]
-        if initializers:  # in this order: a table may be made from a variable
-            in_step(self.session.run, initializers[0])
-        elif not self.is_mirror:
-            in_step(self._loader.restore_variables, self.session, self._saver)
-        self.variables.set_weights(weights)
-        for initializer in initializers[1:]:
-            in_step(self.session.run, initializer)
+        steps: list[tuple] = [(self.session.run, initializer) for initializer in initializers]
         if self._loader:
-            in_step(self._loader.run_init_ops, self.session, ["serve"])
+            steps = [(self._loader.run_init_ops, self.session, ["serve"])]
+            if self.is_mirror:
+                self.variables.set_weights(weights)
+            else:
+                steps.insert(0, (self._loader.restore_variables, self.session, self._saver))
+        for step in steps:  # which may make variables and tables of what is there by then
+            in_step(*step)
+            self.variables.set_weights(weights)
+        if self._loader:
             with self.graph.as_default():
-                initializers = [loader_impl.get_init_op(self._loader.get_meta_graph_def_from_tags(["serve"]))]
-            if self._saver:
-                restore = self._saver.saver_def.restore_op_name
-                initializers.append(self.graph.get_operation_by_name(restore))
+                at_start = loader_impl.get_init_op(self._loader.get_meta_graph_def_from_tags(["serve"]))
+            initializers = [at_start, *map(self.graph.get_operation_by_name, self._restoring)]
         self._loader = self._saver = None  # they hold all that was read
         self._check_initialized(initializers, set(weights))
 
@@ -256,11 +257,7 @@ class Graph:
             raise ModelError(f"nothing initializes {', '.join(map(repr, lost[:5]))}, which an output needs")
 
     def metadata(self) -> dict[str, Any]:
-        from google.protobuf import json_format
-
-        how = {"always_print_fields_with_no_presence": True, "preserving_proto_field_name": True}
-        definitions = {name: json_format.MessageToDict(d, **how) for name, d in self._definitions.items()}
-        return {"signature_def": {"signature_def": definitions}}
+        return metadata_of(self._definitions)
 
 
 def tensor_info(tf, what: str, value):

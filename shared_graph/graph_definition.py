@@ -17,7 +17,8 @@ from shared_graph.models import Signature, TensorSpec
 STATE_CHANGING = re.compile(
     r"Assign\w*|(Resource)?(Sparse)?Apply\w+|ResourceScatter\w+|Scatter(Add|Sub|Mul|Div|Min|Max|Update|Nd\w+)"
     r"|ResourceStridedSliceAssign|(Resource)?CountUpTo|LookupTable(Insert|Import|Remove)\w*|(Queue|Barrier|Stack)\w+"
-    r"|(Map)?(Uns|S)tage|Rng\w+|Stateful(Standard|Uniform|Truncated|Random)\w+|WriteFile"
+    r"|(Map)?(Uns|S)tage|Rng\w+|Stateful(Standard|Uniform|Truncated|Random)\w+|WriteFile|\w*IteratorGetNext\w*"
+    r"|(Sparse|Resource)?Accumulator\w+"
 )
 PYTHON_FUNCTION = re.compile(r"(Eager)?PyFunc(Stateless)?")
 VARIABLE = ("VarHandleOp", "VariableV2", "Variable")
@@ -106,6 +107,20 @@ def operations_behind(operations: list) -> set:
     return seen
 
 
+def check_signatures(name: str, returned: Any) -> None:
+    """Raises ModelError unless it is what a model's function has to return."""
+    pairs = list(returned.values()) if isinstance(returned, dict) else []
+    are_sides = [isinstance(pair, (tuple, list)) and [isinstance(side, dict) for side in pair] for pair in pairs]
+    if not pairs or any(kinds != [True, True] for kinds in are_sides):
+        raise ModelError(f"{name} returned {returned!r:.100}, not a dict of signatures: (inputs, outputs), both dicts")
+
+
+def fills_tables(tf, graph_def, restoring: list[str]) -> bool:
+    """Does a SavedModel's checkpoint fill tables? Those are no variables, whose values travel."""
+    part = tf.graph_util.extract_sub_graph(graph_def, restoring)
+    return any(node.op.startswith("LookupTableImport") for node, *_ in nodes_run(part))
+
+
 def check_keras(graph, initializers: list) -> None:
     """Raises ModelError where Keras has loaded weights, which it does by operations that nobody runs."""
     run = operations_behind(initializers)
@@ -126,7 +141,8 @@ def describe_signature(tf, graph, graph_def, name: str, definition, atomic: bool
             if why := strange_tensor(tf, info):
                 signature.refusal = f"Signature {name!r} cannot be served: its {side} {key!r} {why}"
                 return signature, [], []
-    feeds, fetches = ({key: graph.get_tensor_by_name(infos[key].name) for key in sorted(infos)} for _, infos in sides)
+    names = lambda infos: {key: its.name if ":" in its.name else f"{its.name}:0" for key, its in sorted(infos.items())}  # noqa: E731
+    feeds, fetches = ({key: graph.get_tensor_by_name(n) for key, n in names(infos).items()} for _, infos in sides)
     part = tf.graph_util.extract_sub_graph(graph_def, [tensor.op.name for tensor in fetches.values()])
     types = {node.op for node, *_ in nodes_run(part)}
     signature.inputs = {key: tensor_spec(tensor, definition.inputs[key]) for key, tensor in feeds.items()}
@@ -134,6 +150,17 @@ def describe_signature(tf, graph, graph_def, name: str, definition, atomic: bool
     signature.mutates_state = any(map(STATE_CHANGING.fullmatch, types))
     signature.runs_python = not atomic and any(map(PYTHON_FUNCTION.fullmatch, types))
     return signature, list(feeds.values()), list(fetches.values())
+
+
+def metadata_of(definitions: dict[str, Any]) -> dict[str, Any]:
+    """Of SignatureDefs, as TensorFlow Serving shows them; the same in each process, which a map's order is not."""
+    from google.protobuf import json_format
+
+    how = {"always_print_fields_with_no_presence": True, "preserving_proto_field_name": True}
+    shown = {name: json_format.MessageToDict(definition, **how) for name, definition in definitions.items()}
+    for its in shown.values():
+        its |= {kind: dict(sorted(its[kind].items())) for kind in ("inputs", "outputs", "defaults") if kind in its}
+    return {"signature_def": {"signature_def": shown}}
 
 
 def strange_tensor(tf, info) -> str | None:

@@ -23,7 +23,7 @@ from shared_graph.memory import free_garbage
 from shared_graph.merging import Verdict, find_batchable
 from shared_graph.model_source import ADDER_SOURCE, ModelSource
 from shared_graph.models import Arrays, LoadedVersion, ModelKey
-from shared_graph.options import Options
+from shared_graph.options import Options, code_of_package
 from shared_graph.tensorflow_runtime import import_tensorflow
 from shared_graph.threads import OwnThread, in_own_thread
 from shared_graph.version_manager import Found
@@ -115,7 +115,7 @@ class Loader:
         files = await in_own_thread(source.files_seen)
         async with self._marks.loading(key, files) if source != ADDER_SOURCE else contextlib.nullcontext():
             graph = await build_in_own_thread(self._build_and_restore, key, source)
-            rule = f"{self._options.max_batch} {self._options.exact} {graph.fingerprint}"
+            rule = f"{code_of_package()} {self._options.max_batch} {self._options.exact} {graph.fingerprint}"
             weights = f"{json.dumps(files)} {self._checkpoints.stamp(source)}"
             known_by = hashlib.sha256(f"{rule} {weights}".encode()).hexdigest()
             cached = functools.partial(self._checkpoints.cached, known_by)
@@ -137,8 +137,9 @@ class Loader:
                 bundle = self.bundles[key] = Bundle(source, is_mirrored(self._options, source))
                 stack.enter_context(bundle.opened())
             graph = self._built.pop(key, None) or build_graph(tf, self._options, source)
-            if is_mirrored(self._options, source) and graph.mutates_state:
-                raise ModelError("it changes its variables when it runs and cannot be mirrored: use --placement shared")
+            if is_mirrored(self._options, source) and (graph.mutates_state or graph.fills_tables):
+                what = "changes its variables when it runs" if graph.mutates_state else "has tables in its checkpoint"
+                raise ModelError(f"it {what} and cannot be mirrored: use --placement shared")
             self._graphs[key] = graph
             graph.connect(tf, self.addresses, self._options)
             try:

@@ -20,6 +20,8 @@ from shared_graph.options import Options
 
 log = logging.getLogger(__name__)
 
+MAX_TRIED = 2**24  # numbers in the rows of a trial, which are there several times at once
+
 
 class Verdict(NamedTuple):
     """Names of signatures."""
@@ -49,26 +51,40 @@ def may_share(signature: Signature, atomic: bool) -> bool:
 def _with_other_weights(graph: Graph, names: list[str], options: Options) -> list[str]:
     """Those that share runs also with other weights, for a model that changes them when it runs."""
     weights, random = graph.variables.get_weights(), np.random.default_rng(0)
-    floats = {name: value for name, value in weights.items() if value.dtype.kind == "f"}
-    other = {name: random.standard_normal(value.shape).astype(value.dtype) for name, value in floats.items()}
-    graph.variables.set_weights(other)
+    weights = {name: value for name, value in weights.items() if value.dtype != object}
+    graph.variables.set_weights({name: _other(random, value) for name, value in weights.items()})
     try:
         return [name for name in names if try_rows(graph, graph.signatures[name], options) is not False]
     finally:
-        graph.variables.set_weights(floats)
+        graph.variables.set_weights(weights)
+
+
+def _other(random: np.random.Generator, value: np.ndarray) -> np.ndarray:
+    """What may be a switch is turned; all else is random."""
+    other = value == 0 if value.dtype.kind in "biu" else random.standard_normal(value.shape)
+    return np.asarray(other, value.dtype)
 
 
 def try_rows(graph: Graph, signature: Signature, options: Options) -> bool | None:
-    """Is each row's answer the same, whatever rows it shares a run with? Tried on random rows, with many sizes where
-    every bit counts, since kernels are picked by shape. None: random rows are refused."""
-    sizes = [2, 3, 5, 8, 13, 16, 32, options.max_batch] if options.exact else [2, 8, 16]
-    sample = sample_rows(signature, max(sizes))
+    """Is each row's answer the same, whatever rows it shares a run with? Tried on random rows, and where whole numbers
+    are asked for on larger ones, too, unless those are refused. None: random rows are refused."""
+    sizes = [2, 3, 5, 8, 13, 16, 32, options.max_batch] if options.exact else [2, 8, 16]  # kernels are picked by shape
+    of_a_row = sum(array.size for array in sample_rows(signature, 1))
+    sizes = [size for size in sorted(sizes) if size * of_a_row <= MAX_TRIED or size == 2]
+    verdict = _try(graph, signature, sample_rows(signature, sizes[-1]), sizes, options.exact)
+    if verdict and any(np.dtype(spec.dtype).kind in "iu" for spec in signature.inputs.values()):
+        return _try(graph, signature, sample_rows(signature, sizes[-1], 60), sizes, options.exact) is not False
+    return verdict
+
+
+def _try(graph: Graph, signature: Signature, sample: list[np.ndarray], sizes: list[int], exact: bool) -> bool | None:
+    tried = sizes[-1] if exact else min(8, sizes[-1])
     try:
-        alone = [graph.run(signature.name, [array[i : i + 1] for array in sample]) for i in range(8)]
+        alone = [graph.run(signature.name, [array[i : i + 1] for array in sample]) for i in range(tried)]
         for size in sizes:
             together = graph.run(signature.name, [array[:size] for array in sample])
             for result, *singles in zip(together, *alone[:size]):
-                if len(result) != size or not answers_equal(result[:8], np.concatenate(singles), options.exact):
+                if len(result) != size or not answers_equal(result[:tried], np.concatenate(singles), exact):
                     return False
     except ModelError as error:  # it does not like our random rows, and we cannot know what it likes
         if error.status == 499:  # cancelled: it has taken too long
@@ -88,8 +104,9 @@ def warm_up(graph: Graph) -> None:
                 graph.run(signature.name, sample_rows(signature, 0 if graph.atomic else 1))
 
 
-def sample_rows(signature: Signature, rows: int) -> list[np.ndarray]:
-    """Random inputs with this many rows, by sorted name: numbers of several magnitudes, zeros and ones, words."""
+def sample_rows(signature: Signature, rows: int, largest: int = 1) -> list[np.ndarray]:
+    """Random inputs with this many rows, by sorted name: numbers of several magnitudes, words, and whole numbers: zeros
+    and ones, or of each row's own range up to twice the ``largest``."""
     random, arrays = np.random.default_rng(0), []
     words = b"the of and to in is good bad new film music price 7 2024 London ! ? :-)".split()
     for spec in signature.inputs.values():
@@ -98,10 +115,12 @@ def sample_rows(signature: Signature, rows: int) -> list[np.ndarray]:
         if spec.dtype == "object":
             array = np.empty(shape, object)
             array.flat = [b" ".join(random.choice(words, random.integers(0, 12))) for _ in range(array.size)]
-        elif np.dtype(spec.dtype).kind in "biu":
-            array = random.integers(0, 2, shape)  # an index must be within its table
+        elif np.dtype(spec.dtype).kind in "biu":  # an index must be within its table
+            low = random.integers(0, largest, shape[:1] + (1,) * len(shape[1:]))
+            array = random.integers(low, low + random.integers(1, largest + 1, low.shape) + 1, shape)
         else:
-            array = random.standard_normal(shape) * 10 ** random.uniform(-2, 2, shape[:1] + (1,) * len(shape[1:]))
+            magnitude = 10 ** random.uniform(-2, 2, shape[:1] + (1,) * len(shape[1:]))
+            array = random.standard_normal(shape, np.float32) * np.float32(magnitude)
         arrays.append(array.astype(spec.dtype))
     return arrays
 

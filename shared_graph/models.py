@@ -36,6 +36,13 @@ class TensorSpec(NamedTuple):
     def has_rows(self) -> bool:
         return bool(self.shape) and self.shape[0] is None
 
+    def has(self, shape: tuple[int, ...]) -> bool:
+        """Is it one of those that this has said? TensorFlow may take others, and broadcast them."""
+        declared = self.shape
+        return declared is None or (
+            len(shape) == len(declared) and all(n is None or n == m for n, m in zip(declared, shape))
+        )
+
 
 @dataclasses.dataclass
 class Signature:
@@ -147,6 +154,8 @@ def _as_array(what: str, value: Any) -> np.ndarray:
         array = np.asarray(value)
     except ValueError:
         raise InvalidRequest("An input is ragged: all its rows must have the same shape") from None
+    if array.dtype.kind in "SU" and not isinstance(value, np.ndarray):
+        array = np.asarray(value, object)  # else strings would lose the zeros at their ends
     if array.dtype.hasobject:
         kinds = {type(element) for element in array.ravel().tolist()} if array.dtype == object else {array.dtype}
         if strange := kinds - PLAIN_TYPES:
@@ -179,6 +188,11 @@ def to_array(what: str, value: Any, dtype: np.dtype) -> np.ndarray:
     if dtype.kind in "iu" and not np.array_equal(result, array):
         raise InvalidRequest(f"{what} has a value outside the range of {dtype}")
     return result
+
+
+def array_of(value: Any) -> np.ndarray:
+    """Of what TensorFlow gives: a single string as ``bytes``, of which numpy would drop the zeros at its end."""
+    return np.array(value, object) if isinstance(value, bytes) else np.asarray(value)
 
 
 def object_array(values: Iterable[Any]) -> np.ndarray:

@@ -12,7 +12,7 @@ import numpy as np
 
 from shared_graph.errors import DeadlineExceeded, Error, InvalidRequest, ModelError, Unavailable, first_sentence
 from shared_graph.json_codec import json_text, load, parse_tensor, plain
-from shared_graph.models import Arrays
+from shared_graph.models import Arrays, array_of
 from shared_graph.tensorflow_runtime import import_tensorflow
 
 # HTTP status to tensorflow::error::Code, where a server of TensorFlow Serving's REST contract answered with an error
@@ -56,7 +56,7 @@ def remote_predict(
     path += f"/versions/{model_version}" if model_version >= 0 else ""
 
     def call(*inputs):
-        named = dict(zip(input_tensor_aliases, map(np.asarray, inputs)))
+        named = dict(zip(input_tensor_aliases, map(array_of, inputs)))
         asked = target_address, path, signature_name, named, dtypes, max_rpc_deadline_millis / 1000
         try:
             return [np.int32(0), b"", *call_remote(*asked)]

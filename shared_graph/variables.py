@@ -10,7 +10,7 @@ import numpy as np
 
 from shared_graph.errors import InvalidRequest
 from shared_graph.graph_definition import VARIABLE, operations_behind
-from shared_graph.models import Arrays, to_array
+from shared_graph.models import Arrays, array_of, to_array
 from shared_graph.tensorflow_runtime import import_tensorflow, in_step
 
 
@@ -83,7 +83,7 @@ class TensorFlowVariables:
     def get_weights(self) -> Arrays:
         """The variables' values by name; one at a time, since a protobuf has 2 GiB at most (tensorflow#2233)."""
         values = {name: self._run(value) for name, value in self._values.items()}
-        return {name: np.array(v, object) if isinstance(v, bytes) else np.asarray(v) for name, v in values.items()}
+        return {name: array_of(value) for name, value in values.items()}
 
     def set_weights(self, new_weights: Arrays) -> None:
         """Set some or all variables. A wrong name or shape is an InvalidRequest, and then none of them is set."""

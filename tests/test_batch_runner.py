@@ -101,6 +101,20 @@ def test_with_exact_only_what_is_the_same_to_the_last_bit_speaks_for_sharing_run
     assert played.observed == [("serving_default", not exact)]
 
 
+def test_that_equal_requests_get_equal_answers_together_speaks_for_nothing():
+    played = Played(batchable=False, undecided=True, looks_across=1)
+    assert played.answer(rows(1), rows(1), rows(1)) == [[3]] * 3 and played.observed == []
+    played = Played(batchable=False, undecided=True, looks_across=1)
+    assert played.answer(rows(1), rows(2), rows(1)) == [[3], [5], [3]]
+    assert played.observed == [("serving_default", False)] and played.graph.runs[-1] == [1, 2]
+
+
+def test_requests_of_another_shape_than_the_declared_one_are_run_alone_though_each_has_the_same():
+    played = Played()
+    assert played.answer(rows([1, 2]), rows([3, 4]), rows(5), rows(6)) == [[[2, 4]], [[6, 8]], [10], [12]]
+    assert sorted(played.graph.runs, key=str) == [[5, 6], [[1, 2]], [[3, 4]]]
+
+
 def test_what_only_the_run_of_a_writing_signature_shows_is_told_as_done():
     played = Played(batchable=False)
     played.graph.signature.outputs["y"] = TensorSpec("int64", None)

@@ -97,6 +97,25 @@ def test_devices_of_the_machine_that_saved_a_model_do_not_matter(load, models, t
     assert one(load(str(file.parent)), np.array([[3, 5]], np.float32)) == [[1]]
 
 
+def test_a_tensor_may_be_called_by_its_operation_alone(load, models, tmp_path):
+    """As TensorFlow Serving takes it: "x" is "x:0"."""
+    from tensorflow.core.protobuf import saved_model_pb2
+
+    file = shutil.copytree(os.path.join(models["affine"], "1"), tmp_path / "affine") / "saved_model.pb"
+    saved = saved_model_pb2.SavedModel.FromString(file.read_bytes())
+    for definition in saved.meta_graphs[0].signature_def.values():
+        for info in (*definition.inputs.values(), *definition.outputs.values()):
+            info.name = info.name.removesuffix(":0")
+    file.write_bytes(saved.SerializeToString())
+    assert one(load(str(file.parent)), np.array([[3, 5]], np.float32)) == [[1]]
+
+
+def test_metadata_has_its_names_in_order(load):
+    definitions = load("example_models:echo").metadata()["signature_def"]["signature_def"]
+    sides = [list(definitions["all"][side]) for side in ("inputs", "outputs")]
+    assert sides == [sorted(side) for side in sides] and len(sides[0]) == 11
+
+
 def outputs_that_are_there_already(tf):
     x, w = tf.placeholder(tf.float32, [None], name="x"), tf.get_variable("w", initializer=[1.0, 2.0])
     y = x + 1
@@ -145,6 +164,10 @@ def looks_across_its_batch(tf):
     }
     signatures = {name: ({"x": x}, {"y": y}) for name, y in outputs.items()}
     signatures["distinct"] = {"n": n}, {"y": tf.unique(n).idx}
+    pixels, largest = tf.placeholder(tf.uint8, [None, 4]), tf.reduce_max(n)
+    brightest = tf.maximum(tf.cast(tf.reduce_max(pixels), tf.float32), 1)
+    signatures["scaled by the brightest"] = {"pixels": pixels}, {"y": tf.cast(pixels, tf.float32) / brightest}
+    signatures["as wide as the largest"] = {"n": n}, {"y": tf.one_hot(n, tf.cast(largest + 1, tf.int32))}
     signatures["joined"] = {"text": text}, {"y": tf.strings.join([text, tf.strings.reduce_join(text)])}
     return signatures
 
@@ -166,13 +189,43 @@ def minds_its_rows(tf):
     }
     return {name: ({"x": x}, {"y": y}) for name, y in outputs.items()} | {
         "integer": ({"n": n}, {"y": n * 3}),
+        "index": ({"n": n}, {"y": tf.gather([1.0, 2.0, 3.0], n)}),
         "text": ({"text": text}, {"y": tf.strings.upper(text)}),
         "classifier": ({"text": text}, {"label": labels, "scores": scores}),
     }
 
 
+def looks_across_when_switched_on(tf):
+    x, on, signatures = tf.placeholder(tf.float32, [None, 3]), tf.placeholder(tf.float32, [None]), {}
+    for dtype in (tf.bool, tf.int32, tf.bfloat16, tf.float32):
+        switch = tf.get_variable(f"switch_{dtype.name}", initializer=tf.zeros([], dtype))
+        signatures[f"turn {dtype.name}"] = {"on": on}, {"on": tf.identity(switch.assign(tf.cast(on[0], dtype)))}
+        signatures[dtype.name] = {"x": x}, {"y": x - tf.cast(switch, tf.float32) * tf.reduce_mean(x, 0)}
+    return signatures
+
+
+def not_to_the_last_bit(tf):
+    x = tf.placeholder(tf.float32, [None])
+    return {"serving_default": ({"x": x}, {"y": tf.sin(x)})}
+
+
+def large_rows(tf):
+    x = tf.placeholder(tf.float32, [None, 1000, 1000, 3])
+    return {"serving_default": ({"x": x}, {"y": tf.reduce_mean(x, [1, 2, 3])})}
+
+
+@pytest.mark.parametrize("exact", [False, True])
+def test_of_large_rows_few_are_tried(load, exact):
+    graph, rows = load("test_graph:large_rows"), []
+    run = graph.run
+    graph.run = lambda signature, feed: rows.append(len(feed[0])) or run(signature, feed)
+    assert find_batchable(graph, Options(exact=exact)).batchable and max(rows) == 5 if exact else 2
+
+
 def test_signatures_share_runs_unless_they_look_across_their_batch_or_with_exact_differ_in_the_last_bit(load):
     assert find_batchable(load("test_graph:looks_across_its_batch"), Options()).batchable == ()
+    assert find_batchable(load("test_graph:looks_across_when_switched_on"), Options()).batchable == ()
+    assert find_batchable(load("test_graph:not_to_the_last_bit"), Options(exact=True)).batchable == ()
     graph = load("test_graph:minds_its_rows")
     assert set(find_batchable(graph, Options()).batchable) == set(graph.signatures)
     exact = set(find_batchable(graph, Options(exact=True)).batchable)
@@ -220,6 +273,8 @@ def changes_state(tf):
             "trains": after(tf.train.AdamOptimizer().minimize(tf.reduce_sum(v * v))),
             "inserts": after(table.insert(tf.constant(["a"]), tf.constant([1], tf.int64))),
             "takes from a queue": tf.FIFOQueue(3, [tf.float32]).dequeue(),
+            "takes from a dataset": tf.data.make_one_shot_iterator(tf.data.Dataset.range(9)).get_next(),
+            "gathers gradients": after(tf.ConditionalAccumulator(tf.float32, []).apply_grad(1.0)),
             "draws from a generator": tf.random.experimental.Generator.from_seed(1).uniform([3]),
         }.items()
     }

@@ -3,12 +3,13 @@
 import asyncio
 import os
 import pickle
+import subprocess
 import sys
 import threading
 
 import numpy as np
 import pytest
-from conftest import wait_until
+from conftest import one, wait_until
 
 from shared_graph import loader
 from shared_graph.errors import Error
@@ -28,8 +29,8 @@ def endless(tf):
     return {"serving_default": ({"x": x}, {"y": tf.while_loop(lambda y: tf.reduce_all(y > -1), lambda y: y + 1, [x])})}
 
 
-def a_loader(address: str, folder, *sources: ModelSource) -> tuple[loader.Loader, VersionManager]:
-    own = loader.Loader(Options(model=list(sources)))
+def a_loader(address: str, folder, *sources: ModelSource, **options) -> tuple[loader.Loader, VersionManager]:
+    own = loader.Loader(Options(model=list(sources), **options))
     own.addresses = [address]
     (folder / ".run-x").touch()
     own.open_folder(str(folder), "x")
@@ -51,6 +52,21 @@ def attends(tf):
     tf.train.init_from_checkpoint(os.environ["TEST_CHECKPOINT"], {"/": "/"})
     scores = tf.matmul(tf.matmul(x, w), x, transpose_b=True)
     return {"serving_default": ({"x": x}, {"y": tf.matmul(tf.nn.softmax(scores), tf.matmul(x, w))})}
+
+
+SAVE_TABLE = """
+import sys
+import tensorflow as tf
+
+model, words, numbers = tf.Module(), tf.constant(["a", "b"]), tf.constant([1, 2], tf.int64)
+if sys.argv[1] == "static":
+    model.table = tf.lookup.StaticHashTable(tf.lookup.KeyValueTensorInitializer(words, numbers), -1)
+else:
+    model.table = tf.lookup.experimental.MutableHashTable(tf.string, tf.int64, -1)
+    model.table.insert(words, numbers)
+look_up = tf.function(lambda word: {"number": model.table.lookup(word)}, [tf.TensorSpec([None], tf.string, "word")])
+tf.saved_model.save(model, sys.argv[2], signatures=look_up)
+"""
 
 
 async def a_life(address: str, folder, source: ModelSource, before: loader.Loader | None = None) -> loader.Loader:
@@ -136,6 +152,56 @@ async def test_strings_are_the_same_in_each_life(tf, address, tmp_path):
         weights = await own.get_weights(key)
         assert {name: value.tolist() for name, value in weights.items()} == strings
         own._set_and_save(own._graph(key), weights)
+
+
+def save_local(tf, folder: str) -> None:
+    """A local variable that an operation sets at the start."""
+    with tf.Graph().as_default(), tf.Session() as session:
+        inputs, outputs = local(tf)["serving_default"]
+        session.run([tf.global_variables_initializer(), tf.local_variables_initializer()])
+        start = tf.local_variables_initializer()
+        tf.saved_model.simple_save(session, folder, inputs, outputs, legacy_init_op=start)
+
+
+def local(tf):
+    x, w = tf.placeholder(tf.float32, [None], name="x"), tf.get_variable("w", initializer=2.0)
+    return {"serving_default": ({"x": x}, {"y": w * x + tf.get_local_variable("b", initializer=1.0)})}
+
+
+@pytest.mark.parametrize("kind", ["function", "folder"])
+async def test_local_variables_are_the_same_in_each_life_and_in_a_mirror(tf, address, tmp_path, kind):
+    save_local(tf, str(tmp_path / "local"))
+    where = {"function": "test_loader:local"} if kind == "function" else {"folder": str(tmp_path / "local")}
+    source, key = ModelSource("local", 1, **where), ModelKey("local", 1)
+    own = await a_life(address, tmp_path, source)
+    own._set_and_save(own._graph(key), {"b": np.float32(5)})
+    own = await a_life(address, tmp_path, source, before=own)
+    mirror = Graph(tf, source, ps_tasks=0)
+    mirror.connect(tf, [], own._options)
+    mirror.restore(tf, await own.get_weights(key))
+    assert [one(graph, np.float32([1])) for graph in (own._graph(key), mirror)] == [[7], [7]]
+
+
+async def test_a_model_whose_checkpoint_fills_tables_is_refused_as_a_mirror_and_one_with_other_tables_is_not(
+    tf, address, tmp_path
+):
+    """A mirror has its variables from the parameter server, which has no way to give it tables."""
+    for name in ("static", "mutable"):
+        subprocess.run([sys.executable, "-c", SAVE_TABLE, name, str(tmp_path / name)], check=True, capture_output=True)
+    sources = [ModelSource(name, 1, folder=str(tmp_path / name)) for name in ("static", "mutable")]
+    for placement, refusal in (
+        ("shared", None),
+        ("mirrored", "it has tables in its checkpoint and cannot be mirrored"),
+    ):
+        own, manager = a_loader(address, tmp_path, *sources, placement=placement)
+        for source in sources:
+            await manager.reconcile(source.name, at_once=True)
+        static, mutable = (manager.snapshot.versions[source.name, 1].error for source in sources)
+        assert static is None and (mutable is None if refusal is None else refusal in mutable)
+        if refusal is None:
+            words = np.array([b"a", b"b", b"c"], object)
+            assert [one(own._graph(ModelKey(source.name, 1)), words) for source in sources] == [[1, 2, -1]] * 2
+        own._checkpoints._lock.close()
 
 
 async def test_a_model_that_cannot_be_saved_keeps_no_other_from_it(tf, address, tmp_path):

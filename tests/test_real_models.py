@@ -207,6 +207,18 @@ def no_dict(tf):
     return [tf.constant(1)]
 
 
+def no_name(tf):
+    return {"serving_default": (tf.constant([1.0]), {"y": tf.constant([1.0])})}
+
+
+def one_side(tf):
+    return {"serving_default": {"y": tf.constant([1.0])}}
+
+
+def no_signature(tf):
+    return {}
+
+
 def empty_iterator(tf):
     return next(iter([]))
 
@@ -224,6 +236,9 @@ def leaves(tf):
         ),
         ("ragged_output", "^signature 'serving_default': output 'r' is a RaggedTensor; give its flat_values and row_"),
         ("no_tensor", "^signature 'serving_default': output 'y' is no tensor: "),
+        ("no_name", r"^no_name returned .*, not a dict of signatures: \(inputs, outputs\), both dicts$"),
+        ("one_side", "^one_side returned .*, not a dict of signatures"),
+        ("no_signature", "^no_signature returned {}, not a dict of signatures"),
         ("no_dict", r"^no_dict returned \[<tf.Tensor.*, not a dict of signatures"),
     ],
 )

@@ -32,7 +32,7 @@ def create_app(options: Options | None = None, on_failure: Callable[[Error], obj
     check_threads()
     cluster, starting = None, threading.Lock()
     app = Flask(__name__, static_folder=None)
-    app.config["PROVIDE_AUTOMATIC_OPTIONS"] = False
+    app.config |= {"PROVIDE_AUTOMATIC_OPTIONS": False, "SERVER_NAME": "localhost"}  # else not every Host is taken
     app.url_map.merge_slashes = app.url_map.strict_slashes = False  # neither of which is to redirect
 
     def start(home: asyncio.AbstractEventLoop | None = None) -> None:

@@ -45,6 +45,8 @@ def create_app(options: Options | None = None, on_failure: Callable[[Error], obj
 
     @contextlib.asynccontextmanager
     async def lifespan(app: Starlette):
+        nonlocal cluster
+        cluster = None  # should there have been a lifespan before, as in tests of an application
         start(asyncio.get_running_loop())
         yield
         await asyncio.to_thread(cluster.close)

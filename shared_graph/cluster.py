@@ -92,7 +92,7 @@ class Cluster:
         return self
 
     def start(self, workers: int = 1) -> Cluster:
-        """Start everything; returns when all models are loaded and so many workers are ready.
+        """Start everything; returns when all models are loaded and so many workers, of those that there are, ready.
 
         Raises OptionError, ModelError or Unavailable when that cannot be.
         """
@@ -100,7 +100,7 @@ class Cluster:
         try:
             self.start_in_background()
             with status.changed:
-                status.changed.wait_for(lambda: status.failure or status.is_ready(workers))
+                status.changed.wait_for(lambda: status.failure or status.is_ready(min(workers, self.options.workers)))
             if failure := status.failure or next(map(ModelError, status.model_errors()), None):
                 raise failure
         except BaseException:

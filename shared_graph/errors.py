@@ -69,7 +69,7 @@ class ModelError(Error):
 
 
 NOISE = re.compile(
-    r"From /job:|\[\[|Graph execution error:|Detected at node|Node:|Traceback|File |Original stack|\d+ root error\(s\)"
+    r'From /job:|\[\[|Graph execution error:|Detected at node|Node:|Traceback|File "|Original stack|\d+ root error\(s\)'
 )
 
 

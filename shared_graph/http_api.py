@@ -97,7 +97,7 @@ def match_path(method: str, path: str, headers: Mapping[str, str] | None = None)
     name, version, label, verb = match.groups()
     if name is None:
         raise InvalidRequest("Missing model name in request.")
-    if version and (len(version) > 19 or int(version) >= 2**63):
+    if version and (len(version.lstrip("0")) > 19 or int(version) >= 2**63):
         raise InvalidRequest(f"The version {version[:100]} is not a number of 64 bits")
     verb = verb if method == "POST" else "metadata" if verb else "status"
     return Call(urllib.parse.unquote(name), int(version) if version else label and urllib.parse.unquote(label), verb)
@@ -114,7 +114,7 @@ def parse_value(query: str, http_version: str = "1.1") -> float:
         [value] = values.get("value", ["1"])
     except ValueError:
         raise InvalidRequest("value must be given once, in a query string that can be parsed") from None
-    if len(value) > 100 or not VALUE.fullmatch(value):
+    if len(value) > 1000 or not VALUE.fullmatch(value):
         raise InvalidRequest(f"value must be one finite number, not {value[:100]!r}")
     return require_finite(float(value))
 

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import io
 import math
+import re
 import socket
 import sys
 import time
@@ -21,17 +22,18 @@ from shared_graph.bodies import MAX_BODY_BYTES
 
 THREADS = 128  # which wait for answers; requests beyond these wait for a thread
 CAME = "shared_graph.came"  # in a WSGI environment: when the request came, as time.monotonic() has it
-H2C = b"\r\nUpgrade: h2c"
+OFFER = re.compile(rb"\r\nupgrade:[^\r\n]*", re.IGNORECASE)
 
 
 class Protocol(HttpToolsProtocol):
-    """uvicorn's, which loses the body of a request that offers to go on with HTTP/2, as Java's own client does in each
-    (uvicorn#2722): such an offer is not taken anyhow, and not seen here."""
+    """uvicorn's, which loses the body of a request that offers to go on with another protocol, as Java's own client
+    does with HTTP/2 in each (uvicorn#2722): such an offer is not taken anyhow, and not seen here."""
 
     def data_received(self, data: bytes) -> None:
-        if data.startswith(b"POST ") and H2C in data:
+        if data.startswith(b"POST "):
             head, end, rest = data.partition(b"\r\n\r\n")
-            data = head.replace(H2C, b"") + end + rest
+            if OFFER.search(head):
+                data = OFFER.sub(b"", head) + end + rest
         super().data_received(data)
 
 
@@ -113,7 +115,8 @@ class Body(io.RawIOBase):
 
 
 def environ_of(scope: dict[str, Any], body: Body) -> dict[str, Any]:
-    """PEP 3333's of an ASGI scope; RAW_URI, as gunicorn calls it, is the path as it was sent."""
+    """PEP 3333's of an ASGI scope; RAW_URI, as gunicorn calls it, is the path as it was sent. Of several headers of one
+    name the first counts, as under Starlette, and one with an underscore is another than that with a hyphen."""
     environ = {
         "REQUEST_METHOD": scope["method"],
         "SCRIPT_NAME": "",
@@ -133,9 +136,9 @@ def environ_of(scope: dict[str, Any], body: Body) -> dict[str, Any]:
         "wsgi.run_once": False,
     }
     for name, value in scope["headers"]:
-        key = name.decode("latin-1").upper().replace("-", "_")
+        key = name.decode("latin-1").upper().replace("_", " ").replace("-", "_")
         key = key if key in ("CONTENT_TYPE", "CONTENT_LENGTH") else f"HTTP_{key}"
-        environ[key] = f"{environ[key]},{value.decode('latin-1')}" if key in environ else value.decode("latin-1")
+        environ.setdefault(key, value.decode("latin-1"))
     return environ
 
 

@@ -36,8 +36,11 @@ def parse_json(body: bytes) -> dict[str, Any]:
     """A JSON object, with NaN and Infinity as bare tokens. Raises InvalidRequest."""
     try:
         document = load_exactly(body) if survey(body) else load(body)
+    except UnicodeDecodeError as error:
+        raise InvalidRequest(f"The body is not JSON that can be read: byte {error.start} of it is not UTF-8") from None
     except (ValueError, RecursionError) as error:
-        raise InvalidRequest(f"The body is not JSON that can be read: {first_sentence(error)}") from None
+        why = "it is nested too deeply" if isinstance(error, RecursionError) else first_sentence(error)
+        raise InvalidRequest(f"The body is not JSON that can be read: {why}") from None
     if not isinstance(document, dict):
         raise InvalidRequest(f"The body must be a JSON object, not {shown(document)}")
     return document
@@ -141,7 +144,10 @@ def refusal(where: str, shape: tuple[int, ...], flat: list[Any], types: set[type
     if list in types:
         sizes = [len(element) if isinstance(element, list) else None for element in flat]
         wrong = (size != sizes[0] for size in sizes)
-        expected = f"a list of {sizes[0]}" if sizes[0] else expected
+        if len({*sizes}) == 1:
+            expected = f"at most {MAX_AXES} axes"
+        elif sizes[0]:
+            expected = f"a list of {sizes[0]}"
     elif dtype == object:
         wrong = (parse_string(element) is None for element in flat)
     elif not types <= allowed:

@@ -41,9 +41,10 @@ def listen(host: str, port: int) -> socket.socket:
     try:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0][0]
         listener = socket.create_server((host, port), family=family, backlog=BACKLOG)
-    except OSError as error:
-        what = (os.strerror(error.errno) if (error.errno or 0) > 0 else error.strerror or str(error)).lower()
-        raise OptionError(f"--host {host} --port {port} cannot be listened on: {what}") from None
+    except (OSError, UnicodeError) as error:
+        number = getattr(error, "errno", None) or 0
+        what = os.strerror(number) if number > 0 else getattr(error, "strerror", None) or str(error)
+        raise OptionError(f"--host {host} --port {port} cannot be listened on: {what.lower()}") from None
     address, port = listener.getsockname()[:2]
     shown = f"[{address}]" if ":" in address else address
     log.info("http://%s:%d answers 503 until a worker is ready", shown, port)

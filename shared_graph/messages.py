@@ -15,6 +15,7 @@ from shared_graph.model_source import ADDER
 
 LARGE_BYTES = 2**16  # a larger message is not parsed in the event loop: parsing one of 64 MiB takes seconds
 BODY_KEYS = ("instances", "inputs", "examples")  # before which a large one has said all else
+TOO_LATE = re.compile(rb'"(id|model|version|label|verb)"[ \t\r\n]*:')
 BLANK = re.compile(r"[ \t\r\n]*")
 VERBS = ("predict", "classify", "regress")
 
@@ -85,7 +86,7 @@ def read_head(message: bytes, found: dict[str, Any]) -> None:
             place = BLANK.match(text, place).end()
             if not isinstance(key, str) or text[place] != ":":
                 break
-            if key in BODY_KEYS and "model" in found:
+            if key in BODY_KEYS and "model" in found and not TOO_LATE.search(message, message.rfind(b"]")):
                 return
             found[key], place = decoder.raw_decode(text, BLANK.match(text, place + 1).end())
             place, expected = BLANK.match(text, place).end(), ","

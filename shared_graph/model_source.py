@@ -102,14 +102,15 @@ def model_source(value: object) -> ModelSource:
     """Parse ``[NAME=]DIR`` or ``[NAME=]module:function``. Raises ValueError(what is allowed)."""
     if isinstance(value, ModelSource):
         return value
-    name, where = re.fullmatch(r"(?:([\w.-]+)=)?(.*)", str(value), re.S).groups()
+    name, where = re.fullmatch(r"(?:([\w.-]+)=)?(.*)", str(value), re.DOTALL).groups()
     if re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", where) and not os.path.isdir(where):
         return ModelSource(name or where.partition(":")[2], 1, function=where)
     if not where or not os.path.isdir(where):
         for pattern, what in OTHER_FILES.items():
             if re.fullmatch(pattern, where, re.S) and (os.path.isfile(where) or os.path.isfile(f"{where}.index")):
                 raise ValueError(f"a folder or a function, but that is {what}")
-        raise ValueError("a folder that exists, or module:function, with an optional NAME= before it")
+        what = "a folder that exists, or module:function, with NAME= (of letters, digits, _ . -) before it or not"
+        raise ValueError(f"{what}: {where[:200]!r} is neither")
     parent, base = os.path.split(os.path.abspath(where))
     if _has_saved_model(where):  # perhaps one version of several, named outright
         is_version = base.isdecimal() and base.isascii()

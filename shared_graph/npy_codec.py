@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 import math
+import re
 import zipfile
 
 import numpy as np
@@ -76,7 +77,7 @@ def read_npy(content: bytes, what: str) -> np.ndarray:
 
 
 def reason_of(error: Exception) -> str:
-    reason = first_sentence(error)[:200]
+    reason = re.sub(" at 0x[0-9a-f]+", "", first_sentence(error))[:200]
     return reason if isinstance(error, (ValueError, zipfile.BadZipFile)) else f"{type(error).__name__} {reason}"
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import logging
 import os
 import secrets
 import shutil
@@ -19,8 +18,6 @@ from shared_graph.ray_runtime import WATCH_S, Actor, find_actor, node_address, t
 from shared_graph.tensorflow_runtime import import_tensorflow_for, server_config
 from shared_graph.threads import in_own_thread, keep_task, watch_death
 from shared_graph.version_manager import VersionManager
-
-log = logging.getLogger(__name__)
 
 CHECKPOINT_EVERY_S = 10.0  # how old the saved variables of a model may be that changes them when it runs
 LOOK_EVERY_S = 1.0  # between two looks at the models' folders

@@ -6,7 +6,6 @@ import asyncio
 import collections
 import contextlib
 import functools
-import logging
 from collections.abc import Callable, Coroutine
 from typing import Any
 
@@ -22,8 +21,6 @@ from shared_graph.options import Options
 from shared_graph.ray_runtime import Actor
 from shared_graph.tensorflow_runtime import import_tensorflow
 from shared_graph.threads import in_own_thread, keep_task, watch_death
-
-log = logging.getLogger(__name__)
 
 BUILD_LIMIT_S = 90.0  # in which a version is built and connected, else it has failed
 WARM_UP_LIMIT_S = 30.0  # in which its first runs are done, else it is used without them

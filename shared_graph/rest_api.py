@@ -209,8 +209,11 @@ def serialize_example(where: str, features: Any) -> bytes:
     feature = example.features.feature
     for name, value in features.items():
         values = value if isinstance(value, list) else [value]
+        if not values:
+            feature[name].Clear()  # of no kind: missing
+            continue
         try:
-            [(kind, take)] = {*map(FEATURE_KINDS.__getitem__, map(type, values))} or {INTEGERS}
+            [(kind, take)] = {*map(FEATURE_KINDS.__getitem__, map(type, values))}
             getattr(feature[name], kind).value.extend(map(take, values))
         except (KeyError, TypeError, ValueError):  # what protobuf does not take, or of several kinds
             problems = (string_problem(v) for v in values if parse_string(v) is None)

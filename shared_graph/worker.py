@@ -6,7 +6,6 @@ import asyncio
 import concurrent.futures
 import contextlib
 import functools
-import logging
 import os
 import secrets
 import time
@@ -25,8 +24,6 @@ from shared_graph.slots import Gate
 from shared_graph.tensorflow_runtime import import_tensorflow, import_tensorflow_for
 from shared_graph.threads import in_own_thread, keep_task
 from shared_graph.wire import Batch, WorkerInfo, read_frame, to_frame
-
-log = logging.getLogger(__name__)
 
 START_PATIENCE_S = 10.0  # a worker that starts waits so long for its versions; what takes longer it has later
 OVERDUE_S = 5.0  # after its deadline a run is cancelled

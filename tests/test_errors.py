@@ -27,6 +27,7 @@ Original stack trace for 'dense/MatMul':
     [
         ("one\ntwo", "one"),
         ("", "RuntimeError"),
+        ("File system scheme 'gs' not implemented (file: 'gs://a')",) * 2,
         (TRACED, "Matrix size-incompatible: In[0]: [1,3], In[1]: [4,5]"),
         (
             f"Detected at node '{NODE}' defined at (most recent call last):\nNode: '{NODE}'\n/words; No such",

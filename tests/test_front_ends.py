@@ -180,9 +180,10 @@ def test_chunks_are_put_together_whatever_is_said_around_them(front_end, body, s
     assert status != 200 or received.endswith(b'{"predictions":[[1.5,1.5]]}')
 
 
-def test_a_request_that_offers_to_go_on_with_http_2_is_answered_with_http_1(front_end):
+@pytest.mark.parametrize("offer", [b"Upgrade: h2c", b"upgrade: h2c", b"UPGRADE:TLS/1.2, HTTP/3", b"Upgrade: websocket"])
+def test_a_request_that_offers_to_go_on_with_another_protocol_is_answered_with_http_1(front_end, offer):
     """As Java's own client sends each of its requests."""
-    offer = b"Connection: Upgrade, HTTP2-Settings\r\nHost: a\r\nHTTP2-Settings: AAEAAEAAAAIAAAAB\r\nUpgrade: h2c"
+    offer = b"Connection: Upgrade, HTTP2-Settings\r\nHost: a\r\nHTTP2-Settings: AAEAAEAAAAIAAAAB\r\n" + offer
     with socket.create_connection(("127.0.0.1", front_end.port), 60) as connection:
         for _ in range(2):  # on one connection
             head = b"POST /v1/models/linear:predict HTTP/1.1\r\nContent-Length: %d\r\n%b\r\n\r\n"
@@ -190,6 +191,24 @@ def test_a_request_that_offers_to_go_on_with_http_2_is_answered_with_http_1(fron
             response = http.client.HTTPResponse(connection)
             response.begin()
             assert good(Answer(response)) == {"predictions": [[1.5, 1.5]]}
+
+
+@pytest.mark.parametrize(
+    "head",
+    [
+        b"Host: %b.x" % (b"a" * 64),
+        b"Host: a..b",
+        b"Host: a\r\nContent_Encoding: gzip",
+        b"Host: a\r\nContent-Encoding: identity\r\nContent-Encoding: gzip",
+    ],
+)
+def test_either_front_end_takes_odd_heads(front_end, head):
+    with socket.create_connection(("127.0.0.1", front_end.port), 60) as connection:
+        start = b"POST /v1/models/linear:predict HTTP/1.1\r\nContent-Length: %d\r\n%b\r\n\r\n"
+        connection.sendall(start % (len(DOCUMENT), head) + DOCUMENT)
+        response = http.client.HTTPResponse(connection)
+        response.begin()
+        assert good(Answer(response)) == {"predictions": [[1.5, 1.5]]}
 
 
 def test_chunks_that_are_cut_short_are_given_up_and_nothing_else_happens(front_end):
@@ -266,6 +285,15 @@ def test_a_port_that_is_taken_is_told_in_one_sentence_before_anything_starts(kin
         assert server.process.wait(60) == 1
         sentence = f"error: --host 127.0.0.1 --port {port} cannot be listened on: address already in use"
         assert server.output() == f"ray_tensorflow_{kind}.py: {sentence}\n"
+
+
+@KINDS
+@pytest.mark.parametrize("host", ["a..b", "a" * 70, "no.such.host.invalid"])
+def test_a_host_that_there_cannot_be_is_told_in_one_sentence(kind, host):
+    server = Server(kind, "--host", host)
+    assert server.process.wait(60) == 1
+    sentence = f"ray_tensorflow_{kind}.py: error: --host {host} --port "
+    assert server.output().startswith(sentence) and server.output().count("\n") == 1
 
 
 @KINDS

@@ -16,6 +16,7 @@ ODD, ODD_PLAIN = "%21%23%24%25%26%27%28%29%2A%2B%2C%2F%3A%3B%3D%3F%40%5B%5D", "!
     "method, path, expected",
     [
         ("GET", "/v1/models/m/versions/099", ("m", 99, "status")),
+        ("GET", f"/v1/models/m/versions/{'0' * 30}99", ("m", 99, "status")),
         ("GET", "/v1/models/m/versions/9223372036854775807/metadata", ("m", 2**63 - 1, "metadata")),
         ("GET", f"/v1/models/m{ODD}/metadata", (f"m{ODD_PLAIN}", None, "metadata")),
         ("GET", f"/v1/models/m/labels/{ODD}/metadata", ("m", ODD_PLAIN, "metadata")),
@@ -92,6 +93,7 @@ def test_a_path_that_leads_nowhere_says_why(method, path, message, status):
         ("value=.5E-1", 0.05),
         ("value=5.", 5),
         ("value=1e-999", 0),
+        ("value=0." + "3" * 900, 1 / 3),
         ("a=b&value=%37", 7),
         *[
             (query, None)
@@ -114,6 +116,7 @@ def test_a_path_that_leads_nowhere_says_why(method, path, message, status):
                 "value=true",
                 "value=%FF",
                 "value=" + "9" * 10_000,
+                "value=0." + "1" * 1_000,
                 "&".join(["value=1"] * 1000),
             )
         ],

@@ -179,6 +179,19 @@ def test_a_string_among_lists_is_no_bad_string():
 
 def test_as_many_axes_as_numpy_has_are_read():
     assert column("[" * 64 + "1" + "]" * 64, "int32").shape == (1,) * 64
+    refused("expected at most 64 axes, got [1]", column, "[" * 65 + "1" + "]" * 65, "int32")
+
+
+@pytest.mark.parametrize(
+    "body, why",
+    [
+        ('{"instances": ["café"]}'.encode("latin-1"), "byte 19 of it is not UTF-8"),
+        (b"\xff\xd8\xff\xe0 a picture", "byte 0 of it is not UTF-8"),
+        (b"[" * 100_000, "it is nested too deeply"),
+    ],
+)
+def test_what_is_no_json_is_said_without_what_it_is(body, why):
+    refused(f"The body is not JSON that can be read: {why}", parse_json, body)
 
 
 def test_what_is_shown_of_a_value_is_short_and_takes_no_longer_than_it_is():

@@ -82,6 +82,16 @@ def test_a_large_message_that_says_its_model_too_late_is_refused():
             read_message(text.encode())
 
 
+@pytest.mark.parametrize("key", ["id", "version", "label", "verb", "model"])
+@pytest.mark.parametrize("rows", ["[1, 2]", '{"x": [1], "s": "]"}'])
+def test_a_large_message_that_says_behind_its_rows_what_is_to_be_answered_is_refused(key, rows):
+    """Else another version would answer, or nobody could tell whose answer it is."""
+    with pytest.raises(InvalidRequest, match="before instances, inputs, examples"):
+        read_message(f'{{"model": "m", "inputs": {rows}{PADDING}, "{key}" : 1}}'.encode())
+    said = f'{{"model": "m", "instances": [{{"{key}": 1}}]{PADDING}, "signature_name": "s"}}'
+    assert read_message(said.encode()).call.model == "m"
+
+
 def test_a_large_message_costs_no_more_than_its_head():
     message = ('{"id": 1, "model": "m", "instances": [' + "[]," * 10_000_000 + "[]]}").encode()
     begun = time.thread_time()

@@ -96,6 +96,8 @@ DAMAGED = [
 def test_a_damaged_npy_is_refused_in_a_sentence(body):
     refused(".npy", read_arrays, body)
     refused("'x' in the .npz is not a .npy that can be read", read_arrays, zipped({"x.npy": body}))
+    with pytest.raises(InvalidRequest, match=r"^((?!0x[0-9a-f]{6}).)*$"):  # no address of an object
+        read_arrays(body)
 
 
 @in_a_process_of_its_own

@@ -296,8 +296,8 @@ def test_of_a_file_that_is_no_saved_model_it_is_said_what_to_do_with_it(tmp_path
     (tmp_path / (f"{file}.index" if file == "model.ckpt" else file)).write_bytes(b"")
     with pytest.raises(OptionError, match=what):
         source(tmp_path / file)
-    with pytest.raises(OptionError, match="a folder that exists"):
-        source(tmp_path / "none" / file)
+    with pytest.raises(OptionError, match=f"a folder that exists.*: '{tmp_path / 'none' / file}' is neither"):
+        Options(model=["math:sqrt", tmp_path / "none" / file])
 
 
 def test_a_function_is_named_by_its_module_and_a_parsed_source_stays_as_it_is():

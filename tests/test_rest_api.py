@@ -193,7 +193,8 @@ def examples_of(text: str, verb: str = "classify") -> list[dict]:
     found = []
     for features in map(import_tensorflow(whole=True).train.Example.FromString, serialized):
         kinds = {name: (feature, feature.WhichOneof("kind")) for name, feature in features.features.feature.items()}
-        found.append({name: (kind, list(getattr(feature, kind).value)) for name, (feature, kind) in kinds.items()})
+        values = {name: kind and getattr(feature, kind).value for name, (feature, kind) in kinds.items()}
+        found.append({name: (kind, list(values[name] or [])) for name, (_, kind) in kinds.items()})
     return found
 
 
@@ -207,6 +208,7 @@ def examples_of(text: str, verb: str = "classify") -> list[dict]:
     ('{"context": {"query": "pizza", "n": [1, 2]}, "examples": [{"a": 1}, {"query": "mine"}]}',
      [{"query": ("bytes_list", [b"pizza"]), "n": ("int64_list", [1, 2]), "a": ("int64_list", [1])},
       {"query": ("bytes_list", [b"mine"]), "n": ("int64_list", [1, 2])}]),
+    ('{"examples": [{"none": [], "a": 1}]}', [{"none": (None, []), "a": ("int64_list", [1])}]),
     ('{"examples": [{"x": [9223372036854775807, -9223372036854775808], "grüß": "ü\\u0000"}]}',
      [{"x": ("int64_list", [2**63 - 1, -2**63]), "grüß": ("bytes_list", ["ü\0".encode()])}])])  # fmt: skip
 def test_examples_become_what_tensorflow_reads(text, examples, verb):

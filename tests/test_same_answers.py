@@ -38,18 +38,24 @@ class PlayedCluster:
 
     made: list["PlayedCluster"] = []  # noqa: RUF012
     failure: Exception | None = None
+    is_closed = False
 
     def __init__(self, options: Options):
         self.options, self.status = options, Status(options)
         self.made.append(self)
 
+    def close(self):
+        self.is_closed = True
+
     def start_in_background(self, home=None, on_failure=None):
+        assert not self.is_closed
         if self.failure:
             raise self.failure
         self.status.apply_snapshot(SNAPSHOT)
         return self
 
     def add(self, value):
+        assert not self.is_closed
         return value
 
     def request(self, model, verb, body, version):
@@ -178,6 +184,18 @@ REQUESTS = [  # method, path, body
     ("POST", "/v1/models/adder:predict", b"full"),
     ("POST", "/v1/models/adder%3Apredict", b""),
 ]
+
+
+def test_after_one_lifespan_there_may_be_another():
+    """As in the tests of an application that has ours in it."""
+
+    async def ask() -> int:
+        async with app.app.router.lifespan_context(app.app):
+            return (await asyncio.to_thread(app.request, "GET", "/?value=2.5")).status
+
+    app = StarletteApp(OPTIONS)
+    assert [asyncio.run(ask()), asyncio.run(ask())] == [200, 200]
+    assert [cluster.is_closed for cluster in PlayedCluster.made] == [True, True]
 
 
 def test_both_answer_the_same_bytes_words_and_headers():

@@ -31,7 +31,7 @@ from shared_graph.home_loop import HomeLoop
 from shared_graph.logs import counted, show_log
 from shared_graph.mapping import map_asynchronously, map_batches
 from shared_graph.model_source import ADDER, what_is_wrong
-from shared_graph.models import Arrays, VersionChoice, as_arrays
+from shared_graph.models import Arrays, VersionChoice, as_arrays, as_feed
 from shared_graph.options import Options
 from shared_graph.ray_runtime import kill_process, ray_runtime, watch_ray
 from shared_graph.status import CLOSED, Status
@@ -156,13 +156,13 @@ class Cluster:
         output name; they may be read-only: copy what you want to write to. Raises InvalidRequest, ModelError,
         Unavailable, WorkerLost or DeadlineExceeded.
         """
-        return self.request(model, "arrays", (str(signature), as_arrays(inputs)), version)
+        return self.request(model, "arrays", (str(signature), as_feed(inputs)), version)
 
     async def predict_async(
         self, inputs: Any, model: str, signature: str = "serving_default", version: VersionChoice = None
     ) -> Arrays:
         """As ``predict``, awaitable."""
-        return await self.request_async(model, "arrays", (str(signature), as_arrays(inputs)), version)
+        return await self.request_async(model, "arrays", (str(signature), as_feed(inputs)), version)
 
     def get_weights(self, model: str) -> Arrays:
         """The variables of a served model by name. Arrays may be read-only: copy what you want to write to."""
@@ -210,7 +210,7 @@ class Cluster:
         """
 
         def submit(batch: Any) -> concurrent.futures.Future:
-            request = self._request(model, "arrays", (str(signature), as_arrays(batch)), version, is_patient=True)
+            request = self._request(model, "arrays", (str(signature), as_feed(batch)), version, is_patient=True)
             return self._home.run(request)
 
         return map_batches(batches, submit, self.options, ordered)

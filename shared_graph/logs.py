@@ -28,7 +28,11 @@ def show_log() -> None:
 
 
 def start_program() -> None:
-    """As many open files as the system allows, since each client needs one; little garbage collection; the log."""
+    """As many open files as the system allows, since each client needs one; little garbage collection; the log; and
+    somewhere to write to, where that is closed."""
+    for name in ("stdin", "stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "r+"))  # noqa: SIM115
     most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     resource.setrlimit(resource.RLIMIT_NOFILE, (min(most, 2**16), most))
     gc.freeze()  # Ray's objects: to look whether they are garbage took a sixth of the adds of 256 clients

@@ -136,6 +136,7 @@ def not_found(name: str, choice: VersionChoice) -> InvalidRequest:
     return InvalidRequest(f"Servable not found for request: {which}", 404)
 
 
+MAX_FEED_BYTES = 2**31 - 2**28  # of 2 GiB for a run, the rest is for what is merged with it
 PLAIN_TYPES = {str, bytes, np.str_, np.bytes_, int, float, bool, type(None)}
 
 
@@ -147,6 +148,19 @@ def as_arrays(inputs: Any) -> Any:
     if isinstance(inputs, dict):
         return {str(name): _as_array(f"input {name!r}", value) for name, value in inputs.items()}
     return _as_array("the input", inputs)
+
+
+def as_feed(inputs: Any) -> Any:
+    """As ``as_arrays``, of what one run can take: TensorFlow ends the process that sends it more."""
+    found = as_arrays(inputs)
+    arrays = found.values() if isinstance(found, dict) else [found]
+    size = sum(array.nbytes for array in arrays)
+    size += sum(len(v) for array in arrays if array.dtype == object for v in array.flat if isinstance(v, (str, bytes)))
+    if size > MAX_FEED_BYTES:
+        raise InvalidRequest(
+            f"{size:,} bytes of inputs are more than the {MAX_FEED_BYTES:,} that one run can take", 413
+        )
+    return found
 
 
 def _as_array(what: str, value: Any) -> np.ndarray:
@@ -181,7 +195,8 @@ def to_array(what: str, value: Any, dtype: np.dtype) -> np.ndarray:
         array = array.view(dtype)
     if array.dtype == dtype:
         return array
-    if not (np.can_cast(array.dtype, dtype, "same_kind") or array.size == 0):
+    may_cast = np.can_cast(array.dtype, dtype, "same_kind") or (array.dtype.kind == "i" and dtype.kind == "u")
+    if not (may_cast or array.size == 0):
         raise InvalidRequest(f"{what} takes {dtype}, not {array.dtype}")
     with np.errstate(over="ignore"):
         result = array.astype(dtype)

@@ -130,6 +130,7 @@ RAY_SETTINGS = {
 }
 _lock = threading.Lock()
 _users = 0  # clusters that hold the Ray that we have started
+_address: str | None = None  # of that one
 _ended = threading.Event()  # set when none does any more
 _owner: threading.Thread | None = None  # Ray's processes end with the thread that has started them
 _is_inherited = False  # Ray runs in the process that this one was forked from, and can neither run nor begin here
@@ -147,14 +148,17 @@ os.register_at_fork(after_in_child=_note_fork)
 def ray_runtime(options: Options) -> Iterator[None]:
     """Ray for as long as the block runs: one that runs in this process already, be it the user's or another cluster's,
     else the cluster at ``options.address``, or a local one of our own. Raises Unavailable."""
-    global _users, _owner, _ended
+    global _users, _address, _owner, _ended
     if _is_inherited:
         why = "This process was forked from one in which Ray runs, and so cannot have a cluster"
         raise Unavailable(f"{why}: use multiprocessing's spawn, or fork before the cluster starts.")
     with _lock:
         is_ours = _users > 0 or not ray.is_initialized()  # else it is the user's, and not ours to end
         if is_ours:
+            if _users and options.address != _address:
+                raise Unavailable(f"This process runs on another Ray already, not on {options.address or 'its own'}.")
             if _users == 0:
+                _address = options.address
                 started, _ended = Future(), threading.Event()
                 _owner = threading.Thread(target=_own_ray, args=[options, started, _ended], daemon=True)
                 _owner.start()

@@ -44,7 +44,8 @@ class ActorStatus:
     def as_json(self) -> dict[str, Any]:
         known = {"index": self.index, "state": self.state, "restarts": self.restarts}
         if self.state != "starting":
-            known |= self.process._asdict() | {"trouble": self.trouble}
+            known |= self.process._asdict()
+        known["trouble"] = self.trouble
         if connection := self.connection:
             known["in_flight"] = connection.unanswered
         return known

@@ -30,6 +30,7 @@ PING_S = 0.5  # between two looks at an actor
 SUSPECT_S = 1.5  # a worker that has not answered for so long gets no new work
 PATIENCE_S = {"worker": 4.0, "parameter server": 30.0}  # an actor that has not answered for so long is ended
 START_PATIENCE_S = 30.0  # and one that does so while it starts
+NO_PLACE = f"it has not begun to run for {START_PATIENCE_S:g} s: has Ray a node with a free CPU, or GPU, for it?"
 FIRST_WORKER_S = 30.0  # so long the other workers wait for the first one
 LONGEST_PAUSE_S = 30.0  # between two attempts to start what cannot start
 
@@ -120,8 +121,11 @@ class Supervisor:
             while not start.done():
                 ping = asyncio.ensure_future(actor.actor.call("ping", 0))
                 await asyncio.wait([start, ping], timeout=START_PATIENCE_S, return_when=asyncio.FIRST_COMPLETED)
-                if not start.done() and not ping.done() and actor.process:
-                    await self._kill(actor.process)
+                if not start.done() and not ping.done():
+                    if actor.process:
+                        await self._kill(actor.process)
+                    else:
+                        self._status.set_trouble(actor, NO_PLACE)
                 await asyncio.wait([start], timeout=PING_S)
             return start.result()
         finally:

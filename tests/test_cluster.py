@@ -67,6 +67,10 @@ def test_both_doors_and_all_workers_change_the_same_sum_also_where_a_loop_runs(c
     assert notebook(cell()) == [total + 2, total + 6, total + 14]
 
 
+def test_whole_numbers_of_pythons_are_taken_for_pixels(cluster):
+    assert cluster.predict({"x": [[1, 255]]}, "echo", "uint8")["y"].dtype == np.uint8
+
+
 def test_a_caller_that_gives_up_harms_nobody(cluster):
 
     async def impatient():
@@ -95,6 +99,8 @@ def test_a_caller_that_gives_up_harms_nobody(cluster):
         (({"x": [[1, 1, 1], [1]]}, "linear"), 400, "ragged"),
         (({"n": [1.5]}, "affine", "double"), 400, "int32"),
         (({"n": [2**40]}, "affine", "double"), 400, "int32"),
+        (({"x": [1, -1]}, "echo", "uint8"), 400, "uint8"),
+        ((np.broadcast_to(np.float32(1), (2**29, 3)), "linear"), 413, "6,442,450,944 bytes of inputs"),
         (({"word": [1]}, "words"), 400, "string"),
     ],
     ids=str,
@@ -374,6 +380,7 @@ def test_two_clusters_in_one_program_share_one_ray_and_neither_minds_the_end_of_
         report["closed"] = [error_of(call) for call in (
             lambda: one.add(1), lambda: one.reload("adder"), lambda: list(one.map([1.0], "adder")),
             lambda: one.get_weights("adder"), lambda: asyncio.run(one.add_async(1)))]
+        report["elsewhere"] = error_of(lambda: Cluster(workers=1, address="192.0.2.1:6379").start())
         other.close()
         report["ray"].append(ray.is_initialized())
         report["threads"] = [thread.name for thread in threading.enumerate() if thread is not threading.main_thread()]
@@ -387,6 +394,7 @@ def test_two_clusters_in_one_program_share_one_ray_and_neither_minds_the_end_of_
     ):
         assert kind == "Unavailable" and words in message
     assert {kind for kind, _ in report["closed"]} == {"Unavailable"}
+    assert report["elsewhere"] == ["Unavailable", "This process runs on another Ray already, not on 192.0.2.1:6379."]
     assert report["ray"] == [True, False]
 
 

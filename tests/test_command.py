@@ -192,6 +192,13 @@ def test_a_front_end_serves_on_one_cpu_with_64_mb_of_shared_memory_behind_a_dead
         assert "Traceback" not in server.output()
 
 
+@pytest.mark.parametrize("closed", [long("<&-"), long(">&-"), "2>&-", "<&- >&- 2>&-"])
+def test_with_standard_streams_closed_it_serves(closed):
+    with Server("starlette", "--workers", "1", before=["sh", "-c", f'exec "$0" "$@" {closed}']) as server:
+        server.wait_ready()
+        assert server.add(3) == 3
+
+
 @pytest.mark.long
 def test_the_command_adds_with_no_home_at_all_and_a_temporary_folder_that_does_not_exist():
     with running("--workers", "1", before=small("-u", "HOME", "TMPDIR=/nowhere")) as run:

@@ -11,7 +11,7 @@ from shared_graph.errors import ActorUnavailable, Error, ModelError, OptionError
 from shared_graph.models import ServerInfo, Snapshot
 from shared_graph.options import Options
 from shared_graph.status import Status
-from shared_graph.supervisor import PATIENCE_S, SUSPECT_S, Supervisor
+from shared_graph.supervisor import NO_PLACE, PATIENCE_S, SUSPECT_S, Supervisor
 from shared_graph.wire import ProcessInfo, WorkerInfo
 
 pytestmark = pytest.mark.simulated
@@ -147,6 +147,25 @@ async def test_all_become_ready_the_parameter_server_and_one_worker_first():
         assert stage.states() == ["ready"] * 4
         assert list(stage.actors)[:2] == ["parameter server 0", "worker 0"]
         assert os.listdir(stage.supervisor._folder) == [f".run-{stage.supervisor._run_id}"]
+
+
+async def test_of_an_actor_for_which_ray_has_no_place_that_is_told_and_nothing_is_ended():
+    async with playing(workers=2) as stage:
+        create = stage.supervisor._create
+
+        async def without_a_place(kind, index, *arguments):
+            actor = await create(kind, index, *arguments)
+            actor.is_stopped = kind == "worker" and index == 1
+            return actor
+
+        stage.supervisor._create = without_a_place
+        await asyncio.sleep(60)
+        waiting = stage.status.workers[1]
+        assert stage.states() == ["ready", "ready", "starting"] and stage.killed == []
+        assert waiting.as_json()["trouble"] == NO_PLACE
+        stage.actors["worker 1"].is_stopped = False
+        await asyncio.sleep(10)
+        assert stage.states() == ["ready"] * 3 and waiting.trouble is None
 
 
 @pytest.mark.parametrize("name", ["worker 0", "worker 1", "parameter server 0"])

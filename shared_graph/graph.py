@@ -18,6 +18,7 @@ from shared_graph.errors import ModelError, first_sentence
 from shared_graph.graph_definition import (
     ITERATOR,
     KERAS,
+    TABLE,
     check_keras,
     check_signatures,
     describe_signature,
@@ -251,8 +252,10 @@ class Graph:
             for op, is_there in zip(self.variables.operations, states)
             if not is_there or (op.type != "VarHandleOp" and op.name not in given)
         ]
-        made = {op.inputs[1].op for op in run if op.type == "MakeIterator"}
-        lost += [op.name for op in operations_behind(self._outputs) if op.type in ITERATOR and op not in made]
+        made = {op.inputs[1].op for op in run if op.type == "MakeIterator"} | {op for op in run if op.type in TABLE}
+        lost += [
+            op.name for op in operations_behind(self._outputs) if op.type in (*ITERATOR, *TABLE) and op not in made
+        ]
         if lost:
             raise ModelError(f"nothing initializes {', '.join(map(repr, lost[:5]))}, which an output needs")
 

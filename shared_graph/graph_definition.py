@@ -17,11 +17,12 @@ from shared_graph.models import Signature, TensorSpec
 STATE_CHANGING = re.compile(
     r"Assign\w*|(Resource)?(Sparse)?Apply\w+|ResourceScatter\w+|Scatter(Add|Sub|Mul|Div|Min|Max|Update|Nd\w+)"
     r"|ResourceStridedSliceAssign|(Resource)?CountUpTo|LookupTable(Insert|Import|Remove)\w*|(Queue|Barrier|Stack)\w+"
-    r"|(Map)?(Uns|S)tage|Rng\w+|Stateful(Standard|Uniform|Truncated|Random)\w+|WriteFile|\w*IteratorGetNext\w*"
-    r"|(Sparse|Resource)?Accumulator\w+"
+    r"|(Map)?(Uns|S)tage|Rng\w+|Stateful(Standard|Uniform|Truncated|Random)\w+|Write\w+|\w*IteratorGetNext\w*"
+    r"|(Sparse|Resource)?Accumulator\w+|Reader\w+|Save(V2|Slices)?|MergeV2Checkpoints"
 )
 PYTHON_FUNCTION = re.compile(r"(Eager)?PyFunc(Stateless)?")
 VARIABLE = ("VarHandleOp", "VariableV2", "Variable")
+TABLE = ("HashTable", "HashTableV2")  # that has to be filled at the start
 ITERATOR = ("Iterator", "IteratorV2")
 KERAS = "a Keras model is served by what model.export(DIR) writes: call that, and give the DIR"
 
@@ -126,7 +127,7 @@ def check_keras(graph, initializers: list) -> None:
     run = operations_behind(initializers)
     for operation in graph.get_operations():
         if STATE_CHANGING.fullmatch(operation.type) and operation not in run:
-            keras = {frame.name for frame in operation.traceback if re.search(r"/(tf_)?keras/", frame.filename)}
+            keras = {frame.name for frame in operation.traceback or () if re.search(r"/(tf_)?keras/", frame.filename)}
             if keras & {"load_model", "load_weights", "set_weights"}:
                 raise ModelError(f"it has a Keras model whose weights would not be the loaded ones; {KERAS}")
 
@@ -138,11 +139,13 @@ def describe_signature(tf, graph, graph_def, name: str, definition, atomic: bool
     signature = Signature(name, {}, {}, definition.method_name, mutates_state=False, runs_python=False)
     for side, infos in sides:
         for key, info in sorted(infos.items()):
-            if why := strange_tensor(tf, info):
+            if why := strange_tensor(tf, graph, info):
                 signature.refusal = f"Signature {name!r} cannot be served: its {side} {key!r} {why}"
                 return signature, [], []
-    names = lambda infos: {key: its.name if ":" in its.name else f"{its.name}:0" for key, its in sorted(infos.items())}  # noqa: E731
-    feeds, fetches = ({key: graph.get_tensor_by_name(n) for key, n in names(infos).items()} for _, infos in sides)
+    feeds, fetches = ({key: tensor_of(graph, infos[key]) for key in sorted(infos)} for _, infos in sides)
+    if len({tensor.name for tensor in feeds.values()}) < len(feeds):
+        signature.refusal = f"Signature {name!r} cannot be served: two of its inputs are one tensor"
+        return signature, [], []
     part = tf.graph_util.extract_sub_graph(graph_def, [tensor.op.name for tensor in fetches.values()])
     types = {node.op for node, *_ in nodes_run(part)}
     signature.inputs = {key: tensor_spec(tensor, definition.inputs[key]) for key, tensor in feeds.items()}
@@ -163,7 +166,12 @@ def metadata_of(definitions: dict[str, Any]) -> dict[str, Any]:
     return {"signature_def": {"signature_def": shown}}
 
 
-def strange_tensor(tf, info) -> str | None:
+def tensor_of(graph, info):
+    """Raises KeyError when it is not there."""
+    return graph.get_tensor_by_name(info.name if ":" in info.name else f"{info.name}:0")
+
+
+def strange_tensor(tf, graph, info) -> str | None:
     """Why arrays of numbers, strings or truth values are not what this is."""
     if kind := info.WhichOneof("encoding"):
         if kind == "coo_sparse":
@@ -175,6 +183,10 @@ def strange_tensor(tf, info) -> str | None:
         is_odd = dtype.is_quantized or (np.dtype(dtype.as_numpy_dtype).kind == "V" and dtype != tf.bfloat16)
     except (TypeError, KeyError, ValueError):
         return "is of no type that has arrays"
+    try:
+        tensor_of(graph, info)
+    except (KeyError, ValueError):
+        return f"is called {info.name}, which is not there"
     return f"is of type {dtype.name}" if is_odd else None
 
 

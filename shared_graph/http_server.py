@@ -20,7 +20,7 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from shared_graph.bodies import MAX_BODY_BYTES
 
-THREADS = 128  # which wait for answers; requests beyond these wait for a thread
+THREADS = 128  # which wait for bodies and answers; requests beyond these wait for a thread, but not those for pages
 CAME = "shared_graph.came"  # in a WSGI environment: when the request came, as time.monotonic() has it
 OFFER = re.compile(rb"\r\nupgrade:[^\r\n]*", re.IGNORECASE)
 
@@ -65,7 +65,7 @@ class Threaded:
 
     def __init__(self, app: Callable, start: Callable, stop: Callable[[], object], timeout_s: float):
         self._app, self._start, self._stop, self._timeout_s = app, start, stop, timeout_s
-        self._pool = ThreadPoolExecutor(THREADS)
+        self._pool, self._pages = ThreadPoolExecutor(THREADS), ThreadPoolExecutor(4)
 
     async def __call__(self, scope: dict[str, Any], receive: Callable, send: Callable) -> None:
         if scope["type"] == "lifespan":
@@ -84,7 +84,9 @@ class Threaded:
             return asyncio.run_coroutine_threadsafe(receive(), loop).result(left_s)
 
         environ = environ_of(scope, Body(receive_part)) | {CAME: came}
-        status, headers, content = await loop.run_in_executor(self._pool, answer, self._app, environ)
+        is_page = scope["method"] != "POST" and scope["path"] != "/"  # such as health, which asks for no work
+        pool = self._pages if is_page else self._pool
+        status, headers, content = await loop.run_in_executor(pool, answer, self._app, environ)
         await send({"type": "http.response.start", "status": status, "headers": headers})
         await send({"type": "http.response.body", "body": content})
 

@@ -6,6 +6,7 @@ import gc
 import logging
 import os
 import resource
+import signal
 import socket
 import sys
 
@@ -33,6 +34,8 @@ def start_program() -> None:
     for name in ("stdin", "stdout", "stderr"):
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, "r+"))  # noqa: SIM115
+    if signal.getsignal(signal.SIGHUP) == signal.SIG_DFL:  # as nohup leaves it, it is ignored
+        signal.signal(signal.SIGHUP, lambda *_: signal.raise_signal(signal.SIGTERM))  # the terminal has been closed
     most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     resource.setrlimit(resource.RLIMIT_NOFILE, (min(most, 2**16), most))
     gc.freeze()  # Ray's objects: to look whether they are garbage took a sixth of the adds of 256 clients

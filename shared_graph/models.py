@@ -166,6 +166,8 @@ def as_feed(inputs: Any) -> Any:
 def _as_array(what: str, value: Any) -> np.ndarray:
     try:
         array = np.asarray(value)
+    except UnicodeDecodeError:  # of bytes among strings
+        array = np.asarray(value, object)
     except ValueError:
         raise InvalidRequest("An input is ragged: all its rows must have the same shape") from None
     if array.dtype.kind in "SU" and not isinstance(value, np.ndarray):

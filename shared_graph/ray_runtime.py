@@ -52,8 +52,10 @@ class Actor:
         except ray.exceptions.RayTaskError as error:
             failure = error.cause if isinstance(error.cause, Error) else Error(first_sentence(error))
         except ray.exceptions.RayError as error:
-            failure = ActorUnavailable(first_sentence(error))
-            failure.is_final = isinstance(error, ray.exceptions.ActorDiedError)
+            is_final = isinstance(error, ray.exceptions.ActorDiedError)
+            why = str(error).strip().rpartition("\n")[2] if is_final else error  # behind its traceback, if it has one
+            failure = ActorUnavailable(first_sentence(why))
+            failure.is_final = is_final
         raise failure.with_traceback(None)
 
     def end(self) -> None:

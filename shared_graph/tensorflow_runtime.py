@@ -86,19 +86,21 @@ MODULES = (
 _importing = threading.RLock()
 
 
-def import_tensorflow(whole: bool = False) -> Any:
+def import_tensorflow(whole: bool = False, is_ours: bool = True) -> Any:
     """``tensorflow.compat.v1``, imported here and nowhere else, in the actors alone.
 
     All of it if it is to be ``whole``, and where somebody has imported it already or a part cannot be had alone; else a
-    namespace with ``NAMES``, which is all that this package needs. The whole may still come after the part.
+    namespace with ``NAMES``, which is all that this package needs. The whole may still come after the part. In a
+    process that is not ours, but the user's, nothing is set that holds for all of it.
     """
     with _importing:
         _prepare_environment()
         if whole or not (tf := _import_slim()):
             import tensorflow.compat.v1 as tf
-        tf.disable_eager_execution()  # and not disable_v2_behavior(), which brings reference variables back
-        tf.get_logger().setLevel("ERROR")
-        _quiet_python()
+        if is_ours:
+            tf.disable_eager_execution()  # and not disable_v2_behavior(), which brings reference variables back
+            tf.get_logger().setLevel("ERROR")
+            _quiet_python()
         return tf
 
 

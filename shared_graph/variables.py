@@ -25,7 +25,7 @@ class TensorFlowVariables:
     """
 
     def __init__(self, output, sess=None, input_variables=None, prefix: bool = False):
-        tf = import_tensorflow()
+        tf = import_tensorflow(is_ours=False)
         self.sess = sess
         self.variables, self.placeholders, self.assignment_nodes, self._values = {}, {}, {}, {}
         outputs = list(output) if isinstance(output, (list, tuple)) else [output]
@@ -87,6 +87,8 @@ class TensorFlowVariables:
 
     def set_weights(self, new_weights: Arrays) -> None:
         """Set some or all variables. A wrong name or shape is an InvalidRequest, and then none of them is set."""
+        if not isinstance(new_weights, dict):
+            raise InvalidRequest(f"weights are arrays by the names of variables, not {type(new_weights).__name__}")
         feeds = {}
         for name, value in new_weights.items():
             if name not in self.placeholders:

@@ -980,25 +980,25 @@ def recovery(options):
 
 
 def footprint(options):
-    """A server without a model: its memory, and what it costs when nobody asks."""
-    idle_s = 10
+    """A server without a model, or with a function of one's own: its memory, and what it costs when nobody asks."""
+    idle_s, one = 10, "--workers 1 --threads 1"
+    goals = {one: (1000.0, ""), f"{one} --model benchmark:fast": (1150.0, ""), FOUR: (1350.0, "1.0")}
 
-    def used(folder: str, workers: int) -> tuple[float, float]:
-        with ours(folder, "starlette", f"--workers {workers} --threads 1") as target:
+    def used(folder: str, at: str) -> tuple[float, float]:
+        with ours(folder, "starlette", at) as target:
             target.ask("/?value=1")
             time.sleep(2)
             before = cpu_ms(target.pid).total()
             time.sleep(idle_s)
             return pss_mb(target.pid), (cpu_ms(target.pid).total() - before) / idle_s / 10
 
-    found = {(folder, workers): used(folder, workers) for folder in options.folders for workers in (1, 4)}
+    found = {(folder, at): used(folder, at) for folder in options.folders for at in goals}
     once = argparse.Namespace(folders=options.folders, rounds=1)
-    for workers, goal in ((1, ""), (4, "1.0")):
-        at, mb = f"--workers {workers} --threads 1", 1350.0 if workers == 4 else 1000.0
-        what = "memory (PSS) of a server without a model, MB"
-        yield from measured(once, what, f"{mb:,.0f} MB", at, goal, lambda f: found[f, workers][0], lambda: mb)
+    for at, (mb, goal) in goals.items():
+        what = "memory (PSS) of a server, MB"
+        yield from measured(once, what, f"{mb:,.0f} MB", at, goal, lambda f: found[f, at][0], lambda: mb)
     what = "processor when nobody asks"
-    yield from measured(once, what, "1 % of a core", FOUR, "", lambda folder: found[folder, 4][1], lambda: 1.0)
+    yield from measured(once, what, "1 % of a core", FOUR, "", lambda folder: found[folder, FOUR][1], lambda: 1.0)
 
 
 def mixed(options):

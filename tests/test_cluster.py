@@ -137,7 +137,7 @@ def test_six_predicts_of_what_cannot_travel_are_refused_by_name_and_cost_nobody_
     assert time.monotonic() - begun < 1
 
 
-@pytest.mark.parametrize("value", [["ab\0\0", "\0"], [b"ab\0\0", b"\0"], (b"ab\0\0", "\0")])
+@pytest.mark.parametrize("value", [["ab\0\0", "\0"], [b"ab\0\0", b"\0"], (b"ab\0\0", "\0"), [b"\xff\xfe\0\0", "\0"]])
 def test_strings_that_end_in_zeros_keep_them(cluster, value):
     assert cluster.predict({"word": value}, "words", "upper")["length"].tolist() == [4, 1]
 

@@ -192,6 +192,19 @@ def test_a_front_end_serves_on_one_cpu_with_64_mb_of_shared_memory_behind_a_dead
         assert "Traceback" not in server.output()
 
 
+@pytest.mark.parametrize("before, told", [([], "told\n"), (["nohup"], "")])
+def test_when_its_terminal_is_closed_a_program_is_told_to_end_unless_nohup_says_otherwise(before, told):
+    code = """
+import os, signal, sys
+from shared_graph.logs import start_program
+signal.signal(signal.SIGTERM, lambda *_: print("told"))
+start_program()
+os.kill(os.getpid(), signal.SIGHUP)
+"""
+    done = subprocess.run([*before, sys.executable, "-c", code], cwd=REPOSITORY, stdout=subprocess.PIPE, timeout=60)
+    assert (done.returncode, done.stdout.decode()) == (0, told)
+
+
 @pytest.mark.parametrize("closed", [long("<&-"), long(">&-"), "2>&-", "<&- >&- 2>&-"])
 def test_with_standard_streams_closed_it_serves(closed):
     with Server("starlette", "--workers", "1", before=["sh", "-c", f'exec "$0" "$@" {closed}']) as server:

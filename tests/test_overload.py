@@ -189,16 +189,20 @@ def test_a_signal_lets_what_is_under_way_on_a_websocket_finish(tmp_path):
 def test_connections_that_say_nothing_keep_nobody_waiting_and_are_closed_at_the_end(kind):
     with contextlib.ExitStack() as stack, Server(kind, "--workers", "1").wait_ready() as server:
 
-        def connected(begin: bytes) -> socket.socket:
-            connection = stack.enter_context(socket.create_connection(("127.0.0.1", server.port), 60))
-            connection.sendall(begin)
-            return connection
+        def connect(begin: bytes, until: contextlib.ExitStack) -> None:
+            for _ in range(200):
+                connection = until.enter_context(socket.create_connection(("127.0.0.1", server.port), 60))
+                connection.sendall(begin)
 
         for said in (b"", b"GET / HTTP/1.1\r\nHost: "):
-            for _ in range(200):
-                connected(said)
+            connect(said, stack)
             begun = time.monotonic()
             assert server.add(0) == server.add(0)
+            assert time.monotonic() - begun < 1.5
+        with contextlib.ExitStack() as half_sent:
+            connect(b"POST /v1/models/adder:predict HTTP/1.1\r\nHost: a\r\nContent-Length: 100\r\n\r\n{", half_sent)
+            begun = time.monotonic()
+            assert [server.get(path).status for path in ("/health", "/metrics", "/v1/models/adder")] == [200] * 3
             assert time.monotonic() - begun < 1.5
         begun = time.monotonic()
         assert server.stop(signal.SIGTERM) in (0, -signal.SIGTERM)

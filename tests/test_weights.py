@@ -1,7 +1,11 @@
 """``TensorFlowVariables``: the variables behind an output, by name and as one vector, in this process."""
 
+import subprocess
+import sys
+
 import numpy as np
 import pytest
+from conftest import REPOSITORY, START_S
 
 from shared_graph.errors import InvalidRequest
 from shared_graph.tensorflow_runtime import import_tensorflow
@@ -49,6 +53,23 @@ def test_weights_are_got_and_set_by_name_also_some_of_them(tf, resource):
     assert plain(variables) == NETWORK | {"net/b": [3, 4]}
 
 
+def test_a_program_of_tensorflow_2_stays_one():
+    code = """
+import tensorflow as tf
+from shared_graph import TensorFlowVariables
+
+with tf.Graph().as_default():
+    w = tf.compat.v1.get_variable("w", initializer=[1.0, 2.0])
+    session = tf.compat.v1.Session()
+    session.run(w.initializer)
+    variables = TensorFlowVariables(w * 2, session)
+    variables.set_flat(variables.get_flat() + 1)
+    assert variables.get_flat().tolist() == [2, 3]
+assert tf.executing_eagerly() and int(tf.constant(1) + 1) == 2
+"""
+    subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, check=True, timeout=START_S)
+
+
 @pytest.mark.parametrize("string", [b"hello", b"zeros\0\0", b""])
 def test_a_single_string_is_got_as_it_is(tf, string):
     """As dtype S, numpy would strip zeros from its end."""
@@ -87,15 +108,19 @@ def test_behind_a_training_step_are_slots_and_an_integer_that_go_there_and_back(
         ({"net/c": [1, 2]}, r"there is no variable 'net/c'; there are \['net/b', 'net/w'\]"),
         ({"net/w": [1, 2]}, r"'net/w' has the shape \(3, 2\), not \(2,\)"),
         ({"net/w": [["a", "b"]] * 3}, "'net/w' takes float32, not <U1"),
+        (None, "weights are arrays by the names of variables, not NoneType"),
         ([1] * 7, r"\(8,\), not \(7,\)"),
         (np.zeros((2, 4)), r"\(8,\), not \(2, 4\)"),
     ],
-    ids=["name", "shape", "dtype", "too few", "not flat"],
+    ids=["name", "shape", "dtype", "none", "too few", "not flat"],
 )
 def test_wrong_weights_are_refused_in_one_sentence_and_nothing_is_half_set(tf, wrong, message):
     variables = ready(tf, network(tf))
     with pytest.raises(InvalidRequest, match=message):
-        variables.set_weights({"net/b": [8, 9]} | wrong) if isinstance(wrong, dict) else variables.set_flat(wrong)
+        if isinstance(wrong, dict | None):
+            variables.set_weights(wrong and {"net/b": [8, 9]} | wrong)
+        else:
+            variables.set_flat(wrong)
     assert plain(variables) == NETWORK
 
 

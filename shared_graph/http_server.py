@@ -30,10 +30,9 @@ class Protocol(HttpToolsProtocol):
     does with HTTP/2 in each (uvicorn#2722): such an offer is not taken anyhow, and not seen here."""
 
     def data_received(self, data: bytes) -> None:
-        if data.startswith(b"POST "):
+        if data.startswith(b"POST ") and OFFER.search(data, 0, data.find(b"\r\n\r\n")):
             head, end, rest = data.partition(b"\r\n\r\n")
-            if OFFER.search(head):
-                data = OFFER.sub(b"", head) + end + rest
+            data = OFFER.sub(b"", head) + end + rest
         super().data_received(data)
 
 

@@ -274,9 +274,7 @@ def watch_ray() -> Awaitable[str]:
     loop = asyncio.get_running_loop()
     ended = loop.create_future()
     for name, pid in _ray_processes():
-        with contextlib.suppress(
-            OSError
-        ):  # it has ended, or there are no such descriptors here: then that is seen later
+        with contextlib.suppress(OSError):  # it has ended; or a sandbox has no such descriptors, and all is seen later
             descriptor = os.pidfd_open(pid)
             loop.add_reader(descriptor, lambda name=name: ended.done() or ended.set_result(name))
             ended.add_done_callback(lambda _, d=descriptor: (loop.remove_reader(d), os.close(d)))

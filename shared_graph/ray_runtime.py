@@ -229,6 +229,7 @@ def local_ray(options: Options) -> Iterator[None]:
         os.mkdir(os.path.join(folder, "t"))
         variables = variables_of_actors() | {
             "KERAS_HOME": os.path.join(folder, "keras"),  # else Keras makes a folder at home
+            "RAY_gcs_server_port_wait_time_s": "15",  # for so long all threads stand still when it ends while it starts
             "TMPDIR": os.path.join(folder, "t"),  # what actors leave when they are killed is gone at the end
         }
         with inherited(variables):

@@ -55,6 +55,7 @@ NUMBERS = ("", " ", "x", "nan", "inf", "-1", "1e999", "1" * 400, "0x10", "1,000"
 WRONG = [  # option, text or a value of a wrong type
     *(("workers", text) for text in (*NUMBERS, "0", "1.5", "4.0")),
     *((option, "0") for option in ("threads", "parameter-servers", "max-batch", "max-queue", "timeout-s")),
+    ("threads", "99999999999"),
     *((option, text) for option in ("batch-wait-ms", "timeout-s") for text in ("", "x", "nan", "inf", "-0.001")),
     *(("port", text) for text in ("-1", "65536", "80.5", "http")),
     *(

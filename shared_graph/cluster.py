@@ -151,10 +151,10 @@ class Cluster:
     ) -> Arrays:
         """Run a signature of a served model.
 
-        ``inputs`` are arrays by input name (or just the array, of a sole input), of a dtype that numpy casts to the
-        input's without loss of kind (ints to floats, not floats to ints; str for strings). The result is arrays by
-        output name; they may be read-only: copy what you want to write to. Raises InvalidRequest, ModelError,
-        Unavailable, WorkerLost or DeadlineExceeded.
+        ``inputs`` are arrays by input name (or just the array, of a sole input), of a dtype that is cast to the input's
+        without loss of kind (ints to floats and to ints that have their values, not floats to ints; str for strings).
+        The result is arrays by output name; they may be read-only: copy what you want to write to. Raises
+        InvalidRequest, ModelError, Unavailable, WorkerLost or DeadlineExceeded.
         """
         return self.request(model, "arrays", (str(signature), as_feed(inputs)), version)
 

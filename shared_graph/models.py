@@ -181,7 +181,8 @@ def _as_array(what: str, value: Any) -> np.ndarray:
 
 
 def to_array(what: str, value: Any, dtype: np.dtype) -> np.ndarray:
-    """Cast without loss of kind: ints to floats, not floats to ints; strings to bytes. Raises InvalidRequest."""
+    """Cast without loss of kind: ints to floats and to ints that have their values, not floats to ints; strings to
+    bytes. Raises InvalidRequest."""
     array = np.asarray(value)
     if dtype == object:
         if array.size and array.dtype.kind not in "OSU":

@@ -78,7 +78,9 @@ class Options:
     """
 
     workers: int = option(4, "worker actors", number(int, 1))
-    threads: int = option(1, "CPUs of the Ray that is started, and threads of each TensorFlow server", number(int, 1, 2**12))
+    threads: int = option(
+        1, "CPUs of the Ray that is started, and threads of each TensorFlow server", number(int, 1, 2**12)
+    )
     model: tuple[ModelSource, ...] = option(
         (),
         "a model to serve beside the adder: [NAME=]DIR (a SavedModel, or a folder of numbered versions) or"

@@ -395,7 +395,7 @@ def test_a_bfloat16_array_comes_as_the_bytes_that_numpy_makes_of_it():
     "int64", "'x' takes int64, not |S2"),
     (np.float32([1]), "object", "'x' takes strings or bytes, not float32"), (np.float32([1]),
     "int32", "'x' takes int32, not float32"),
-    (np.int32([300]), "int8", "range of int8"), (np.int64([1]), "uint8", "'x' takes uint8"),
+    (np.int32([300]), "int8", "range of int8"), (np.int64([1, -1]), "uint8", "range of uint8"),
     (np.array(["2020"], "M8[Y]"), "int64", "'x' takes int64"),
     (np.zeros(2, "V8"), "object", "'x' takes strings or bytes"), (np.array(["\ud800"]),
     "object", "surrogate")])  # fmt: skip

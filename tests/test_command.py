@@ -108,11 +108,8 @@ def test_it_ends_with_the_sum_of_the_workers_numbers_has_a_line_for_each_event_a
     "moment, end",
     [
         ("gcs_server", "Ctrl-C"),
-        ("ray::ParameterServer", "SIGTERM"),
-        *(
-            long(*case)
-            for case in [("gcs_server", "SIGTERM"), ("ray::ParameterServer", "Ctrl-C"), ("ray::Worker", "Ctrl-C")]
-        ),
+        long("gcs_server", "SIGTERM"),
+        *(long(f"ray::{actor}", end) for actor in ("ParameterServer", "Worker") for end in ("Ctrl-C", "SIGTERM")),
     ],
 )
 def test_it_can_be_ended_at_any_moment_and_leaves_nothing(moment, end):

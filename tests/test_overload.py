@@ -210,7 +210,7 @@ def test_connections_that_say_nothing_keep_nobody_waiting_and_are_closed_at_the_
         assert "Traceback" not in server.output()
 
 
-@pytest.mark.parametrize("kind", [long("flask"), "starlette"])
+@pytest.mark.parametrize("kind", [long("flask"), long("starlette")])
 def test_bodies_that_are_still_arriving_count_as_waiting_bytes(kind):
     """Of eight clients that stop after 50 MiB each five at most are let in."""
     with contextlib.ExitStack() as stack, Server(kind, "--workers", "1").wait_ready() as server:

@@ -187,6 +187,7 @@ def test_the_map_in_the_readme_is_the_package_s():
         assert shared_graph.__doc__.partition("above:\n\n")[2].partition("\n\nOne ring")[0] in file.read()
 
 
+@pytest.mark.long
 def test_what_the_dockerfile_copies_answers_on_the_port_that_it_sets(tmp_path):
     """Without an image: in a folder with its files and its environment, in this Python's."""
     [block] = [block for block in BLOCKS if block.language == "dockerfile"]

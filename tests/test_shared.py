@@ -143,6 +143,7 @@ def test_front_ends_that_share_a_graph_change_versions_together(address, folder)
         assert seen == sorted(seen) and set(seen) == {1, 2, 3, 4}
 
 
+@pytest.mark.long
 def test_each_front_end_has_a_deadline_of_its_own(address):
     """Not that of the one which has made the workers."""
     options = ["--address", address, "--workers", "1", "--model", "example_models:napping"]
@@ -183,6 +184,7 @@ def test_nothing_is_left_of_actors_that_were_made_and_never_called(nodes, addres
     wait_until(nodes.actors)
 
 
+@pytest.mark.long
 def test_nothing_is_left_of_a_start_that_fails(address, tmp_path):
     (tmp_path / "adder.sum").write_bytes(b"???")
     done = command("--address", address, "--workers", "1", "--checkpoint-dir", str(tmp_path))

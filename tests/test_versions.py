@@ -30,7 +30,7 @@ def version_of(answer) -> int:
     return int(answer["number"][0])
 
 
-@pytest.mark.parametrize("placement", ["shared", "mirrored"])
+@pytest.mark.parametrize("placement", ["shared", long("mirrored")])
 def test_from_python(folder, placement):
     folder.copy(1)
     with Cluster(workers=2, model=f"m={folder.path}", placement=placement).start(workers=2) as cluster:

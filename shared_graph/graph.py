@@ -133,7 +133,7 @@ class Graph:
         if self._loader:
             return hashlib.sha256(meta_graph.SerializeToString(deterministic=True)).hexdigest()
         names = sorted({operation.name for operation in self._outputs})
-        parts = ingredients(tf.graph_util.extract_sub_graph(meta_graph.graph_def, names))
+        parts = ingredients(tf.graph_util.extract_sub_graph(meta_graph.graph_def, names), self._definitions)
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
     def connect(self, tf, addresses: list[str], options: Options) -> None:

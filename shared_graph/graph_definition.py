@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import hashlib
 import itertools
 import re
@@ -77,24 +78,33 @@ def nodes_run(graph_def) -> Iterator[tuple[Any, list[str], str]]:
         yield node, called, where
 
 
-def ingredients(graph_def) -> list[str]:
+def ingredients(graph_def, definitions: dict[str, Any]) -> list[str]:
     """What a graph and the functions in it are made of, sorted: a hash for each operation, of its attributes, such as
-    the value of a constant, and of what its inputs are made of. Not how they are named, numbered and ordered, which
-    differs from process to process, as does the order of what a function captures."""
+    the value of a constant, and of what its inputs are made of; and for each output of a signature. Not how they are
+    named, numbered and ordered, which differs from process to process, as does the order of what a function captures;
+    but what signatures call their inputs and outputs."""
     names, hashes = {function.signature.name for function in graph_def.library.function}, {}
+    roles = collections.defaultdict(list)
+    for signature, definition in definitions.items():
+        for key, info in sorted(definition.inputs.items()):
+            roles[info.name.partition(":")[0]].append((signature, key))
+
+    def made_of(tensor: str, where: str) -> str:  # made before, but for a function's arguments and what closes a loop
+        name, _, output = tensor.partition(":")
+        made, by_call = hashes.get((where, name), ("", False))
+        return f"{made} {'' if by_call else output}"
+
     for node, called, where in nodes_run(graph_def):
         is_call = bool(called) or node.op in names
-        inputs = []
-        for source in node.input:  # made before, but for a function's arguments and what closes a loop
-            name, _, output = source.removeprefix("^").partition(":")
-            made, of_call = hashes.get((where, name), ("", False))
-            inputs.append(f"{source[0] == '^'} {made} {'' if of_call else output}")
+        inputs = [f"{source[0] == '^'} {made_of(source.removeprefix('^'), where)}" for source in node.input]
         ordered = [] if is_call else [data for data, source in zip(inputs, node.input) if source[0] != "^"]
         attributes = {} if is_call else {key: a for key, a in node.attr.items() if key[0] != "_" and key != "token"}
         plain = sorted((key, attribute.SerializeToString(deterministic=True)) for key, attribute in attributes.items())
-        parts = f"{'a function' if node.op in names else node.op} {plain} {ordered} {sorted(inputs)}"
+        kind, role = "a function" if node.op in names else node.op, "" if where else roles.get(node.name)
+        parts = f"{kind} {role} {plain} {ordered} {sorted(inputs)}"
         hashes[where, node.name] = hashlib.sha256(parts.encode()).hexdigest(), is_call
-    return sorted(made for made, _ in hashes.values())
+    outputs = [f"{n} {key} {made_of(info.name, '')}" for n, d in definitions.items() for key, info in d.outputs.items()]
+    return sorted([*(made for made, _ in hashes.values()), *outputs])
 
 
 def operations_behind(operations: list) -> set:

@@ -529,7 +529,7 @@ def test_each_python_function_of_a_graph_is_run_where_it_stands_whatever_a_proce
 
 
 def wired(tf, how: str):
-    x = tf.placeholder(tf.float32, [None, 4], name="x")
+    x, z = (tf.placeholder(tf.float32, [None, 4], name=name) for name in "xz")
     a, b = (tf.get_variable(name, initializer=1.0) for name in "ab")
     left, right = tf.split(x, 2, axis=1)
     y = {
@@ -542,13 +542,17 @@ def wired(tf, how: str):
         "called, operands swapped": lambda: tf.function(lambda v: tf.abs(v) - tf.exp(v))(x),
         "mapped": lambda: tf.map_fn(lambda v: tf.sin(tf.cos(v)), x),
         "mapped the other way round": lambda: tf.map_fn(lambda v: tf.cos(tf.sin(v)), x),
+        "inputs": lambda: x - z,
+        "inputs swapped": lambda: z - x,
+        "outputs": lambda: x,
+        "outputs swapped": lambda: z,
     }[how]()
-    return {"serving_default": ({"x": x}, {"y": y})}
+    return {"serving_default": ({"x": x, "z": z}, {"y": y, "other": x if y is z else z})}
 
 
 def test_functions_of_the_same_operations_that_are_wired_otherwise_have_other_fingerprints(tf, monkeypatch):
     ways = ["", "variables", "operands", "halves", "halves swapped", "called", "called, operands swapped", "mapped",
-            "mapped the other way round"]  # fmt: skip
+            "mapped the other way round", "inputs", "inputs swapped", "outputs", "outputs swapped"]  # fmt: skip
     fingerprints = set()
     for how in ways:
         monkeypatch.setattr("test_graph.edited", lambda tf, how=how: wired(tf, how), raising=False)

@@ -97,7 +97,8 @@ def match_path(method: str, path: str, headers: Mapping[str, str] | None = None)
     name, version, label, verb = match.groups()
     if name is None:
         raise InvalidRequest("Missing model name in request.")
-    if version and (len(version.lstrip("0")) > 19 or int(version) >= 2**63):
+    version = version and (version.lstrip("0") or "0")
+    if version and (len(version) > 19 or int(version) >= 2**63):
         raise InvalidRequest(f"The version {version[:100]} is not a number of 64 bits")
     verb = verb if method == "POST" else "metadata" if verb else "status"
     return Call(urllib.parse.unquote(name), int(version) if version else label and urllib.parse.unquote(label), verb)

@@ -30,7 +30,7 @@ class Protocol(HttpToolsProtocol):
     does with HTTP/2 in each (uvicorn#2722): such an offer is not taken anyhow, and not seen here."""
 
     def data_received(self, data: bytes) -> None:
-        if data.startswith(b"POST ") and OFFER.search(data, 0, data.find(b"\r\n\r\n")):
+        if data.startswith(b"POST "):
             head, end, rest = data.partition(b"\r\n\r\n")
             data = OFFER.sub(b"", head) + end + rest
         super().data_received(data)

@@ -86,7 +86,10 @@ def read_head(message: bytes, found: dict[str, Any]) -> None:
             place = BLANK.match(text, place).end()
             if not isinstance(key, str) or text[place] != ":":
                 break
-            if key in BODY_KEYS and "model" in found and not TOO_LATE.search(message, message.rfind(b"]")):
+            if key in BODY_KEYS and "model" in found:
+                ends = message.rfind(b"]"), message.rfind(b"}", 0, message.rfind(b"}"))  # one of which ends the body
+                if TOO_LATE.search(message, max(len(text[:place].encode()), *ends)):
+                    break
                 return
             found[key], place = decoder.raw_decode(text, BLANK.match(text, place + 1).end())
             place, expected = BLANK.match(text, place).end(), ","

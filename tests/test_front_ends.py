@@ -180,14 +180,19 @@ def test_chunks_are_put_together_whatever_is_said_around_them(front_end, body, s
     assert status != 200 or received.endswith(b'{"predictions":[[1.5,1.5]]}')
 
 
+@pytest.mark.parametrize("cut", [2, 4])
 @pytest.mark.parametrize("offer", [b"Upgrade: h2c", b"upgrade: h2c", b"UPGRADE:TLS/1.2, HTTP/3", b"Upgrade: websocket"])
-def test_a_request_that_offers_to_go_on_with_another_protocol_is_answered_with_http_1(front_end, offer):
+def test_a_request_that_offers_to_go_on_with_another_protocol_is_answered_with_http_1(front_end, offer, cut):
     """As Java's own client sends each of its requests."""
     offer = b"Connection: Upgrade, HTTP2-Settings\r\nHost: a\r\nHTTP2-Settings: AAEAAEAAAAIAAAAB\r\n" + offer
     with socket.create_connection(("127.0.0.1", front_end.port), 60) as connection:
         for _ in range(2):  # on one connection
             head = b"POST /v1/models/linear:predict HTTP/1.1\r\nContent-Length: %d\r\n%b\r\n\r\n"
-            connection.sendall(head % (len(DOCUMENT), offer) + DOCUMENT)
+            head %= len(DOCUMENT), offer
+            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            connection.sendall(head[:-cut])
+            front_end.get("/health")  # so that it comes as two packets
+            connection.sendall(head[-cut:] + DOCUMENT)
             response = http.client.HTTPResponse(connection)
             response.begin()
             assert good(Answer(response)) == {"predictions": [[1.5, 1.5]]}

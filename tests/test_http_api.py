@@ -16,7 +16,8 @@ ODD, ODD_PLAIN = "%21%23%24%25%26%27%28%29%2A%2B%2C%2F%3A%3B%3D%3F%40%5B%5D", "!
     "method, path, expected",
     [
         ("GET", "/v1/models/m/versions/099", ("m", 99, "status")),
-        ("GET", f"/v1/models/m/versions/{'0' * 30}99", ("m", 99, "status")),
+        ("GET", f"/v1/models/m/versions/{'0' * 5000}99", ("m", 99, "status")),
+        ("GET", "/v1/models/m/versions/00", ("m", 0, "status")),
         ("GET", "/v1/models/m/versions/9223372036854775807/metadata", ("m", 2**63 - 1, "metadata")),
         ("GET", f"/v1/models/m{ODD}/metadata", (f"m{ODD_PLAIN}", None, "metadata")),
         ("GET", f"/v1/models/m/labels/{ODD}/metadata", ("m", ODD_PLAIN, "metadata")),

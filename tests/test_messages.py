@@ -83,13 +83,15 @@ def test_a_large_message_that_says_its_model_too_late_is_refused():
 
 
 @pytest.mark.parametrize("key", ["id", "version", "label", "verb", "model"])
-@pytest.mark.parametrize("rows", ["[1, 2]", '{"x": [1], "s": "]"}'])
+@pytest.mark.parametrize("rows", ["[1, 2]", '{"x": [1], "s": "]"}', '{"b64": "QQ=="}', '"a text"'])
 def test_a_large_message_that_says_behind_its_rows_what_is_to_be_answered_is_refused(key, rows):
     """Else another version would answer, or nobody could tell whose answer it is."""
     with pytest.raises(InvalidRequest, match="before instances, inputs, examples"):
         read_message(f'{{"model": "m", "inputs": {rows}{PADDING}, "{key}" : 1}}'.encode())
-    said = f'{{"model": "m", "instances": [{{"{key}": 1}}]{PADDING}, "signature_name": "s"}}'
-    assert read_message(said.encode()).call.model == "m"
+    for inside in (f'[{{"{key}": 1}}]', f'{{"x": [1], "{key}": 1}}', f'{{"{key}": {{"b64": "QQ=="}}}}', rows):
+        for end in ("", ', "signature_name": "s"'):
+            said = f'{{"id": [7], "model": "m", "inputs": {inside}{PADDING}{end}}}'
+            assert read_message(said.encode()).call.model == "m"
 
 
 def test_a_large_message_costs_no_more_than_its_head():

@@ -14,7 +14,7 @@ import time
 
 from shared_graph.cluster import Cluster
 from shared_graph.errors import Error
-from shared_graph.files import check_files, predict_file
+from shared_graph.files import check_files, predict_file, with_one_version
 from shared_graph.logs import counted, start_program
 from shared_graph.options import COMMAND, Options
 from shared_graph.progress import shown_wait
@@ -61,6 +61,7 @@ def main() -> None:
     try:
         if options.input:
             check_files(options.input, options.output)
+            options = with_one_version(options)
         sys.exit(asyncio.run(run_command(options)))
     except (Error, OSError) as error:
         sys.exit(f"{os.path.basename(sys.argv[0])}: error: {error}")

@@ -139,7 +139,7 @@ class BatchRunner:
             self._answer_group(part, reply)
 
     def _answer_both_ways(self, group: list[Item], reply: Callable[[dict[int, Any]], None]) -> None:
-        alone, tried = [], []
+        alone, tried, seen = [], [], set()
         for item in group:
             try:
                 outputs = self._run([item])
@@ -148,9 +148,11 @@ class BatchRunner:
                 reply({item.index: error.with_traceback(None)})
                 continue
             reply({item.index: answer})
-            if any(all(map(np.array_equal, item.feed, other.feed)) for other in tried):
-                continue  # what is the same goes well together, and shows nothing
-            if sum(other.rows for other in tried) + item.rows <= TRIED_ROWS:
+            fits = sum(other.rows for other in tried) + item.rows <= TRIED_ROWS
+            if fits and (
+                unlike := distinct_rows(item) - seen
+            ):  # what is the same goes well together, and shows nothing
+                seen |= unlike
                 alone.append(outputs)
                 tried.append(item)
         if len(tried) > 1:
@@ -187,6 +189,10 @@ class BatchRunner:
 def presentable(item: Item, outputs: list[np.ndarray]) -> list[np.ndarray]:
     """For a whole batch at once, since numpy's calls are dear."""
     return list(map(plain, outputs, item.signature.outputs)) if item.is_json else outputs
+
+
+def distinct_rows(item: Item) -> set[str]:
+    return {repr([array[row].tolist() for array in item.feed]) for row in range(item.rows)}
 
 
 def joined(group: list[Item]) -> list[np.ndarray]:

@@ -33,16 +33,20 @@ class Checkpoints:
         try:
             with open(self._marker) as marker:
                 self._checkpointed = marker.read().splitlines()
+        except OSError as error:
+            raise Unavailable(
+                f"The variables are gone, since {error.filename} cannot be read ({error.strerror}): bring"
+                " the folder back or start the program anew."
+            ) from None
+        try:
             self._lock = open(os.path.join(folder, ".lock"), "w")  # noqa: SIM115  (held until it is closed)
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # until this process ends, however it does
             self._remove_what_others_left(run_id)
         except BlockingIOError:
             raise Unavailable(f"The checkpoint folder {folder} is in use by another program.") from None
         except OSError as error:
-            raise Unavailable(
-                f"The variables are gone, since {error.filename} cannot be read ({error.strerror}): bring"
-                " the folder back or start the program anew."
-            ) from None
+            what = error.filename or "its .lock"
+            raise Unavailable(f"The checkpoint folder {folder} cannot be used: {what}: {error.strerror}.") from None
 
     def path(self, source: ModelSource) -> str:
         name = "adder.sum" if source == ADDER_SOURCE else f"{source.name}.{source.version}.npz"
@@ -59,12 +63,16 @@ class Checkpoints:
         """The adder's, twice over; for each batch, and so in place once there is a file: that takes a hundredth of the
         time, and so few bytes are in one sector of the disk, which is written as a whole or not at all."""
         record, path = struct.pack("<dd", total, total), self.path(ADDER_SOURCE)
+        if self._sum_file is not None and not os.fstat(self._sum_file).st_nlink:  # removed, or another is in its place
+            os.close(self._sum_file)
+            self._sum_file = None
         if self._sum_file is None:
             self._write_first(path, lambda file: file.write(record))
             self._sum_file = os.open(path, os.O_WRONLY)
             return
         with naming_file(path):
-            if not os.fstatvfs(self._sum_file).f_bavail:  # there are file systems that need room even so
+            disk = os.fstatvfs(self._sum_file)
+            if disk.f_blocks and not disk.f_bavail:  # there are file systems that need room even so
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             os.pwrite(self._sum_file, record, 0)
             if self.durable:
@@ -122,9 +130,11 @@ class Checkpoints:
     def _write_first(self, path: str, write: Callable[[Any], Any]) -> None:
         """Write it aside; from now on it has to be there when this run's parameter server comes back."""
         self._write_atomically(path, write)
-        if os.path.basename(path) not in self._checkpointed:
-            self._checkpointed.append(os.path.basename(path))
-            self._write_atomically(self._marker, lambda file: file.write("\n".join(self._checkpointed).encode()))
+        names = list(dict.fromkeys([*self._checkpointed, os.path.basename(path)]))
+        if names != self._checkpointed:
+            with contextlib.suppress(Unavailable):  # what has been kept has; the marker is tried again with the next
+                self._write_atomically(self._marker, lambda file: file.write("\n".join(names).encode()))
+                self._checkpointed = names
 
     def _write_atomically(self, path: str, write: Callable[[Any], Any]) -> None:
         with naming_file(path):

@@ -255,7 +255,8 @@ class Cluster:
 
     async def _call_server(self, method: str, model: str, *arguments: Any) -> Any:
         """Call the primary parameter server."""
-        self.status.get_model(model)
+        if method != "reload" or model not in [source.name for source in self.options.model]:  # it may help others
+            self.status.get_model(model)
         primary = self.status.servers[0]
         if primary.state == "starting":
             raise Unavailable("The parameter server is being started; try again later.")

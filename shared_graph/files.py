@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import os
+import shutil
 import tempfile
 import zipfile
 from collections.abc import Iterator
@@ -14,6 +17,7 @@ from shared_graph.cluster import Cluster
 from shared_graph.errors import InvalidRequest, first_sentence
 from shared_graph.models import Arrays
 from shared_graph.npy_codec import is_in_npy, text_width
+from shared_graph.options import Options
 from shared_graph.progress import shown_progress
 
 
@@ -26,8 +30,17 @@ def check_files(source: str, target: str) -> None:
         raise InvalidRequest(f"--input {source}: the file cannot be read")
     if not os.path.isdir(folder):
         raise InvalidRequest(f"--output {target}: there is no folder {folder}")
+    if os.path.exists(target) and not os.path.isfile(target):
+        raise InvalidRequest(f"--output {target}: it is there, and no file")
     if not os.access(folder, os.W_OK | os.X_OK):
         raise InvalidRequest(f"--output {target}: nothing can be written to the folder {folder}")
+
+
+def with_one_version(options: Options) -> Options:
+    """Of the only model the highest version that there is, and no other: a file is predicted by one alone."""
+    [source] = options.model
+    versions = source.versions()
+    return dataclasses.replace(options, model=[versions[max(versions)]])
 
 
 def predict_file(cluster: Cluster, model: str, source: str, target: str) -> None:
@@ -35,6 +48,7 @@ def predict_file(cluster: Cluster, model: str, source: str, target: str) -> None
 
     ``.npy`` files may be larger than memory. The target appears whole or not at all. Raises InvalidRequest, OSError.
     """
+    target = os.path.realpath(target)
     columns, total = open_columns(source)
     row_bytes = sum(column.nbytes for column in columns.values()) // max(total, 1)
     rows, done = max(cluster.options.max_batch, 2**16 // max(row_bytes, 1)), 0
@@ -44,7 +58,7 @@ def predict_file(cluster: Cluster, model: str, source: str, target: str) -> None
             batch = {name: column[start : start + rows] for name, column in columns.items()}
             yield batch.get(None, batch)
 
-    aside = tempfile.TemporaryDirectory(prefix=".ray_tensorflow_", dir=os.path.dirname(target) or ".")
+    aside = tempfile.TemporaryDirectory(prefix=".ray_tensorflow_", dir=os.path.dirname(target))
     with aside as folder, shown_progress(total, "rows") as advance:
         written = Written(folder, total)
         for outputs in cluster.map(batches(), model):
@@ -57,6 +71,8 @@ def predict_file(cluster: Cluster, model: str, source: str, target: str) -> None
             advance(count)
         whole = os.path.join(folder, target[-4:])
         save(whole, written.arrays())
+        with contextlib.suppress(FileNotFoundError):
+            shutil.copymode(target, whole)
         os.replace(whole, target)
 
 

@@ -18,11 +18,9 @@ from shared_graph.errors import ModelError, first_sentence
 from shared_graph.graph_definition import (
     ITERATOR,
     KERAS,
-    TABLE,
     check_keras,
     check_signatures,
     describe_signature,
-    fills_tables,
     ingredients,
     is_initialized,
     memory_graph,
@@ -81,7 +79,9 @@ class Graph:
             self._probes = probes(tf, self.graph)
             self._initialized = [is_initialized(tf, operation) for operation in self.variables.operations]
         self._restoring = [self._saver.saver_def.restore_op_name] if self._saver else []
-        self.fills_tables = fills_tables(tf, meta_graph.graph_def, self._restoring)
+        restoring = operations_behind(list(map(self.graph.get_operation_by_name, self._restoring)))
+        common = restoring & operations_behind([tensor.op for tensor in outputs])
+        self.has_tables_in_checkpoint = any("HashTable" in operation.type for operation in common)
         self.graph.finalize()
         self._memory = memory_graph(tf, self.graph, device)
         self._outputs = [tensor.op for tensor in outputs]
@@ -252,10 +252,8 @@ class Graph:
             for op, is_there in zip(self.variables.operations, states)
             if not is_there or (op.type != "VarHandleOp" and op.name not in given)
         ]
-        made = {op.inputs[1].op for op in run if op.type == "MakeIterator"} | {op for op in run if op.type in TABLE}
-        lost += [
-            op.name for op in operations_behind(self._outputs) if op.type in (*ITERATOR, *TABLE) and op not in made
-        ]
+        made = {op.inputs[1].op for op in run if op.type == "MakeIterator"}
+        lost += [op.name for op in operations_behind(self._outputs) if op.type in ITERATOR and op not in made]
         if lost:
             raise ModelError(f"nothing initializes {', '.join(map(repr, lost[:5]))}, which an output needs")
 

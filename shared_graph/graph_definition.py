@@ -18,12 +18,11 @@ from shared_graph.models import Signature, TensorSpec
 STATE_CHANGING = re.compile(
     r"Assign\w*|(Resource)?(Sparse)?Apply\w+|ResourceScatter\w+|Scatter(Add|Sub|Mul|Div|Min|Max|Update|Nd\w+)"
     r"|ResourceStridedSliceAssign|(Resource)?CountUpTo|LookupTable(Insert|Import|Remove)\w*|(Queue|Barrier|Stack)\w+"
-    r"|(Map)?(Uns|S)tage|Rng\w+|Stateful(Standard|Uniform|Truncated|Random)\w+|Write\w+|\w*IteratorGetNext\w*"
+    r"|(Map)?(Uns|S)tage|Rng\w+|Stateful(Standard|Uniform|Truncated|Random)\w+|Write\w+|(OneShot|MultiDevice)?Iterator(V2)?"
     r"|(Sparse|Resource)?Accumulator\w+|Reader\w+|Save(V2|Slices)?|MergeV2Checkpoints"
 )
 PYTHON_FUNCTION = re.compile(r"(Eager)?PyFunc(Stateless)?")
 VARIABLE = ("VarHandleOp", "VariableV2", "Variable")
-TABLE = ("HashTable", "HashTableV2")  # that has to be filled at the start
 ITERATOR = ("Iterator", "IteratorV2")
 KERAS = "a Keras model is served by what model.export(DIR) writes: call that, and give the DIR"
 
@@ -124,12 +123,6 @@ def check_signatures(name: str, returned: Any) -> None:
     are_sides = [isinstance(pair, (tuple, list)) and [isinstance(side, dict) for side in pair] for pair in pairs]
     if not pairs or any(kinds != [True, True] for kinds in are_sides):
         raise ModelError(f"{name} returned {returned!r:.100}, not a dict of signatures: (inputs, outputs), both dicts")
-
-
-def fills_tables(tf, graph_def, restoring: list[str]) -> bool:
-    """Does a SavedModel's checkpoint fill tables? Those are no variables, whose values travel."""
-    part = tf.graph_util.extract_sub_graph(graph_def, restoring)
-    return any(node.op.startswith("LookupTableImport") for node, *_ in nodes_run(part))
 
 
 def check_keras(graph, initializers: list) -> None:

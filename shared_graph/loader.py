@@ -122,8 +122,12 @@ class Loader:
             # a function may read its first weights from files that are not known here
             trial = self._try_batchable(graph, cached) if source.folder else self._try_batchable(graph)
             verdict = Verdict(*map(tuple, await trial))
-            if graph.mutates_state:
+            if source == ADDER_SOURCE:
                 await self._saving.run(self._checkpoint, graph)
+            elif (
+                graph.mutates_state
+            ):  # what it begins with is not kept: another SavedModel may begin with other weights
+                graph.checkpointed = await in_own_thread(lambda: fingerprint_of(graph.variables.get_weights()))
         return LoadedVersion(
             graph.metadata(), graph.fingerprint, tuple(graph.tokens), *verdict, graph.runs_python, secrets.token_hex(8)
         )
@@ -137,7 +141,7 @@ class Loader:
                 bundle = self.bundles[key] = Bundle(source, is_mirrored(self._options, source))
                 stack.enter_context(bundle.opened())
             graph = self._built.pop(key, None) or build_graph(tf, self._options, source)
-            if is_mirrored(self._options, source) and (graph.mutates_state or graph.fills_tables):
+            if is_mirrored(self._options, source) and (graph.mutates_state or graph.has_tables_in_checkpoint):
                 what = "changes its variables when it runs" if graph.mutates_state else "has tables in its checkpoint"
                 raise ModelError(f"it {what} and cannot be mirrored: use --placement shared")
             self._graphs[key] = graph
@@ -189,7 +193,11 @@ class Loader:
             graph.checkpointed = 0
             return
         weights = graph.variables.get_weights()
-        fingerprint = zlib.crc32(pickle.dumps(weights))
+        fingerprint = fingerprint_of(weights)
         if graph.checkpointed != fingerprint:
             self._checkpoints.save(graph.source, weights)
             graph.checkpointed = fingerprint
+
+
+def fingerprint_of(weights: Arrays) -> int:
+    return zlib.crc32(pickle.dumps(weights))

@@ -91,7 +91,7 @@ def _try(graph: Graph, signature: Signature, sample: list[np.ndarray], sizes: li
     except ModelError as error:  # it does not like our random rows, and we cannot know what it likes
         if error.status == 499:  # cancelled: it has taken too long
             raise
-        log.info("model %s: %r is not batched yet: %s", graph.source.name, signature.name, first_sentence(error))
+        log.info("model %s: %r refuses random rows: %s", graph.source.name, signature.name, first_sentence(error))
         return None
     except (ValueError, TypeError):  # rows of answers that do not fit together
         return False

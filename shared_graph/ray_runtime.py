@@ -157,8 +157,8 @@ def ray_runtime(options: Options) -> Iterator[None]:
     with _lock:
         is_ours = _users > 0 or not ray.is_initialized()  # else it is the user's, and not ours to end
         if is_ours:
-            if _users and options.address != _address:
-                raise Unavailable(f"This process runs on another Ray already, not on {options.address or 'its own'}.")
+            if _users and options.address not in (None, _address):
+                raise Unavailable(f"This process runs on another Ray already, not on {options.address}.")
             if _users == 0:
                 _address = options.address
                 started, _ended = Future(), threading.Event()

@@ -39,6 +39,7 @@ class Version:
     """One version of a model, from the moment at which it is tried until it is gone."""
 
     source: ModelSource
+    files: list = dataclasses.field(default_factory=list)  # as they were seen when it was tried
     state: str = "LOADING"
     error: str | None = None
     loaded: LoadedVersion | None = None
@@ -48,6 +49,14 @@ class Version:
     def is_ready_in(self, report: WorkerReport) -> bool:
         """Not if that tells of a load before this one."""
         return report.ready.get(self.key) in self.weights_ids
+
+    def what_is_odd(self, found: Found) -> str | None:
+        number = self.source.version
+        if number not in found.versions:
+            return f"Model {self.key} is not in its folder any more."
+        if found.files_seen.get(number, self.files) != self.files:
+            return f"The files of model {self.key} have changed since it was loaded: give others another number."
+        return None
 
     @property
     def key(self) -> ModelKey:
@@ -115,7 +124,8 @@ class VersionManager:
     async def reconcile(self, name: str, at_once: bool = False) -> str | None:
         """Serve the highest version of a model that is there and can be loaded, and those that labels stand for. Unless
         ``at_once``, files that still change are left alone until the next look. What is used goes on when it is not
-        there any more, and says so. Returns what is odd in the folder; raises Unavailable when that cannot be read."""
+        there any more, or has become another, and says so. Returns what is odd in the folder; raises Unavailable when
+        that cannot be read."""
         async with self._turns[name]:
             try:
                 found = await self._look(self.sources[name])
@@ -148,13 +158,12 @@ class VersionManager:
                 elif ModelKey(name, version) not in self._versions:
                     why = f"The label {label!r} of model {name} stands for version {version}, which is not there."
                     source = self.sources[name]._replace(version=version)
-                    self._versions[ModelKey(name, version)] = Version(source, "END", why)
+                    self._versions[ModelKey(name, version)] = Version(source, [], "END", why)
                     self._update()
             await self._switch(name, aspired)
             self._loading.discard(name)
             for version in self._loaded(name):
-                is_lost = version.source.version in {*aspired.values()} - found.versions.keys()
-                version.error = f"Model {version.key} is not in its folder any more." if is_lost else None
+                version.error = version.what_is_odd(found) if version.source.version in aspired.values() else None
             self._update()
             for version in [v for v in self._versions.values() if v.source.name == name]:
                 if version.loaded and version.source.version not in aspired.values():
@@ -196,7 +205,7 @@ class VersionManager:
             return True
         if not is_at_rest or (self._failed_files.get(key) == files and not at_once):
             return False
-        version = self._versions[key] = Version(source)
+        version = self._versions[key] = Version(source, files)
         self._update()
         try:
             version.loaded = await self._load(source)
@@ -301,10 +310,10 @@ class VersionManager:
         await self._until(lambda: all(report.settled.get(name, 0) >= wanted for report in self._all()))
 
     def latest(self, name: str) -> ModelKey:
-        """Raises InvalidRequest, or Unavailable while another one takes its place."""
+        """Raises InvalidRequest, or Unavailable while it is being loaded or another one takes its place."""
         pointers = self._pointers.get(name, {})
+        if pointers.get(None, 0) is None or (name in self._loading and None not in pointers):
+            raise Unavailable(f"A version of model {name} is just being taken into use; try again.")
         if None not in pointers:
             raise not_found(name, None)
-        if (number := pointers[None]) is None:
-            raise Unavailable(f"Another version of model {name} is just being taken into use; try again.")
-        return ModelKey(name, number)
+        return ModelKey(name, pointers[None])

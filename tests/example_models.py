@@ -100,13 +100,16 @@ def failing(tf):
     """Signatures that fail, each with another of TensorFlow's error codes, and some whose outputs are no rows."""
     x = tf.placeholder(tf.int32, None, name="x")
     missing = tf.io.read_file(tf.strings.join(["/no/such/file/", tf.strings.as_string(x)]))
-    folder = tf.io.read_file(tf.strings.substr(tf.strings.join(["/", tf.strings.as_string(x)]), 0, 1))
+    table = tf.raw_ops.HashTableV2(key_dtype=tf.string, value_dtype=tf.int64, shared_name="never filled")
+    found = tf.raw_ops.LookupTableFindV2(
+        table_handle=table, keys=tf.strings.as_string(x), default_value=tf.constant(0, tf.int64)
+    )
     count = tf.get_variable("count", [], tf.int32, tf.zeros_initializer(), use_resource=True)
     end = tf.raw_ops.ResourceCountUpTo(resource=count.handle, limit=0, T=tf.int32) + x
     queue = tf.FIFOQueue(1, tf.int32, [[]], shared_name="closed")
     with tf.control_dependencies([queue.close()]), tf.control_dependencies([queue.enqueue(x)]):
         cancelled = tf.identity(x)
-    outputs = {"NOT_FOUND": missing, "FAILED_PRECONDITION": folder, "OUT_OF_RANGE": end, "CANCELLED": cancelled}
+    outputs = {"NOT_FOUND": missing, "FAILED_PRECONDITION": found, "OUT_OF_RANGE": end, "CANCELLED": cancelled}
     return {
         **{code: ({"x": x}, {"y": output}) for code, output in outputs.items()},
         "first_row": ({"x": x}, {"all": tf.identity(x), "first": x[:1]}),

@@ -1,6 +1,7 @@
 """What a worker does with a batch: with a graph that the tests play, and with TensorFlow in this process."""
 
 import collections
+import math
 import random
 import time
 
@@ -107,6 +108,13 @@ def test_that_equal_requests_get_equal_answers_together_speaks_for_nothing():
     played = Played(batchable=False, undecided=True, looks_across=1)
     assert played.answer(rows(1), rows(2), rows(1)) == [[3], [5], [3]]
     assert played.observed == [("serving_default", False)] and played.graph.runs[-1] == [1, 2]
+
+
+@pytest.mark.parametrize("same", [[rows(math.nan)] * 2, [rows(1), rows(1, 1)]], ids=["no number", "once and twice"])
+def test_that_the_same_rows_get_the_same_answers_together_speaks_for_nothing(same):
+    played = Played(batchable=False, undecided=True)
+    played.answer(*same)
+    assert played.observed == []
 
 
 def test_requests_of_another_shape_than_the_declared_one_are_run_alone_though_each_has_the_same():

@@ -15,7 +15,8 @@ from conftest import wait_until
 from test_command import running, with_mounts
 
 from shared_graph.errors import Error, InvalidRequest
-from shared_graph.files import check_files, predict_file
+from shared_graph.files import check_files, predict_file, with_one_version
+from shared_graph.model_source import ModelSource
 from shared_graph.options import Options
 
 rows = np.random.default_rng(0).standard_normal((1000, 3)).astype(np.float32)
@@ -196,16 +197,35 @@ def test_what_cannot_be_predicted_is_one_sentence_and_an_older_output_stays(
     assert (tmp_path / target).read_text() == "an older output"
 
 
+def test_a_file_is_predicted_by_the_version_that_is_the_highest_when_it_begins(models):
+    options = with_one_version(Options(model=f"w={models['words']}"))
+    assert options.model == (ModelSource("w", 10, os.path.join(models["words"], "10")),)
+    options = Options(model="example_models:picky")
+    assert with_one_version(options) == options
+
+
+def test_an_output_that_is_there_is_replaced_where_it_is_and_stays_as_private(cluster, tmp_path):
+    save(tmp_path / "in.npy", column)
+    (tmp_path / "real.npy").write_bytes(b"")
+    (tmp_path / "real.npy").chmod(0o600)
+    (tmp_path / "link.npy").symlink_to("real.npy")
+    predict_file(cluster, "picky", str(tmp_path / "in.npy"), str(tmp_path / "link.npy"))
+    assert (tmp_path / "link.npy").is_symlink() and (tmp_path / "real.npy").stat().st_mode & 0o777 == 0o600
+    assert np.array_equal(np.load(tmp_path / "real.npy"), column / 2)
+
+
 @pytest.mark.parametrize(
     "source, target, message",
     [
         ("no.npy", "out.npy", "--input .*no.npy: there is no such file"),
         (".", "out.npy", "no such file"),
         ("in.npy", "no/out.npy", "--output .*out.npy: there is no folder .*no$"),
+        ("in.npy", "folder.npy", "--output .*folder.npy: it is there, and no file$"),
     ],
 )
 def test_files_that_are_not_there_are_told_before_anything_starts(tmp_path, source, target, message):
     save(tmp_path / "in.npy", rows)
+    (tmp_path / "folder.npy").mkdir()
     with pytest.raises(Error, match=message):
         check_files(str(tmp_path / source), str(tmp_path / target))
     with command(tmp_path / source / "x.npy", tmp_path / target) as run:

@@ -2,6 +2,8 @@
 
 import base64
 import contextlib
+import os
+import shutil
 
 import example_models
 import numpy as np
@@ -125,12 +127,12 @@ def test_a_model_that_counts_counts_each_request_once(cluster, clients):
     assert sorted(counts) == list(range(before + 1, before + 101))
 
 
-def test_a_model_that_cannot_be_loaded_is_404_and_its_status_tells_why_while_others_are_served(tmp_path):
+def test_a_model_that_cannot_be_loaded_is_404_and_its_status_tells_why_while_others_are_served(tmp_path, models):
     """Mirrored, so that one which changes its variables is among them."""
     (tmp_path / "saved_model.pb").write_bytes(b"\x08\x01\x12\x7fnot a SavedModel")
     bad = {"torn": str(tmp_path), "broken": "example_models:broken", "counter": "example_models:counter"}
-    models = [f"{name}={source}" for name, source in bad.items()]
-    cluster = Cluster(workers=1, placement="mirrored", model=[*models, "example_models:linear"]).start_in_background()
+    sources = [f"{name}={source}" for name, source in bad.items()]
+    cluster = Cluster(workers=1, placement="mirrored", model=[*sources, "example_models:linear"]).start_in_background()
     with contextlib.closing(cluster):
         wait_until(lambda: cluster.health()["status"] == "ready")
         assert cluster.predict([[1, 1, 1]], "linear")["y"].tolist() == [[9.5, 11.5]]
@@ -144,5 +146,9 @@ def test_a_model_that_cannot_be_loaded_is_404_and_its_status_tells_why_while_oth
                 {"version": "1", "state": "END", "status": {"error_code": "UNKNOWN", "error_message": message}}
             ]
         assert "--placement shared" in message
-        with pytest.raises(ModelError, match=r"^Model torn \("):
+        shutil.copytree(os.path.join(models["affine"], "1"), tmp_path, dirs_exist_ok=True)
+        assert cluster.reload("torn") == 1, "it looks only at models that it has"
+        with pytest.raises(InvalidRequest, match="Latest"):
+            cluster.reload("broken")
+        with pytest.raises(ModelError, match=r"^Model broken \("):
             cluster.start()

@@ -67,7 +67,7 @@ def started(tf):
     return {"serving_default": ({"x": x}, {"y": x + iterator.get_next()})}
 
 
-def look_up(tf, fill: bool):
+def imported_table(tf):
     """Of a graph that is imported: an initializer of a table is in none of its collections."""
     with tf.Graph().as_default() as frozen:
         word = tf.placeholder(tf.string, [None], name="word")
@@ -76,27 +76,17 @@ def look_up(tf, fill: bool):
     word, number, filled = tf.import_graph_def(
         frozen.as_graph_def(), return_elements=["word:0", "number:0", "fill/LookupTableImportV2"], name=""
     )
-    if fill:
-        tf.add_to_collection(tf.GraphKeys.TABLE_INITIALIZERS, filled)
+    tf.add_to_collection(tf.GraphKeys.TABLE_INITIALIZERS, filled)
     return {"serving_default": ({"word": word}, {"number": number})}
 
 
-def never_filled(tf):
-    return look_up(tf, fill=False)
-
-
-def filled(tf):
-    return look_up(tf, fill=True)
-
-
 def test_a_table_in_a_graph_that_is_imported_is_filled_by_what_is_in_the_collection(load):
-    assert one(load("test_real_models:filled"), np.array([b"a", b"b", b"c"], object)) == [1, 2, -1]
+    assert one(load("test_real_models:imported_table"), np.array([b"a", b"b", b"c"], object)) == [1, 2, -1]
 
 
 @pytest.mark.parametrize(
     ["function", "name"],
     [
-        ("never_filled", "'words'"),
         ("without_initializer", "'lost/w'"),
         ("reference_without_initializer", "'lost/w'"),
         ("never_started", "'IteratorV2'"),

@@ -397,6 +397,7 @@ def test_a_bfloat16_array_comes_as_the_bytes_that_numpy_makes_of_it():
     "int32", "'x' takes int32, not float32"),
     (np.int32([300]), "int8", "range of int8"), (np.int64([1, -1]), "uint8", "range of uint8"),
     (np.array(["2020"], "M8[Y]"), "int64", "'x' takes int64"),
+    (np.zeros(2, "V2"), "float16", "'x' takes float16, not |V2"), (np.zeros(2, "V2"), "int16", "'x' takes int16"),
     (np.zeros(2, "V8"), "object", "'x' takes strings or bytes"), (np.array(["\ud800"]),
     "object", "surrogate")])  # fmt: skip
 def test_an_array_that_would_lose_something_is_refused_with_the_dtype_that_is_wanted(array, dtype, words):

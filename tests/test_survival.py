@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import fcntl
 import http.client
 import itertools
 import json
@@ -234,6 +235,39 @@ def test_what_could_not_be_written_takes_no_room(checkpoints, monkeypatch):
     assert sorted(os.listdir(checkpoints.folder)) == before and checkpoints.load(MODEL) == {"sum": 1}
 
 
+def test_what_is_kept_is_answered_though_there_is_no_room_to_note_that_it_is(checkpoints, monkeypatch):
+    """Else what was refused would be there at the next start."""
+    write = Checkpoints._write_atomically
+
+    def without_room(self, path, write_it):
+        if ".run-" in path:
+            raise Unavailable("No space left on device")
+        write(self, path, write_it)
+
+    monkeypatch.setattr(Checkpoints, "_write_atomically", without_room)
+    checkpoints.save(MODEL, {"sum": np.float64(1)})
+    monkeypatch.undo()
+    checkpoints.save(MODEL, {"sum": np.float64(2)})
+    os.remove(checkpoints.path(MODEL))
+    with pytest.raises(ModelError, match="damaged or gone"):
+        Checkpoints.load(checkpoints, MODEL)
+
+
+@pytest.mark.parametrize("how", ["removed", "replaced"])
+def test_a_sum_whose_file_is_removed_or_replaced_is_kept_all_the_same(checkpoints, how):
+    checkpoints.save_sum(1.0)
+    path = checkpoints.path(ADDER_SOURCE)
+    if how == "replaced":
+        with open(f"{path}.backup", "wb") as file:
+            file.write(bytes(16))
+        os.replace(f"{path}.backup", path)
+    else:
+        os.remove(path)
+    for total in (2.0, 3.0):
+        checkpoints.save_sum(total)
+        assert checkpoints.load(ADDER_SOURCE) == {"sum": total}
+
+
 def test_files_that_have_gone_are_not_taken_for_a_beginning(tmp_path):
     (tmp_path / ".run-1").touch()
     Checkpoints(str(tmp_path), run_id="1", durable=True).save(MODEL, {})
@@ -244,6 +278,16 @@ def test_files_that_have_gone_are_not_taken_for_a_beginning(tmp_path):
         again.load(MODEL)
     with pytest.raises(Unavailable, match="variables are gone"):
         Checkpoints(str(tmp_path / "elsewhere"), run_id="1", durable=True)
+
+
+def test_a_folder_that_cannot_be_locked_is_said_to_be_that(tmp_path, monkeypatch):
+    def no_locks(*arguments):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    (tmp_path / ".run-1").touch()
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+    with pytest.raises(Unavailable, match=r"cannot be used: its \.lock: No locks available\.$"):
+        Checkpoints(str(tmp_path), run_id="1", durable=True)
 
 
 def test_the_marks_of_models_that_are_loaded_stay_for_as_long_as_the_run(tmp_path):

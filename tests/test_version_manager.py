@@ -257,6 +257,8 @@ async def playing(seed: int = 0, workers: int = 2, make_worker: Callable = Playe
 
 async def test_a_version_is_loaded_used_replaced_and_unloaded():
     async with playing() as stage:
+        with pytest.raises(Unavailable, match="just being taken into use"):
+            stage.manager.latest("m")
         await asyncio.sleep(20)
         assert stage.latest("m") == 1 and stage.state("m", 1) == "AVAILABLE" and len(stage.on_server) == 2
         stage.folders["m"][2] = "files 2"
@@ -319,6 +321,26 @@ async def test_files_that_still_change_are_left_alone_and_what_is_broken_is_told
         del stage.folders["m"][3]
         await asyncio.sleep(3)
         assert stage.state("m", 3) is None and stage.latest("m") == 1
+
+
+async def test_of_a_version_in_use_it_is_told_that_its_files_have_gone_or_changed_until_they_are_as_they_were():
+    async with playing() as stage:
+        await asyncio.sleep(20)
+        for files, told in (("others", "have changed since it was loaded"), (None, "not in its folder any more")):
+            if files:
+                stage.folders["m"][1] = files
+            else:
+                del stage.folders["m"][1]
+            await asyncio.sleep(3)
+            assert told in stage.manager.snapshot.versions["m", 1].error and stage.latest("m") == 1
+            stage.folders["m"][1] = "files 1"
+            await asyncio.sleep(3)
+            assert stage.manager.snapshot.versions["m", 1].error is None
+        stage.folders["m"][2] = "files 2"
+        await asyncio.sleep(10)
+        assert stage.latest("m") == 2
+        told = [version.error for version in stage.manager.snapshot.versions.values()]
+        assert not any(told), "what is replaced has gone as it should"
 
 
 async def test_a_label_stands_for_a_version_until_it_is_moved_and_one_that_leads_nowhere_is_told():

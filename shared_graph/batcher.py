@@ -10,14 +10,13 @@ from __future__ import annotations
 import asyncio
 import collections
 import contextlib
-import dataclasses
 import math
 import os
 from collections.abc import Callable
 from typing import Any
 
 from shared_graph.bodies import PendingBytes
-from shared_graph.connection import QueueKey, Request, WorkerConnection, hint_of, size_of
+from shared_graph.connection import Queue, QueueKey, Request, WorkerConnection, hint_of, size_of
 from shared_graph.errors import DeadlineExceeded, Error, InvalidRequest, Unavailable, WorkerLost
 from shared_graph.models import ModelVersion, VersionChoice
 from shared_graph.options import MAX_BATCHES_IN_FLIGHT, Options
@@ -27,36 +26,8 @@ from shared_graph.wire import Answers
 
 MAX_BATCH_BYTES = 2**25  # of requests that travel together
 SLOW_S = 0.03  # a batch that takes longer may hold up others in the parameter server
+LOST_WITHIN_S = 0.2  # in which workers that lose the parameter server are all lost; then what they had is sent again
 MAYBE = "a change that was asked for may or may not have been applied"
-
-
-@dataclasses.dataclass(eq=False, slots=True)
-class Queue:
-    """Requests that wait, the first one first, and a timer that looks again when they may be due."""
-
-    requests: collections.deque[Request] = dataclasses.field(default_factory=collections.deque)
-    timer: asyncio.Handle | None = None
-    rings_at: float = math.inf
-
-    def set_timer(self, when: float, callback: Callable[[], None]) -> None:
-        """Call it then, unless that is to happen sooner already."""
-        if when < self.rings_at:
-            self.stop_timer()
-            self.rings_at = when
-            self.timer = asyncio.get_running_loop().call_at(when, self._ring, callback)
-
-    def _ring(self, callback: Callable[[], None]) -> None:
-        loop = asyncio.get_running_loop()
-        if loop.time() < self.rings_at:  # uvloop counts milliseconds, and is early by up to one
-            self.timer = loop.call_later(0.001, self._ring, callback)
-            return
-        self.rings_at = math.inf
-        callback()
-
-    def stop_timer(self) -> None:
-        self.rings_at = math.inf
-        if self.timer is not None:
-            self.timer.cancel()
 
 
 class Batcher:
@@ -81,7 +52,7 @@ class Batcher:
         # while one runs, decoding the next one takes processor time from it where there is hardly any to spare
         self.max_concurrent_batches = MAX_BATCHES_IN_FLIGHT if os.cpu_count() > 2 else 1
         self._answered_at = -math.inf  # when a caller last got a result
-        self._is_due, self._closed = False, None
+        self._is_due, self._closed, self._repeat_at = False, None, -math.inf
 
     # -- requests ------------------------------------------------------------------------------------------------------
 
@@ -160,9 +131,10 @@ class Batcher:
         now = asyncio.get_running_loop().time()
         if request.is_patient and not request.is_sent and self._answered_at > now - self.options.timeout_s:
             return self._set_deadline(request, self._answered_at)  # others get on
-        message = f"No answer within the deadline of {self.options.timeout_s:g} s"
-        message += f"; {MAYBE}." if request.is_sent else "; it has not been sent to a worker, and changed nothing."
-        self.resolve(request, DeadlineExceeded(message))
+        why = MAYBE if request.is_sent else "it has not been sent to a worker, and changed nothing"
+        self.resolve(
+            request, DeadlineExceeded(f"No answer within the deadline of {self.options.timeout_s:g} s; {why}.")
+        )
         self.dispatch()
 
     # -- workers -------------------------------------------------------------------------------------------------------
@@ -177,17 +149,16 @@ class Batcher:
             self.connections.remove(connection)
         lost = [request for _, batch in connection.in_flight.values() for request in batch.values()]
         connection.in_flight.clear()
+        why = "did not answer any more and was ended" if connection.was_ended else "was lost"
         for request in reversed(lost):
             if request.future.done():
                 self.resolve(request, None)
-            elif connection.was_ended:
-                why = "did not answer any more and was ended"
+            elif connection.was_ended or self._closed or request.verb == "add" or request.is_repeated:
                 self.resolve(request, WorkerLost(f"Worker {connection.index} {why}; {MAYBE}."))
-            elif self._closed or request.verb == "add" or request.is_repeated:
-                self.resolve(request, WorkerLost(f"Worker {connection.index} was lost; {MAYBE}."))
             else:
                 request.is_repeated = True
                 self._enqueue(request, first=True)
+        self._repeat_at = asyncio.get_running_loop().time() + LOST_WITHIN_S
         self.dispatch()
 
     def receive(self, connection: WorkerConnection, message: Answers) -> None:
@@ -271,6 +242,8 @@ class Batcher:
     def _next_batch(self, key: QueueKey, queue: Queue) -> tuple[WorkerConnection, int] | None:
         """To which worker how many requests of this queue are to be sent now; if that is due, and one has a slot."""
         version, now, count = queue.requests[0].version, asyncio.get_running_loop().time(), len(queue.requests)
+        if queue.requests[0].is_repeated and now < self._repeat_at:
+            return queue.set_timer(self._repeat_at, self.dispatch)
         may_share = bool(version.loaded.batchable)
         is_one_run = may_share and self.options.placement == "shared"
         if is_one_run and count < self.options.max_batch:
@@ -288,15 +261,13 @@ class Batcher:
             count = -(-count // sum(c.slots.free for c in candidates))
         runs_python = version.loaded.runs_python  # for which there are threads beside those that compute
         if alone_at > now and not runs_python and self._is_slow(key) and not self._may_compute():
-            queue.set_timer(alone_at, self.dispatch)
-            return None
+            return queue.set_timer(alone_at, self.dispatch)
         if may_share and count < self.options.max_batch:
             due_at = queue.requests[0].begun + self.options.batch_wait_ms / 1000
             if is_one_run and not under_way:
                 due_at = max(due_at, self._paces[key].gathers_until)
             if due_at > now:
-                queue.set_timer(due_at, self.dispatch)
-                return None
+                return queue.set_timer(due_at, self.dispatch)
         if runs_python and len(self._under_way(True)) >= MAX_BATCHES_IN_FLIGHT * len(self.connections) - 1:
             return None  # what it waits for may need a slot, too
         return free[0], min(count, self.options.max_batch)

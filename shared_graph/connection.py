@@ -1,11 +1,13 @@
-"""The connection of a front end to a worker, and the requests that travel on it."""
+"""The connection of a front end to a worker, and the requests that wait for it and travel on it."""
 
 from __future__ import annotations
 
 import asyncio
+import collections
 import contextlib
 import dataclasses
 import itertools
+import math
 import re
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -46,6 +48,35 @@ class Request:
     is_sent: bool = False
     sent_at: float = 0.0
     is_repeated: bool = False  # a worker was lost that had it
+
+
+@dataclasses.dataclass(eq=False, slots=True)
+class Queue:
+    """Requests that wait, the first one first, and a timer that looks again when they may be due."""
+
+    requests: collections.deque[Request] = dataclasses.field(default_factory=collections.deque)
+    timer: asyncio.Handle | None = None
+    rings_at: float = math.inf
+
+    def set_timer(self, when: float, callback: Callable[[], None]) -> None:
+        """Call it then, unless that is to happen sooner already."""
+        if when < self.rings_at:
+            self.stop_timer()
+            self.rings_at = when
+            self.timer = asyncio.get_running_loop().call_at(when, self._ring, callback)
+
+    def _ring(self, callback: Callable[[], None]) -> None:
+        loop = asyncio.get_running_loop()
+        if loop.time() < self.rings_at:  # uvloop counts milliseconds, and is early by up to one
+            self.timer = loop.call_later(0.001, self._ring, callback)
+            return
+        self.rings_at = math.inf
+        callback()
+
+    def stop_timer(self) -> None:
+        self.rings_at = math.inf
+        if self.timer is not None:
+            self.timer.cancel()
 
 
 class WorkerConnection:

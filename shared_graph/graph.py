@@ -227,20 +227,19 @@ class Graph:
             with tf.Session(self._target, graph, self._config) as own:
                 in_step(own.run, allocate)
         initializers = [self.graph.get_operation_by_name(name) for name in self._initializers]
-        steps: list[tuple] = [(self.session.run, initializer) for initializer in initializers]
-        if self._loader:
-            steps = [(self._loader.run_init_ops, self.session, ["serve"])]
-            if self.is_mirror:
-                self.variables.set_weights(weights)
-            else:
-                steps.insert(0, (self._loader.restore_variables, self.session, self._saver))
-        for step in steps:  # which may make variables and tables of what is there by then
-            in_step(*step)
-            self.variables.set_weights(weights)
+        steps: list[tuple] = [(operation, self.session.run, operation) for operation in initializers]
         if self._loader:
             with self.graph.as_default():
                 at_start = loader_impl.get_init_op(self._loader.get_meta_graph_def_from_tags(["serve"]))
+            steps = [(at_start, self._loader.run_init_ops, self.session, ["serve"])]
             initializers = [at_start, *map(self.graph.get_operation_by_name, self._restoring)]
+            if not self.is_mirror:
+                in_step(self._loader.restore_variables, self.session, self._saver)
+            self.variables.set_weights(weights)
+        for operation, *step in steps:  # which may make variables and tables of what is there by then
+            in_step(*step)
+            if any("Assign" in behind.type for behind in operations_behind([operation])):
+                self.variables.set_weights(weights)
         self._loader = self._saver = None  # they hold all that was read
         self._check_initialized(initializers, set(weights))
 

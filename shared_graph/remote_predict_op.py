@@ -41,7 +41,7 @@ def remote_predict(
 
     Source: tensorflow_serving/experimental/tensorflow/ops/remote_predict. Raises ValueError when lengths do not agree.
     """
-    tf = import_tensorflow()
+    tf = import_tensorflow(is_ours=False)
     types = [tf.as_dtype(dtype) for dtype in output_types or [tf.float32] * len(output_tensor_aliases)]
     if not model_name:
         raise ValueError("model_name must be specified.")

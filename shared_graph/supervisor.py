@@ -191,8 +191,12 @@ class Supervisor:
     async def end_actors(self) -> None:
         """Save what is to be saved, and end the actors that are this cluster's alone."""
         if self._server_ready.is_set():
-            with contextlib.suppress(Error, TimeoutError):
+            try:
                 await asyncio.wait_for(self._primary.actor.call("checkpoint"), 10)
+            except (Error, TimeoutError) as error:
+                log.error(
+                    "what models have changed since it was kept last is lost: %s", str(error) or "it took too long"
+                )
         for actor in self._status.workers + self._status.servers:
             if actor.actor is not None:
                 with contextlib.suppress(Error):

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 import uvloop
 
-from shared_graph.batcher import Batcher, Queue
+from shared_graph.batcher import LOST_WITHIN_S, Batcher
 from shared_graph.bodies import HttpBody
-from shared_graph.connection import WorkerConnection, hint_of
+from shared_graph.connection import Queue, WorkerConnection, hint_of
 from shared_graph.errors import DeadlineExceeded, InvalidRequest, Unavailable, WorkerLost
 from shared_graph.model_source import ModelSource
 from shared_graph.models import LoadedVersion, ModelVersion
@@ -301,6 +301,7 @@ async def test_a_worker_that_hangs_gets_no_new_work_while_there_is_another():
     await turn()
     assert [worker for worker, _, _ in stage.sent] == [1, 1]
     stage.batcher.remove(stage.workers[1])
+    await asyncio.sleep(LOST_WITHIN_S)
     assert [worker for worker, _, _ in stage.sent[2:]] == [0, 0]
 
 
@@ -477,6 +478,7 @@ async def test_what_a_lost_worker_had_runs_once_more_elsewhere_before_what_queue
     futures += stage.ask(3)
     await turn()
     other = stage.add_worker(1)
+    await asyncio.sleep(LOST_WITHIN_S)
     assert stage.sent == [(0, "m", [1, 2]), (1, "m", [1, 2, 3])] and lost.in_flight == {}
     assert [request.is_repeated for request in other.in_flight[0][1].values()] == [True, True, False]
     other.answer()
@@ -490,9 +492,25 @@ async def test_an_add_that_lost_its_worker_or_a_request_that_lost_two_is_502_and
     await turn()
     for number in range(lost):
         stage.batcher.remove(stage.workers[stage.sent[number][0]])
+        await asyncio.sleep(LOST_WITHIN_S)
     error = await error_of(future)
     assert isinstance(error, WorkerLost) and error.status == 502 and "may or may not" in str(error)
     assert len(stage.sent) == lost
+
+
+async def test_what_all_workers_had_who_lost_the_parameter_server_one_after_the_other_runs_once_more():
+    stage = Stage(workers=3, max_batch=1)
+    futures = stage.ask(1, 2, 3, 4)
+    await turn()
+    for worker in stage.workers:
+        stage.batcher.remove(worker)
+        await asyncio.sleep(LOST_WITHIN_S / 4)
+    assert len(stage.sent) == 4
+    other = stage.add_worker(3)
+    await asyncio.sleep(2 * LOST_WITHIN_S)
+    while other.in_flight:
+        other.answer()
+    assert await asyncio.gather(*futures) == [2, 4, 6, 8] and stage.is_empty()
 
 
 async def test_what_was_in_a_worker_that_was_ended_for_silence_is_not_run_again():

@@ -18,7 +18,7 @@ from shared_graph.models import Signature, TensorSpec
 STATE_CHANGING = re.compile(
     r"Assign\w*|(Resource)?(Sparse)?Apply\w+|ResourceScatter\w+|Scatter(Add|Sub|Mul|Div|Min|Max|Update|Nd\w+)"
     r"|ResourceStridedSliceAssign|(Resource)?CountUpTo|LookupTable(Insert|Import|Remove)\w*|(Queue|Barrier|Stack)\w+"
-    r"|(Map)?(Uns|S)tage|Rng\w+|Stateful(Standard|Uniform|Truncated|Random)\w+|Write\w+|(OneShot|MultiDevice)?Iterator(V2)?"
+    r"|(Map)?(Uns|S)tage|Rng\w+|Stateful(Standard|Uniform|Truncated|Random)\w*|Write\w+|(OneShot|MultiDevice)?Iterator(V2)?"
     r"|(Sparse|Resource)?Accumulator\w+|Reader\w+|Save(V2|Slices)?|MergeV2Checkpoints"
 )
 PYTHON_FUNCTION = re.compile(r"(Eager)?PyFunc(Stateless)?")

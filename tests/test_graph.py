@@ -17,6 +17,7 @@ from conftest import HERE, REPOSITORY, one, wait_until
 
 from shared_graph.errors import ModelError
 from shared_graph.graph import Graph, build_graph, failure_of
+from shared_graph.graph_definition import STATE_CHANGING
 from shared_graph.merging import find_batchable
 from shared_graph.model_source import ADDER_SOURCE, ModelSource
 from shared_graph.options import Options
@@ -181,10 +182,12 @@ def looks_across_its_batch(tf):
         "one number": tf.reduce_mean(x),
     }
     signatures = {name: ({"x": x}, {"y": y}) for name, y in outputs.items()}
-    prices, padded = tf.log(x), tf.strings.split(text, result_type="RaggedTensor").to_tensor()
+    wide = tf.placeholder(tf.float32, [None, 12])  # of which each random row has a number that has no logarithm
+    prices, words = tf.log(wide), tf.strings.split(tf.strings.join([text, " a"]), result_type="RaggedTensor")
+    padded = words.to_tensor()
     width = 16 * ((tf.shape(padded)[1] + 15) // 16)
     padded = tf.pad(tf.strings.length(padded), [[0, 0], [0, width - tf.shape(padded)[1]]])
-    signatures["relative prices"] = {"x": x}, {"y": prices - tf.reduce_mean(prices)}
+    signatures["relative prices"] = {"x": wide}, {"y": prices - tf.reduce_mean(prices)}
     signatures["as wide as the longest"] = {"text": text}, {"y": tf.reduce_mean(tf.cast(padded, tf.float32), 1)}
     signatures["distinct"] = {"n": n}, {"y": tf.unique(n).idx}
     pixels, largest = tf.placeholder(tf.uint8, [None, 4]), tf.reduce_max(n)
@@ -339,6 +342,23 @@ def test_what_changes_state_and_what_calls_python_is_known(tf, function, writes,
         signatures, writes
     )
     assert [name for name, signature in signatures.items() if signature.runs_python] == runs_python
+
+
+@pytest.mark.parametrize(
+    "operation, changes",
+    [
+        *((name, True) for name in (
+            "AssignVariableOp", "AssignAddVariableOp", "ResourceApplyAdam", "ResourceScatterNdUpdate", "ScatterAdd",
+            "LookupTableInsertV2", "QueueDequeueV2", "QueueEnqueueManyV2", "StackPushV2", "RngSkip", "StatefulUniform",
+            "WriteFile", "WriteScalarSummary", "SaveV2", "MergeV2Checkpoints", "ReaderReadV2", "OneShotIterator",
+            "IteratorV2", "AccumulatorApplyGradient", "SparseAccumulatorTakeGradient", "Stage", "MapUnstage")),
+        *((name, False) for name in (
+            "ReadVariableOp", "ScatterNd", "TensorScatterUpdate", "LookupTableFindV2", "TensorListStack",
+            "AnonymousIteratorV3", "IteratorGetNext", "PopulationCount", "RandomUniform", "RestoreV2", "ReadFile")),
+    ],
+)  # fmt: skip
+def test_an_operation_that_changes_state_is_known_by_its_name(operation, changes):
+    assert bool(STATE_CHANGING.fullmatch(operation)) is changes
 
 
 def reference_counter(tf):

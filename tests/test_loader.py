@@ -239,6 +239,18 @@ async def test_a_model_that_may_change_its_variables_keeps_none_until_it_does(tf
     assert found == [[2], [3], [3]]
 
 
+async def test_who_may_share_runs_is_found_once_for_a_saved_model_and_anew_by_other_code(
+    tf, address, tmp_path, monkeypatch
+):
+    find, found, own = loader.find_batchable, [], None
+    monkeypatch.setattr(loader, "find_batchable", lambda *arguments: found.append(1) or find(*arguments))
+    save_local(tf, str(tmp_path / "local"))
+    for code, searches in (("some", 1), ("some", 1), ("other", 2)):
+        monkeypatch.setattr(loader, "code_of_package", lambda code=code: code)
+        own = await a_life(address, tmp_path, ModelSource("local", 1, str(tmp_path / "local")), before=own)
+        assert sum(found) == searches
+
+
 async def test_who_may_share_runs_is_found_anew_when_a_function_reads_other_weights(tf, address, tmp_path, monkeypatch):
     find, found = loader.find_batchable, []
 

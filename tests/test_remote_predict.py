@@ -150,6 +150,13 @@ def run_here(*arguments, **keywords) -> list[np.ndarray]:
         return session.run(remote_predict(*arguments, **keywords))
 
 
+@pytest.mark.parametrize("text", [b"zeros\0\0", b"", b"\xff"])
+def test_a_single_string_is_sent_as_it_is(front_end, text):
+    address, types = f"127.0.0.1:{front_end.port}", ["string"]
+    (y,) = run_here(["x"], [text], ["y_bytes"], address, "echo", output_types=types, signature_name="to_bytes")
+    assert y == text
+
+
 def test_each_front_end_answers_remote_predict(front_end):
     (y,) = run_here(["x"], [np.float32([[1, 2, 3]])], ["y"], f"127.0.0.1:{front_end.port}", "linear")
     assert y.tolist() == [[22.5, 27.5]] and y.dtype == np.float32

@@ -55,17 +55,22 @@ def test_weights_are_got_and_set_by_name_also_some_of_them(tf, resource):
 
 def test_a_program_of_tensorflow_2_stays_one():
     code = """
+from concurrent.futures import ThreadPoolExecutor
 import tensorflow as tf
-from shared_graph import TensorFlowVariables
+from shared_graph import TensorFlowVariables, remote_predict
 
 with tf.Graph().as_default():
     w = tf.compat.v1.get_variable("w", initializer=[1.0, 2.0])
     session = tf.compat.v1.Session()
     session.run(w.initializer)
-    variables = TensorFlowVariables(w * 2, session)
-    variables.set_flat(variables.get_flat() + 1)
-    assert variables.get_flat().tolist() == [2, 3]
-assert tf.executing_eagerly() and int(tf.constant(1) + 1) == 2
+    y = w * 2
+variables = TensorFlowVariables(y, session)
+variables.set_flat(variables.get_flat() + 1)
+assert variables.get_flat().tolist() == [2, 3]
+with tf.Graph().as_default():
+    remote_predict(["x"], [tf.constant([1.0])], ["y"], "127.0.0.1:1", "m")
+with ThreadPoolExecutor() as threads:
+    assert tf.executing_eagerly() and threads.submit(tf.executing_eagerly).result()
 """
     subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, check=True, timeout=START_S)
 

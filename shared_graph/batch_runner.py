@@ -192,7 +192,7 @@ def presentable(item: Item, outputs: list[np.ndarray]) -> list[np.ndarray]:
 
 
 def distinct_rows(item: Item) -> set[str]:
-    return {repr([array[row].tolist() for array in item.feed]) for row in range(item.rows)}
+    return {repr([array[row : row + 1].tolist() for array in item.feed]) for row in range(item.rows)}
 
 
 def joined(group: list[Item]) -> list[np.ndarray]:

@@ -8,7 +8,7 @@ import time
 import numpy as np
 import pytest
 
-from shared_graph.batch_runner import BatchRunner
+from shared_graph.batch_runner import BatchRunner, Item, distinct_rows
 from shared_graph.errors import DeadlineExceeded, Error, InvalidRequest, ModelError, WorkerLost
 from shared_graph.graph import Graph
 from shared_graph.merging import find_batchable
@@ -115,6 +115,11 @@ def test_that_the_same_rows_get_the_same_answers_together_speaks_for_nothing(sam
     played = Played(batchable=False, undecided=True)
     played.answer(*same)
     assert played.observed == []
+
+
+def test_rows_are_told_apart_by_all_that_is_in_them():
+    feed = [np.array([b"a", b"a", b"a"], object), np.array([[1, math.nan], [1, math.nan], [2, 3]]), np.arange(3) > 1]
+    assert len(distinct_rows(Item(0, None, feed, None, 0.0, False))) == 2
 
 
 def test_requests_of_another_shape_than_the_declared_one_are_run_alone_though_each_has_the_same():

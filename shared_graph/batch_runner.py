@@ -149,9 +149,7 @@ class BatchRunner:
                 continue
             reply({item.index: answer})
             fits = sum(other.rows for other in tried) + item.rows <= TRIED_ROWS
-            if fits and (
-                unlike := distinct_rows(item) - seen
-            ):  # what is the same goes well together, and shows nothing
+            if fits and (unlike := distinct_rows(item) - seen):  # the same rows go well together, and show nothing
                 seen |= unlike
                 alone.append(outputs)
                 tried.append(item)

@@ -124,9 +124,7 @@ class Loader:
             verdict = Verdict(*map(tuple, await trial))
             if source == ADDER_SOURCE:
                 await self._saving.run(self._checkpoint, graph)
-            elif (
-                graph.mutates_state
-            ):  # what it begins with is not kept: another SavedModel may begin with other weights
+            elif graph.mutates_state:  # its first weights are not kept: another SavedModel may begin with others
                 graph.checkpointed = await in_own_thread(lambda: fingerprint_of(graph.variables.get_weights()))
         return LoadedVersion(
             graph.metadata(), graph.fingerprint, tuple(graph.tokens), *verdict, graph.runs_python, secrets.token_hex(8)

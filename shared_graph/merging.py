@@ -27,7 +27,7 @@ class Verdict(NamedTuple):
     """Names of signatures."""
 
     batchable: tuple[str, ...] = ()  # rows of several requests may share a run
-    undecided: tuple[str, ...] = ()  # random rows were refused: to be tried on real ones
+    undecided: tuple[str, ...] = ()  # random rows were refused, or told nothing: to be tried on real ones
 
 
 def find_batchable(graph: Graph, options: Options) -> Verdict:

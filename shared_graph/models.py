@@ -194,10 +194,8 @@ def to_array(what: str, value: Any, dtype: np.dtype) -> np.ndarray:
         if not all(isinstance(v, bytes) for v in flat):
             raise InvalidRequest(f"{what} takes strings or bytes, not {array.dtype}")
         return object_array(flat).reshape(array.shape)
-    if (
-        array.dtype.kind == dtype.kind == "V" and array.itemsize == dtype.itemsize
-    ):  # bfloat16, which numpy's files do not know
-        array = array.view(dtype)
+    if array.dtype.kind == dtype.kind == "V" and array.itemsize == dtype.itemsize:
+        array = array.view(dtype)  # bfloat16, which numpy's files do not know
     if array.dtype == dtype:
         return array
     may_cast = np.can_cast(array.dtype, dtype, "same_kind") or (array.dtype.kind == "i" and dtype.kind == "u")

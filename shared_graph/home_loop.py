@@ -142,6 +142,7 @@ class HomeLoop:
     async def _main(self, main: Callable) -> None:
         self._home = threading.get_ident()
         try:
-            await main(self._closing)
+            if not self.is_over:  # stopped before it was there
+                await main(self._closing)
         finally:
             self._home = None

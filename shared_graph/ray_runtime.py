@@ -30,9 +30,7 @@ from shared_graph.wire import ProcessInfo
 
 log = logging.getLogger(__name__)
 
-WATCH_S = (
-    60.0  # how long one ``death_watch`` lasts: a caller that is gone must not leave its call in the actor for ever
-)
+WATCH_S = 60.0  # how long one ``death_watch`` lasts: the call of a caller that is gone is not to stay for ever
 
 # -- actors ------------------------------------------------------------------------------------------------------------
 

@@ -96,3 +96,25 @@ def test_a_signal_handler_that_stops_it_may_interrupt_a_call_at_any_step():
     home._calls, ended = Interrupted(), threading.Event()
     threading.Thread(target=call, daemon=True).start()
     assert ended.wait(10), "stop() waits for what waits for it"
+
+
+def test_a_signal_handler_that_stops_it_may_interrupt_its_start(monkeypatch):
+    begin, ended = threading.Thread.start, threading.Event()
+
+    async def main(closing: asyncio.Event) -> None:
+        await closing.wait()
+
+    def interrupted(thread: threading.Thread) -> None:
+        if thread is home._thread:
+            home.stop()
+        begin(thread)
+
+    def start() -> None:
+        home.start(None, main, contextlib.nullcontext, lambda error: None)
+        ended.set()
+
+    home = HomeLoop(lambda: Unavailable("It is over."))
+    monkeypatch.setattr(threading.Thread, "start", interrupted)
+    threading.Thread(target=start, daemon=True).start()
+    assert ended.wait(10), "stop() waits for the start that it has interrupted"
+    assert home._ended.wait(10), "what was begun goes on"

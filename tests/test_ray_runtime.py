@@ -1,12 +1,15 @@
 """What is told of Ray's failures; the rest of this module is in every test with a cluster."""
 
 import asyncio
+import os
+import tempfile
 
 import pytest
 import ray
 
 from shared_graph import ray_runtime
 from shared_graph.errors import ActorUnavailable
+from shared_graph.options import Options
 
 TRACE = """Traceback (most recent call last):
   File "worker.py", line 3, in <module>
@@ -37,3 +40,33 @@ def test_of_an_actor_that_cannot_be_made_the_reason_is_told(monkeypatch, error, 
         asyncio.run(ray_runtime.Actor(Handle).call("start"))
     assert sentence in str(caught.value) and caught.value.is_final == is_final
     assert "\n" not in str(caught.value) and "\x1b" not in str(caught.value)
+
+
+def test_where_no_process_can_be_watched_it_is_served_all_the_same(monkeypatch):
+    async def scenario():
+        ended = ray_runtime.watch_ray()
+        await asyncio.sleep(0)
+        assert not ended.done()
+        ended.cancel()
+
+    def refuse(pid: int):
+        raise OSError(38, "Function not implemented")
+
+    monkeypatch.setattr(ray_runtime, "_ray_processes", lambda: [("raylet", os.getpid())])
+    monkeypatch.setattr(os, "pidfd_open", refuse)
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize("folder", ["/tmp", "/tmp/a/long/way/down", "/tmp/\u00fc\u00fc\u00fc\u00fc\u00fc\u00fc\u00fc"])
+def test_the_folder_is_short_enough_for_the_sockets_that_ray_makes_in_it(monkeypatch, tmp_path, folder):
+    made = []
+
+    def start(_temp_dir: str, **where) -> None:
+        made.append(_temp_dir)
+
+    monkeypatch.setattr(tempfile, "gettempdir", lambda: folder)
+    monkeypatch.setattr(ray_runtime, "start_ray", start)
+    with ray_runtime.local_ray(Options()):
+        assert os.path.isdir(os.path.dirname(made[0]))
+    socket = f"{made[0]}/session_2026-11-27_11-35-39_123456_{2**22}/sockets/plasma_store"
+    assert len(os.fsencode(socket)) <= 107 and not os.path.exists(os.path.dirname(made[0]))

@@ -112,11 +112,12 @@ def model_source(value: object) -> ModelSource:
         what = "a folder that exists, or module:function, with NAME= (of letters, digits, _ . -) before it or not"
         raise ValueError(f"{what}: {where[:200]!r} is neither")
     parent, base = os.path.split(os.path.abspath(where))
-    if _has_saved_model(where):  # perhaps one version of several, named outright
-        is_version = base.isdecimal() and base.isascii()
-        name = name or (os.path.basename(parent) if is_version else base)
-        return ModelSource(name, int(base) if is_version else 1, os.path.abspath(where))
-    source = ModelSource(name or base, None, os.path.abspath(where))
+    is_one = _has_saved_model(where)  # perhaps one version of several, named outright
+    is_version = is_one and base.isdecimal() and base.isascii()
+    name = name or (os.path.basename(parent) if is_version else base)
+    if not name or not name.isprintable():
+        raise ValueError(f"a folder with NAME= before it, since {name!r} cannot stand in an address")
+    source = ModelSource(name, int(base) if is_version else 1 if is_one else None, os.path.abspath(where))
     if not source.versions():
         raise ValueError("a folder with a saved_model.pb in it, or in one of its folders that are named by a number")
     return source

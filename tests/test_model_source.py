@@ -8,7 +8,7 @@ import pytest
 from shared_graph.bundles import Bundle, fetched_bundle
 from shared_graph.errors import ModelError
 from shared_graph.loader import look
-from shared_graph.model_source import ModelSource
+from shared_graph.model_source import ModelSource, model_source
 
 CIRCLES = {  # links, by where they are: each of them would be followed for ever by who follows all
     "two links to here": {"a": ".", "b": "."},
@@ -108,3 +108,14 @@ def test_a_label_is_a_link_to_a_version_beside_it_and_what_leads_elsewhere_is_no
     assert source.labels() == labels
     os.symlink(tmp_path / "m", tmp_path / "link")
     assert source._replace(folder=str(tmp_path / "link")).labels() == labels
+
+
+def test_a_folder_whose_name_cannot_stand_in_an_address_needs_another_name(tmp_path):
+    folder = tmp_path / "two\nlines"
+    write(folder / "1" / "saved_model.pb")
+    for where in (folder, folder / "1"):
+        with pytest.raises(ValueError, match=r"NAME= before it, since 'two\\nlines' cannot stand in an address"):
+            model_source(where)
+    assert model_source(f"m={folder}").name == "m"
+    write(tmp_path / "grün und blau" / "1" / "saved_model.pb")
+    assert model_source(tmp_path / "grün und blau").name == "grün und blau"

@@ -9,6 +9,7 @@ sees a version go back. Workers are told by snapshots, of which each has a numbe
 from __future__ import annotations
 
 import asyncio
+import collections
 import contextlib
 import dataclasses
 import logging
@@ -45,6 +46,7 @@ class Version:
     loaded: LoadedVersion | None = None
     weights_ids: set[str] = dataclasses.field(default_factory=set)  # that it has had since it was loaded
     was_ready: bool = False  # in any worker: then it may have answered somebody
+    evidence: collections.Counter[tuple[str, bool]] = dataclasses.field(default_factory=collections.Counter)
 
     def is_ready_in(self, report: WorkerReport) -> bool:
         """Not if that tells of a load before this one."""
@@ -54,7 +56,7 @@ class Version:
         number = self.source.version
         if number not in found.versions:
             return f"Model {self.key} is not in its folder any more."
-        if found.files_seen.get(number, self.files) != self.files:
+        if found.files_seen[number] != self.files:
             return f"The files of model {self.key} have changed since it was loaded: give others another number."
         return None
 
@@ -76,14 +78,12 @@ class VersionManager:
         publish: Callable[[Snapshot], None],
     ):
         self.sources = {source.name: source for source in sources}
-        self.snapshot = Snapshot()
+        self.snapshot = Snapshot(loading=frozenset(self.sources))
         self._look, self._load, self._unload, self._publish = look, load, unload, publish
         self._versions: dict[ModelKey, Version] = {}
         self._pointers: dict[str, dict[str | None, int | None]] = {name: {} for name in self.sources}
         self._reports: dict[int, WorkerReport] = {}  # of each worker that there is
         self._files_seen: dict[str, dict[int, list]] = {}  # of each model's versions, at the last look
-        self._failed_files: dict[ModelKey, list] = {}  # with which a version has failed
-        self._evidence: dict[tuple[ModelKey, str, bool], int] = {}
         self._loading = set(self.sources)  # those that have never been looked at to the end
         self._turns = {name: asyncio.Lock() for name in self.sources}  # one change of a model at a time
         self._changed = asyncio.Event()
@@ -110,8 +110,8 @@ class VersionManager:
         loaded, is_undecided = version.loaded, signature in version.loaded.undecided
         if not is_undecided and (agrees or signature not in loaded.batchable):
             return
-        count = self._evidence[key, signature, agrees] = self._evidence.get((key, signature, agrees), 0) + 1
-        if count < EVIDENCE and (agrees or not is_undecided):
+        version.evidence[signature, agrees] += 1
+        if version.evidence[signature, agrees] < EVIDENCE and (agrees or not is_undecided):
             return
         batchable = {*loaded.batchable, signature} if agrees else {*loaded.batchable} - {signature}
         undecided = {*loaded.undecided} - {signature}
@@ -137,14 +137,14 @@ class VersionManager:
                 self._update()
                 raise Unavailable(why) from None
             before, self._files_seen[name] = self._files_seen.get(name, {}), found.files_seen
-            at_rest = {n for n in found.versions if at_once or before.get(n) == found.files_seen.get(n, [])}
+            at_rest = {number for number, files in found.files_seen.items() if before.get(number) == files}
             for version in self._loaded(name):
                 failures = self._failures(version.key)
                 if not version.was_ready and failures and len(failures) == len(self._all()):
                     number, pointers = version.source.version, self._pointers[name]
                     # who asks waits for another one
                     self._pointers[name] = {choice: None if n == number else n for choice, n in pointers.items()}
-                    await self._fail(version, found.files_seen.get(number, []), ModelError(failures[0]))
+                    await self._fail(version, ModelError(failures[0]))
             pointers, loaded = self._pointers[name], {version.source.version for version in self._loaded(name)}
             aspired = {choice: pointers[choice] for choice in [None, *found.labels] if pointers.get(choice) in loaded}
             for version in sorted(found.versions, reverse=True):
@@ -190,7 +190,7 @@ class VersionManager:
                 version.loaded = before
                 raise
             finally:
-                self._evidence = {k: count for k, count in self._evidence.items() if k[0] != key}
+                version.evidence.clear()
                 self._update()
             await self._until_settled(key.name)
             await self._until(lambda: all(r.ready.get(key) in (None, version.loaded.weights_id) for r in self._all()))
@@ -198,12 +198,13 @@ class VersionManager:
 
     async def _ensure_loaded(self, found: Found, number: int, is_at_rest: bool, at_once: bool) -> bool:
         """Is this version loaded? If not it is tried, unless its files still change, or have failed as they are."""
-        source, files = found.versions[number], found.files_seen.get(number, [])
+        source, files = found.versions[number], found.files_seen[number]
         key = ModelKey(source.name, number)
         version = self._versions.get(key)
         if version and version.loaded:
             return True
-        if not is_at_rest or (self._failed_files.get(key) == files and not at_once):
+        has_failed = version is not None and version.files == files
+        if (has_failed or not is_at_rest) and not at_once:
             return False
         version = self._versions[key] = Version(source, files)
         self._update()
@@ -213,14 +214,12 @@ class VersionManager:
             self._update()
             await self._until_brought_up(version)
         except Exception as error:
-            await self._fail(version, files, error)
+            await self._fail(version, error)
             return False
-        self._failed_files.pop(key, None)
         return True
 
-    async def _fail(self, version: Version, files: list, error: Exception) -> None:
-        """It is over with these files."""
-        self._failed_files[version.key] = files
+    async def _fail(self, version: Version, error: Exception) -> None:
+        """It is over with the files that it has."""
         error.__traceback__ = None  # it holds what is to be given back now
         why = str(error) if isinstance(error, Error) else f"{type(error).__name__}: {first_sentence(error)}"
         prefix = "" if str(version.source) in why else f"Model {version.source} cannot be loaded: "
@@ -229,7 +228,6 @@ class VersionManager:
     async def _until_brought_up(self, version: Version) -> None:
         """Raises ModelError with what a worker says that could not."""
         key = version.key
-
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(BRING_UP_LIMIT_S):
                 await self._until(lambda: self._failures(key) or not self._lacking(version))
@@ -263,8 +261,6 @@ class VersionManager:
 
     def _forget(self, version: Version) -> None:
         self._versions.pop(version.key, None)
-        self._failed_files.pop(version.key, None)
-        self._evidence = {k: count for k, count in self._evidence.items() if k[0] != version.key}
         self._update()
 
     # -- snapshots -----------------------------------------------------------------------------------------------------
@@ -311,9 +307,8 @@ class VersionManager:
 
     def latest(self, name: str) -> ModelKey:
         """Raises InvalidRequest, or Unavailable while it is being loaded or another one takes its place."""
-        pointers = self._pointers.get(name, {})
-        if pointers.get(None, 0) is None or (name in self._loading and None not in pointers):
+        if self.snapshot.is_moving(name, None):
             raise Unavailable(f"A version of model {name} is just being taken into use; try again.")
-        if None not in pointers:
+        if (version := self.snapshot.find(name, None)) is None:
             raise not_found(name, None)
-        return ModelKey(name, pointers[None])
+        return version.key

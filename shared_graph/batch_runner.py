@@ -18,7 +18,7 @@ from shared_graph.errors import DeadlineExceeded, Error, ModelError, WorkerLost
 from shared_graph.graph import Graph
 from shared_graph.json_codec import plain
 from shared_graph.merging import answers_equal
-from shared_graph.models import Signature
+from shared_graph.models import LoadedVersion, Signature
 from shared_graph.rest_api import decode
 from shared_graph.wire import WireRequest
 
@@ -51,18 +51,18 @@ class Item(NamedTuple):
 class BatchRunner:
     """Answers one batch after another. ``reply({index: answer or Error})`` is called as each group is done, for each
     request once; those that came too late are not run. ``observe(signature, agrees)`` is told what a run showed of
-    whether rows that share it have the answers that they have alone."""
+    whether rows that share it have the answers that they have alone; ``loaded`` says what is known of that already."""
 
     def __init__(
         self,
         graph: Graph,
-        undecided: frozenset[str],
+        loaded: LoadedVersion,
         exact: bool,
         observe: Callable[[str, bool], None],
         clock: Callable[[], float] = time.monotonic,
     ):
-        self._graph, self._undecided, self._exact = graph, undecided, exact
-        self._observe, self._clock = observe, clock
+        self._graph, self._batchable, self._undecided = graph, loaded.batchable, loaded.undecided
+        self._exact, self._observe, self._clock = exact, observe, clock
 
     def answer(self, requests: list[WireRequest], reply: Callable[[dict[int, Any]], None], arrived: float) -> None:
         """Raises ConnectionError when the parameter server has gone."""
@@ -97,7 +97,7 @@ class BatchRunner:
 
     def _group_of(self, item: Item) -> Hashable:
         signature = item.signature
-        if not item.feed or not (signature.batchable or signature.name in self._undecided):
+        if not item.feed or signature.name not in (*self._batchable, *self._undecided):
             return item.index
         rows, parts = item.feed[0].shape[:1], [item.is_json, signature.name]
         for array, spec in zip(item.feed, signature.inputs.values()):
@@ -112,7 +112,7 @@ class BatchRunner:
         due = [item for item in group if now < item.deadline]
         if len(due) < len(group):
             reply({item.index: DeadlineExceeded(LATE) for item in group if now >= item.deadline})
-        if len(due) > 1 and due[0].signature.batchable:
+        if len(due) > 1 and due[0].signature.name in self._batchable:
             self._answer_together(due, reply)
         elif len(due) > 1 and due[0].signature.name in self._undecided:
             self._answer_both_ways(due, reply)

@@ -54,7 +54,6 @@ class Signature:
     method: str  # tensorflow/serving/predict, /classify or /regress
     mutates_state: bool  # running it changes variables: it is never run twice for one request
     runs_python: bool  # such as remote_predict: it may wait for what only another place can do
-    batchable: bool = False  # rows of several requests may share one run
     refusal: str | None = None  # why it cannot be run at all
 
 

@@ -28,8 +28,8 @@ RETRY_S = (1.0, 30.0)  # the first and the longest pause before a version that h
 
 
 class Replica:
-    """Of one life of the parameter server, to which ``server`` is the way. What several requests may no longer share,
-    or is no longer answered, is so at once when a snapshot says it; the rest as soon as it can be. ``left`` is called
+    """Of one life of the parameter server, to which ``server`` is the way. What begins to run when a snapshot is here
+    runs by its rules, and what ran already is waited for; the rest is done as soon as it can be. ``left`` is called
     when the parameter server is gone: then nothing is answered from here any more."""
 
     def __init__(self, index: int, incarnation: str, options: Options, server: Actor, info: ServerInfo, left: Callable):
@@ -94,10 +94,8 @@ class Replica:
         for key, version in snapshot.versions.items():
             if version.loaded is None:
                 continue
-            if key in self.graphs:
-                self._set_batchable(key, version.loaded)
-                if not is_mirrored(self.options, version.source):
-                    self._weights[key] = version.loaded.weights_id
+            if key in self.graphs and not is_mirrored(self.options, version.source):
+                self._weights[key] = version.loaded.weights_id
             if key not in self._bringing_up and self._weights.get(key) != version.loaded.weights_id:
                 self._bringing_up.add(key)
                 keep_task(self._tasks, self._bring_up(key))
@@ -105,10 +103,6 @@ class Replica:
             keep_task(self._tasks, self._settle(name, snapshot, part_of(name, before) != part_of(name, snapshot)))
         self.failed = {key: why for key, why in self.failed.items() if self._wanted(key)}
         self._notify()
-
-    def _set_batchable(self, key: ModelKey, loaded: LoadedVersion) -> None:
-        for name, signature in self.graphs[key].signatures.items():
-            signature.batchable = name in loaded.batchable
 
     async def _settle(self, name: str, snapshot: Snapshot, is_other: bool) -> None:
         """Wait for what runs by the rules of before; then drop what is no longer served."""
@@ -183,7 +177,6 @@ class Replica:
             graph.disconnect()  # meanwhile it has been given up, and perhaps loaded anew
             return
         self.graphs[key], self._weights[key] = graph, loaded.weights_id
-        self._set_batchable(key, now)
 
     # -- reports -------------------------------------------------------------------------------------------------------
 

@@ -147,7 +147,7 @@ class Worker:
             lane.gate.leave(turn)
         try:
             observe = functools.partial(self._observe, replica, version)
-            runner = BatchRunner(graph, frozenset(version.loaded.undecided), self.options.exact, observe)
+            runner = BatchRunner(graph, version.loaded, self.options.exact, observe)
             run = self.loop.run_in_executor(lane.executor, runner.answer, batch.requests, reply, arrived)
             runs = replica.runs[version.key.name]
             runs.add(run)

@@ -13,7 +13,7 @@ from shared_graph.errors import DeadlineExceeded, Error, InvalidRequest, ModelEr
 from shared_graph.graph import Graph
 from shared_graph.merging import find_batchable
 from shared_graph.model_source import ADDER_SOURCE, ModelSource
-from shared_graph.models import Signature, TensorSpec
+from shared_graph.models import LoadedVersion, Signature, TensorSpec
 from shared_graph.options import Options
 from shared_graph.tensorflow_runtime import import_tensorflow
 from shared_graph.wire import WireRequest
@@ -28,9 +28,9 @@ class PlayedGraph:
     """Doubles its rows; refuses a run with a row that is negative, and gives one row too many for a 13. A run takes
     ``run_s`` of the clock that is its own."""
 
-    def __init__(self, batchable: bool, looks_across: float = 0, run_s: float = 0):
+    def __init__(self, looks_across: float = 0, run_s: float = 0):
         spec = TensorSpec("int64", (None,))
-        self.signature = Signature("serving_default", {"x": spec}, {"y": spec}, "", False, False, batchable)
+        self.signature = Signature("serving_default", {"x": spec}, {"y": spec}, "", False, False)
         self.signatures, self.looks_across = {"serving_default": self.signature}, looks_across
         self.runs: list[list[int]] = []
         self.now, self.run_s = 0.0, run_s
@@ -49,11 +49,12 @@ class Played:
     """A runner of a played graph, what it answers and what it observes."""
 
     def __init__(self, batchable: bool = True, undecided: bool = False, now: float = 0.0, exact=False, **graph):
-        self.graph, self.observed, self.answers = PlayedGraph(batchable, **graph), [], collections.Counter()
-        undecided = frozenset({"serving_default"} if undecided else ())
+        self.graph, self.observed, self.answers = PlayedGraph(**graph), [], collections.Counter()
+        known = [("serving_default",) * batchable, ("serving_default",) * undecided]
+        loaded = LoadedVersion({}, "", (), *known, False, "")
         self.graph.now = now
         observe = lambda *what: self.observed.append(what)
-        self.runner = BatchRunner(self.graph, undecided, exact, observe, lambda: self.graph.now)
+        self.runner = BatchRunner(self.graph, loaded, exact, observe, lambda: self.graph.now)
         self.found = {}
 
     def answer(self, *requests: WireRequest) -> list:
@@ -79,7 +80,7 @@ def test_a_group_that_fails_is_halved_until_the_bad_request_fails_alone():
 def test_one_odd_row_count_fails_its_request_and_is_told_and_the_others_share_runs_again_the_next_time():
     played = Played()
     assert played.answer(rows(1), rows(13), rows(2)) == [[2], [26, 0], [4]]
-    assert played.observed == [("serving_default", False)] and played.graph.signature.batchable
+    assert played.observed == [("serving_default", False)]
     played.answers.clear()
     assert played.answer(rows(1), rows(2)) == [[2], [4]] and played.graph.runs[-1] == [1, 2]
 
@@ -218,8 +219,7 @@ def load():
         graph = Graph(tf, source, ps_tasks=0)
         graph.connect(tf, [], Options())
         graph.restore(tf, {})
-        for name in [*find_batchable(graph, Options()).batchable, *batchable]:
-            graph.signatures[name].batchable = True
+        graph.batchable = (*find_batchable(graph, Options()).batchable, *batchable)
         return graph
 
     return load
@@ -228,7 +228,8 @@ def load():
 def answers(graph: Graph, *requests: WireRequest) -> list:
     """Lists for the arrays of each answer, just one for an only output; and errors."""
     found = {}
-    runner = BatchRunner(graph, frozenset(), False, lambda *observed: None)
+    loaded = LoadedVersion({}, "", (), graph.batchable, (), False, "")
+    runner = BatchRunner(graph, loaded, False, lambda *observed: None)
     runner.answer(list(requests), found.update, time.monotonic())
     for index, answer in found.items():
         if isinstance(answer, dict):

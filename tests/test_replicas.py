@@ -118,7 +118,7 @@ class PlayedServer:
 
 
 class PlayedGraph:
-    signatures, weights = {}, None
+    weights = None
 
     def __init__(self, key: ModelKey, stage: Stage, fingerprint: str, fate: str | None):
         self.key, self.stage, self.fingerprint, self.fate = key, stage, fingerprint, fate

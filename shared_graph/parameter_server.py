@@ -119,8 +119,8 @@ class ParameterServer:
         self.manager.report(report)
         return self.manager.snapshot
 
-    async def observe(self, key: ModelKey, signature: str, weights_id: str, agrees: bool) -> None:
-        self.manager.observe(key, signature, weights_id, agrees)
+    async def observe(self, key: ModelKey, weights_id: str, signature: str, agrees: bool) -> None:
+        self.manager.observe(key, weights_id, signature, agrees)
 
     async def read_bundle(self, key: ModelKey, offset: int) -> bytes:
         """A slice of the files that a version was loaded from; an empty one is the end."""

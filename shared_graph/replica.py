@@ -200,9 +200,9 @@ class Replica:
                     await self._changed.wait()
                 await self._report()
 
-    def observe(self, key: ModelKey, signature: str, weights_id: str, agrees: bool) -> None:
-        """Tell what a run showed of whether requests for a signature may share runs."""
-        keep_task(self._tasks, self._observe(key, signature, weights_id, agrees))
+    def observe(self, *observation: Any) -> None:
+        """Tell what a run showed, as ``ParameterServer.observe`` has it."""
+        keep_task(self._tasks, self._observe(*observation))
 
     async def _observe(self, *observation: Any) -> None:
         with contextlib.suppress(ActorUnavailable):

@@ -101,7 +101,7 @@ class VersionManager:
             del self._reports[index]
             self._update()
 
-    def observe(self, key: ModelKey, signature: str, weights_id: str, agrees: bool) -> None:
+    def observe(self, key: ModelKey, weights_id: str, signature: str, agrees: bool) -> None:
         """What a run showed of whether requests for a signature may share runs. One run may be an accident, so that it
         takes some; but before they have ever shared one, a single one speaks against it."""
         version = self._versions.get(key)

@@ -136,25 +136,25 @@ class Worker:
             reply(dict.fromkeys(range(len(batch.requests)), failure.with_traceback(None)))
 
     async def _run(self, replica: Replica | None, batch: Batch, reply: Callable[[dict[int, Any]], None]) -> None:
-        arrived, left_s = time.monotonic(), max(left_s for _, _, left_s, _ in batch.requests)
-        turn = *batch.key, batch.signature_hint
+        arrived, turn = time.monotonic(), (*batch.key, batch.signature_hint)
+        deadline = arrived + max(left_s for _, _, left_s, _ in batch.requests)
         while True:
-            version = await self._find(replica, batch, arrived + left_s)
+            version = await self._find(replica, batch, deadline)
             lane = self.remote if version.loaded.runs_python else self.compute
             await lane.gate.enter(turn)
             if replica.snapshot.find(*batch.key) == version and (graph := replica.graphs.get(version.key)):
                 break  # else it is another one by now
             lane.gate.leave(turn)
         try:
-            observe = functools.partial(self._observe, replica, version)
+            about = replica.observe, version.key, version.loaded.weights_id
+            observe = functools.partial(self.loop.call_soon_threadsafe, *about)  # called in the thread of the run
             runner = BatchRunner(graph, version.loaded, self.options.exact, observe)
             run = self.loop.run_in_executor(lane.executor, runner.answer, batch.requests, reply, arrived)
             runs = replica.runs[version.key.name]
             runs.add(run)
             run.add_done_callback(runs.discard)
-            left_s = max(0, arrived + left_s - time.monotonic())
             end = lambda: keep_task(self.tasks, self._end_overdue(replica, version, graph, run))  # noqa: E731
-            overdue = self.loop.call_later(left_s + OVERDUE_S, end)
+            overdue = self.loop.call_later(max(0, deadline - time.monotonic()) + OVERDUE_S, end)
             try:
                 await run
             finally:
@@ -191,8 +191,3 @@ class Worker:
         if not done:
             os._exit(1)
         self.loop.call_later(TOLD_S, self.overdue.pop, run)
-
-    def _observe(self, replica: Replica, version: ModelVersion, signature: str, agrees: bool) -> None:
-        """Called in the threads of runs."""
-        observation = version.key, signature, version.loaded.weights_id, agrees
-        self.loop.call_soon_threadsafe(replica.observe, *observation)

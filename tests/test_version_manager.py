@@ -433,8 +433,8 @@ async def test_some_observations_decide_whether_requests_share_runs_and_those_of
 
         for _ in range(EVIDENCE):
             assert loaded().batchable == ("serving_default",), "one odd answer may be an accident"
-            manager.observe(key, "serving_default", loaded().weights_id, False)
-            manager.observe(key, "serving_default", "of before", False)
+            manager.observe(key, loaded().weights_id, "serving_default", False)
+            manager.observe(key, "of before", "serving_default", False)
         assert loaded().batchable == ()
 
         async def change(loaded: LoadedVersion) -> LoadedVersion:
@@ -443,10 +443,10 @@ async def test_some_observations_decide_whether_requests_share_runs_and_those_of
         await manager.change_weights(key, change)
         for _ in range(EVIDENCE):
             assert loaded().batchable == ()
-            manager.observe(key, "serving_default", "second", True)
+            manager.observe(key, "second", "serving_default", True)
         assert loaded().batchable == ("serving_default",) and loaded().undecided == ()
         await manager.change_weights(key, change)
-        manager.observe(key, "serving_default", "second", False)
+        manager.observe(key, "second", "serving_default", False)
         assert loaded().batchable == loaded().undecided == (), "before they have ever shared a run one is enough"
 
 

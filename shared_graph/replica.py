@@ -45,10 +45,8 @@ class Replica:
         self._settled: dict[str, int] = {}
         self._turns: dict[str, asyncio.Lock] = collections.defaultdict(asyncio.Lock)  # one snapshot after another
         self._bringing_up: set[ModelKey] = set()
-        self._changed = asyncio.Event()
-        self._revision = self._reported = 0  # how often something has changed, and when that was reported
+        self._changed, self._unreported = asyncio.Event(), asyncio.Event()
         self._tasks: set[asyncio.Task] = set()
-        self._reporting = asyncio.Lock()
         keep_task(self._tasks, self._watch_server())
 
     def changed(self) -> Coroutine:
@@ -82,7 +80,7 @@ class Replica:
                         await self._report()
         if self.is_left:
             raise ActorUnavailable("The parameter server was lost.")
-        if self._reported != self._revision:
+        if self._unreported.is_set():
             await self._report()
         keep_task(self._tasks, self._keep_reporting())
 
@@ -181,23 +179,21 @@ class Replica:
     # -- reports -------------------------------------------------------------------------------------------------------
 
     def _notify(self) -> None:
-        self._revision += 1
+        self._unreported.set()
         self._changed.set()
         self._changed = asyncio.Event()
 
     async def _report(self) -> None:
-        async with self._reporting:
-            self._reported = self._revision
-            ready = {key: self._weights[key] for key in self.graphs if key in self._weights}
-            report = WorkerReport(self.index, self._incarnation, dict(self._settled), ready, dict(self.failed))
-            self.apply(await self.server.call("report", self.server_incarnation, report))
+        self._unreported.clear()
+        ready = {key: self._weights[key] for key in self.graphs if key in self._weights}
+        report = WorkerReport(self.index, self._incarnation, dict(self._settled), ready, dict(self.failed))
+        self.apply(await self.server.call("report", self.server_incarnation, report))
 
     async def _keep_reporting(self) -> None:
         """Whenever something has changed."""
         with contextlib.suppress(ActorUnavailable):
             while True:
-                if self._reported == self._revision:
-                    await self._changed.wait()
+                await self._unreported.wait()
                 await self._report()
 
     def observe(self, *observation: Any) -> None:

@@ -2,11 +2,13 @@
 
 Requests for one signature with rows of one shape are one group if they may share a run. A group whose run fails is
 halved until the bad request fails alone. Where it is not known yet whether a signature's requests may share runs, a
-group is run both ways and compared: what that shows is evidence, and others decide what follows from it.
+group is run both ways and compared; where it is, some of the first, second, fourth, eighth ... group are, since random
+rows may not have shown it. What that shows is evidence, and others decide what follows from it.
 """
 
 from __future__ import annotations
 
+import collections
 import itertools
 import time
 from collections.abc import Callable, Hashable
@@ -17,13 +19,14 @@ import numpy as np
 from shared_graph.errors import DeadlineExceeded, Error, ModelError, WorkerLost
 from shared_graph.graph import Graph
 from shared_graph.json_codec import plain
-from shared_graph.merging import answers_equal
+from shared_graph.merging import answers_equal, tells
 from shared_graph.models import LoadedVersion, Signature
 from shared_graph.rest_api import decode
 from shared_graph.wire import WireRequest
 
 MAX_SHARED_ROWS = 4096  # of one request: more of them gain nothing by company, which would have to wait for them
 TRIED_ROWS = 16  # of a group that is run both ways
+AUDITED = 4  # requests of a group that shares a run, when it is looked at whether it may
 MAX_DECODED_BYTES = 64 * 2**20  # of arrays that wait for their run: small bodies may become large ones
 LATE = "The deadline passed in the worker"
 NOT_HALVED = (499, 502, 503, 504)  # a run that failed so would do so again for reasons that are not in the requests
@@ -51,7 +54,8 @@ class Item(NamedTuple):
 class BatchRunner:
     """Answers one batch after another. ``reply({index: answer or Error})`` is called as each group is done, for each
     request once; those that came too late are not run. ``observe(signature, agrees)`` is told what a run showed of
-    whether rows that share it have the answers that they have alone; ``loaded`` says what is known of that already."""
+    whether rows that share it have the answers that they have alone; ``loaded`` says what is known of that already, and
+    ``shared_runs``, by the id of weights and the signature, how often requests have shared one since it was told."""
 
     def __init__(
         self,
@@ -59,10 +63,12 @@ class BatchRunner:
         loaded: LoadedVersion,
         exact: bool,
         observe: Callable[[str, bool], None],
+        shared_runs: collections.Counter[tuple[str, str]],
         clock: Callable[[], float] = time.monotonic,
     ):
         self._graph, self._batchable, self._undecided = graph, loaded.batchable, loaded.undecided
         self._exact, self._observe, self._clock = exact, observe, clock
+        self._weights_id, self._shared_runs = loaded.weights_id, shared_runs
 
     def answer(self, requests: list[WireRequest], reply: Callable[[dict[int, Any]], None], arrived: float) -> None:
         """Raises ConnectionError when the parameter server has gone."""
@@ -108,17 +114,37 @@ class BatchRunner:
         return tuple(parts)
 
     def _answer_group(self, group: list[Item], reply: Callable[[dict[int, Any]], None]) -> None:
+        if len(group) > 1 and (count := self._tried_first(group)):
+            may_share = self._answer_both_ways(group[:count], reply)
+            group = group[count:]
+            if not may_share:
+                return self._answer_each(group, reply)
+        self._answer_part(group, reply)
+
+    def _answer_part(self, group: list[Item], reply: Callable[[dict[int, Any]], None]) -> None:
         now = self._clock()
         due = [item for item in group if now < item.deadline]
         if len(due) < len(group):
             reply({item.index: DeadlineExceeded(LATE) for item in group if now >= item.deadline})
-        if len(due) > 1 and due[0].signature.name in self._batchable:
+        if len(due) > 1:
             self._answer_together(due, reply)
-        elif len(due) > 1 and due[0].signature.name in self._undecided:
-            self._answer_both_ways(due, reply)
         else:
-            for item in due:
-                reply({item.index: self._answer_alone(item)})
+            self._answer_each(due, reply)
+
+    def _answer_each(self, group: list[Item], reply: Callable[[dict[int, Any]], None]) -> None:
+        for item in group:
+            reply({item.index: self._answer_alone(item)})
+
+    def _tried_first(self, group: list[Item]) -> int:
+        """How many of a group are to be run both ways before it is known whether the others may share a run."""
+        name = group[0].signature.name
+        if name in self._undecided:
+            return len(group)
+        if self._graph.mutates_state:  # what others change between two runs would speak against sharing them
+            return 0
+        self._shared_runs[self._weights_id, name] += 1
+        times = self._shared_runs[self._weights_id, name]
+        return AUDITED if times & (times - 1) == 0 else 0
 
     def _answer_together(self, group: list[Item], reply: Callable[[dict[int, Any]], None]) -> None:
         try:
@@ -131,14 +157,13 @@ class BatchRunner:
             return reply({item.index: encoded(item, part) for item, part in zip(group, split(group, outputs))})
         if outputs is not None:  # rows of answers are not those of the requests
             self._observe(group[0].signature.name, False)
-            for item in group:
-                reply({item.index: self._answer_alone(item)})
-            return
+            return self._answer_each(group, reply)
         half = len(group) // 2
         for part in (group[:half], group[half:]):
-            self._answer_group(part, reply)
+            self._answer_part(part, reply)
 
-    def _answer_both_ways(self, group: list[Item], reply: Callable[[dict[int, Any]], None]) -> None:
+    def _answer_both_ways(self, group: list[Item], reply: Callable[[dict[int, Any]], None]) -> bool:
+        """Each alone, and then together to compare. May they share a run, as far as that shows it?"""
         alone, tried, seen = [], [], set()
         for item in group:
             try:
@@ -153,21 +178,27 @@ class BatchRunner:
                 seen |= unlike
                 alone.append(outputs)
                 tried.append(item)
-        if len(tried) > 1:
-            try:
-                together = self._run(tried)
-                agrees = all(
-                    len(output) == sum(item.rows for item in tried)
-                    and answers_equal(output, np.concatenate(parts), self._exact)
-                    for output, *parts in zip(together, *alone)
-                )
-            except Error as error:
-                if error.status != 400:  # which says nothing of whether they go together
-                    return
-                agrees = False
-            except (ValueError, TypeError):  # rows of answers that do not fit together
-                agrees = False
-            self._observe(tried[0].signature.name, agrees)
+        if len(tried) < 2:
+            return True
+        signature = tried[0].signature
+        try:
+            together, expected = self._run(tried), list(map(np.concatenate, zip(*alone)))
+            agrees = all(
+                len(output) == sum(item.rows for item in tried) and answers_equal(output, wanted, self._exact)
+                for output, wanted in zip(together, expected)
+            )
+            if agrees and not tells(signature, expected):
+                return True
+        except Error as error:
+            if error.status != 400:  # which says nothing of whether they go together
+                return True
+            agrees = False
+        except (ValueError, TypeError):  # rows of answers that do not fit together
+            agrees = False
+        self._observe(signature.name, agrees)
+        if not agrees:
+            self._shared_runs[self._weights_id, signature.name] = 0  # the next group is looked at as well
+        return agrees
 
     def _run(self, group: list[Item]) -> list[np.ndarray]:
         """Not if it is too late by now: others of the same batch may have taken long. Raises Error."""

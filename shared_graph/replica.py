@@ -39,6 +39,7 @@ class Replica:
         self.graphs: dict[ModelKey, Graph] = {}  # that can be run
         self.failed: dict[ModelKey, str] = {}
         self.runs: dict[str, set[asyncio.Future]] = collections.defaultdict(set)  # by model
+        self.shared_runs = collections.Counter[tuple[str, str]]()  # see BatchRunner
         self.is_left = False
         self._incarnation, self._left, self._marks = incarnation, left, LoadMarks(info.folder, f"worker-{index}")
         self._weights: dict[ModelKey, str] = {}  # the id of those that a graph has
@@ -105,8 +106,10 @@ class Replica:
     async def _settle(self, name: str, snapshot: Snapshot, is_other: bool) -> None:
         """Wait for what runs by the rules of before; then drop what is no longer served."""
         async with self._turns[name]:
-            if is_other and (runs := list(self.runs[name])):
-                await asyncio.wait(runs)
+            if is_other:
+                self.shared_runs.clear()
+                if runs := list(self.runs[name]):
+                    await asyncio.wait(runs)
             loaded = {key for key, version in snapshot.versions.items() if version.loaded is not None}
             dropped = [key for key in self.graphs if key.name == name and key not in loaded]
             endings = [self.graphs.pop(key).disconnect() for key in dropped]

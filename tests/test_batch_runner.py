@@ -8,7 +8,7 @@ import time
 import numpy as np
 import pytest
 
-from shared_graph.batch_runner import BatchRunner, Item, distinct_rows
+from shared_graph.batch_runner import AUDITED, BatchRunner, Item, distinct_rows
 from shared_graph.errors import DeadlineExceeded, Error, InvalidRequest, ModelError, WorkerLost
 from shared_graph.graph import Graph
 from shared_graph.merging import find_batchable
@@ -27,6 +27,8 @@ def rows(*values, signature="serving_default", seconds=60, is_repeated=False) ->
 class PlayedGraph:
     """Doubles its rows; refuses a run with a row that is negative, and gives one row too many for a 13. A run takes
     ``run_s`` of the clock that is its own."""
+
+    mutates_state = False
 
     def __init__(self, looks_across: float = 0, run_s: float = 0):
         spec = TensorSpec("int64", (None,))
@@ -54,7 +56,7 @@ class Played:
         loaded = LoadedVersion({}, "", (), *known, False, "")
         self.graph.now = now
         observe = lambda *what: self.observed.append(what)
-        self.runner = BatchRunner(self.graph, loaded, exact, observe, lambda: self.graph.now)
+        self.runner = BatchRunner(self.graph, loaded, exact, observe, collections.Counter(), lambda: self.graph.now)
         self.found = {}
 
     def answer(self, *requests: WireRequest) -> list:
@@ -72,9 +74,9 @@ class Played:
 
 def test_a_group_that_fails_is_halved_until_the_bad_request_fails_alone():
     played = Played()
-    answers = played.answer(*[rows(1)] * 32, rows(-1), *[rows(2)] * 31)
-    assert [index for index, answer in enumerate(answers) if isinstance(answer, ModelError)] == [32]
-    assert len(played.graph.runs) <= 1 + 2 * 6  # and not 64
+    answers = played.answer(*[rows(1)] * 36, rows(-1), *[rows(2)] * 31)
+    assert [index for index, answer in enumerate(answers) if isinstance(answer, ModelError)] == [36]
+    assert len(played.graph.runs) <= AUDITED + 1 + 2 * 6  # and not 64
 
 
 def test_one_odd_row_count_fails_its_request_and_is_told_and_the_others_share_runs_again_the_next_time():
@@ -94,6 +96,41 @@ def test_where_it_is_not_known_whether_rows_share_runs_a_group_is_run_both_ways_
     assert played.answer(*[rows(value) for value in range(4)]) == [[2 * value + extra] for value in range(4)]
     assert played.graph.runs == [[0], [1], [2], [3], [0, 1, 2, 3]]
     assert played.observed == [("serving_default", not looks_across)]
+
+
+def test_of_the_first_second_fourth_eighth_group_that_shares_a_run_some_are_run_alone_as_well():
+    played, audited = Played(), []
+    for group in range(2, 22):
+        played.graph.runs.clear()
+        played.answers.clear()
+        requests = range(10 * group, 10 * group + 10)
+        assert played.answer(*map(rows, requests)) == [[2 * value] for value in requests]
+        if played.graph.runs != [[*requests]]:
+            tried, others = [*requests[:AUDITED]], [*requests[AUDITED:]]
+            assert played.graph.runs == [*([value] for value in tried), tried, others]
+            audited.append(group - 1)
+    assert audited == [1, 2, 4, 8, 16] and played.observed == [("serving_default", True)] * 5
+
+
+def test_what_shares_runs_and_gets_other_answers_in_company_is_run_alone_as_soon_as_that_is_seen_and_it_is_told():
+    played = Played(looks_across=1)
+    for _ in range(3):
+        played.answers.clear()
+        assert played.answer(*map(rows, range(10))) == [[2 * value + 1] for value in range(10)]
+    assert played.observed == [("serving_default", False)] * 3
+
+
+def test_equal_requests_share_runs_all_the_same():
+    played = Played()
+    assert played.answer(*[rows(1)] * 64) == [[2]] * 64
+    assert len(played.graph.runs) == AUDITED + 1 and played.observed == []
+
+
+def test_where_requests_change_the_model_none_are_run_twice_to_see_whether_they_agree():
+    played = Played()
+    played.graph.mutates_state = True
+    assert played.answer(*map(rows, range(5))) == [[2 * value] for value in range(5)]
+    assert played.graph.runs == [[0, 1, 2, 3, 4]]
 
 
 @pytest.mark.parametrize("exact", [False, True])
@@ -118,6 +155,12 @@ def test_that_the_same_rows_get_the_same_answers_together_speaks_for_nothing(sam
     assert played.observed == []
 
 
+def test_that_all_get_the_same_answer_alone_and_together_speaks_for_nothing():
+    played = Played(batchable=False, undecided=True)
+    played.graph.run = lambda signature, feed, deadline: [np.zeros(len(feed[0]))]
+    assert played.answer(rows(1), rows(2, 3), rows(4)) == [[0], [0, 0], [0]] and played.observed == []
+
+
 def test_rows_are_told_apart_by_all_that_is_in_them():
     feed = [np.array([b"a", b"a", b"a"], object), np.array([[1, math.nan], [1, math.nan], [2, 3]]), np.arange(3) > 1]
     assert len(distinct_rows(Item(0, None, feed, None, 0.0, False))) == 2
@@ -126,7 +169,7 @@ def test_rows_are_told_apart_by_all_that_is_in_them():
 def test_requests_of_another_shape_than_the_declared_one_are_run_alone_though_each_has_the_same():
     played = Played()
     assert played.answer(rows([1, 2]), rows([3, 4]), rows(5), rows(6)) == [[[2, 4]], [[6, 8]], [10], [12]]
-    assert sorted(played.graph.runs, key=str) == [[5, 6], [[1, 2]], [[3, 4]]]
+    assert sorted(played.graph.runs, key=str) == [[5, 6], [5], [6], [[1, 2]], [[3, 4]]]
 
 
 def test_what_only_the_run_of_a_writing_signature_shows_is_told_as_done():
@@ -225,11 +268,12 @@ def load():
     return load
 
 
-def answers(graph: Graph, *requests: WireRequest) -> list:
-    """Lists for the arrays of each answer, just one for an only output; and errors."""
-    found = {}
+def answers(graph: Graph, *requests: WireRequest, group: int = 3) -> list:
+    """Lists for the arrays of each answer, just one for an only output; and errors. It is the how many-th group that
+    shares a run: of the third one none are run alone as well."""
+    found, shared_runs = {}, collections.Counter({("", name): group - 1 for name in graph.signatures})
     loaded = LoadedVersion({}, "", (), graph.batchable, (), False, "")
-    runner = BatchRunner(graph, loaded, False, lambda *observed: None)
+    runner = BatchRunner(graph, loaded, False, lambda *observed: None, shared_runs)
     runner.answer(list(requests), found.update, time.monotonic())
     for index, answer in found.items():
         if isinstance(answer, dict):
@@ -242,6 +286,12 @@ def test_requests_whose_rows_fit_share_a_run_and_get_their_own_rows_back(load):
     graph = load("crowd")
     assert answers(graph, rows(12345), rows(1, 12345), rows(2)) == [[4], [1, 4], [2]]
     assert answers(graph, rows(12345), rows([12345, 0]), rows(12345)) == [[2], [[2, 0]], [2]]
+
+
+def test_what_random_rows_do_not_show_is_seen_in_the_first_group_of_real_ones(load):
+    graph = load("crowd")
+    requests = [rows(float(value), 12345) for value in range(10)]
+    assert answers(graph, *requests, group=1) == [[value, 2] for value in range(10)]
 
 
 def test_one_bad_request_does_not_fail_its_batch(load):

@@ -195,7 +195,30 @@ def looks_across_its_batch(tf):
     signatures["scaled by the brightest"] = {"pixels": pixels}, {"y": tf.cast(pixels, tf.float32) / brightest}
     signatures["as wide as the largest"] = {"n": n}, {"y": tf.one_hot(n, tf.cast(largest + 1, tf.int32))}
     signatures["joined"] = {"text": text}, {"y": tf.strings.join([text, tf.strings.reduce_join(text)])}
+    series, steps = tf.placeholder(tf.float32, [None, None, 2]), tf.range(3)
+    used = tf.reduce_max(tf.where(tf.reduce_any(tf.not_equal(series, 0), [0, 2]), steps + 1, 0 * steps))
+    signatures["cut where all are padded"] = {"x": series}, {"y": series[:, :used]}
+    for sign in "|,;/_":
+        lengths = tf.cast(
+            tf.strings.length(tf.strings.split(text, sign, result_type="RaggedTensor").to_tensor("")), tf.float32
+        )
+        signatures[f"lists with {sign}"] = {"text": text}, {"y": tf.reduce_mean(lengths, 1)}
     return signatures
+
+
+def tells_nothing_on_random_rows(tf):
+    """All of them get the same answer, be it right or wrong."""
+    text, pixels = tf.placeholder(tf.string, [None]), tf.placeholder(tf.uint8, [None, 8])
+    words = tf.lookup.KeyValueTensorInitializer(["horror", "comedy"], [1.0, 2.0])
+    found = tf.lookup.StaticHashTable(words, 0.0).lookup(
+        tf.strings.split(text, result_type="RaggedTensor").to_tensor("")
+    )
+    bright = tf.ragged.boolean_mask(pixels, pixels > 250).to_tensor()
+    return {
+        "unknown words": ({"text": text}, {"y": tf.reduce_sum(found, 1)}),
+        "nothing found": ({"pixels": pixels}, {"y": bright, "first": pixels[:, 0]}),
+        "no number": ({"text": text}, {"y": tf.log(tf.cast(tf.strings.length(text), tf.float32) - 1000)}),
+    }
 
 
 def minds_its_rows(tf):
@@ -253,6 +276,8 @@ def test_signatures_share_runs_unless_they_look_across_their_batch_or_with_exact
     assert find_batchable(load("test_graph:looks_across_its_batch"), Options()).batchable == ()
     assert find_batchable(load("test_graph:looks_across_when_switched_on"), Options()).batchable == ()
     assert find_batchable(load("test_graph:not_to_the_last_bit"), Options(exact=True)).batchable == ()
+    graph = load("test_graph:tells_nothing_on_random_rows")
+    assert find_batchable(graph, Options()) == ((), tuple(graph.signatures))
     graph = load("test_graph:minds_its_rows")
     assert set(find_batchable(graph, Options()).batchable) == set(graph.signatures)
     exact = set(find_batchable(graph, Options(exact=True)).batchable)
@@ -262,7 +287,7 @@ def test_signatures_share_runs_unless_they_look_across_their_batch_or_with_exact
 @pytest.mark.parametrize(
     ["name", "merged"],
     [
-        ("words", {"serving_default", "back", "upper"}),
+        ("words", {"back", "upper"}),  # of random words it knows none
         ("affine", {"serving_default", "double"}),
         ("picture", {"serve", "serving_default"}),
         ("several", {"serving_default"}),

@@ -108,7 +108,7 @@ def test_a_model_that_ends_its_process_is_served_if_it_did_so_once_else_over_and
     states = {name: version["state"] for name, version in told["versions"].items()}
     assert states == {"ends_once": "AVAILABLE", "ends_always": "END", "well": "AVAILABLE"}
     assert (
-        "it has ended the process that loads it 2 times" in told["versions"]["ends_always"]["status"]["error_message"]
+        "it has ended the process that loads it 3 times" in told["versions"]["ends_always"]["status"]["error_message"]
     )
     assert told["predict well"] == told["predict ends_once"] == "{'y': array([6.], dtype=float32)}"
 
@@ -118,7 +118,7 @@ def test_a_model_that_ends_its_workers_does_not_do_so_for_ever(tmp_path):
     told, _ = run(tmp_path, ["ends_workers", "well"])
     assert told["predict well"] == "{'y': array([6.], dtype=float32)}"
     assert (
-        "it has ended the process that loads it 2 times" in told["versions"]["ends_workers"]["status"]["error_message"]
+        "it has ended the process that loads it 3 times" in told["versions"]["ends_workers"]["status"]["error_message"]
     )
     assert told["versions"]["ends_workers"]["state"] == "END"
     assert sum(worker["restarts"] for worker in told["health"]["workers"]) <= 6

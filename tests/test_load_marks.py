@@ -31,7 +31,7 @@ async def main():
 
 print(json.dumps(asyncio.run(main())))
 """
-ENDED = "it has ended the process that loads it 2 times"
+ENDED = "it has ended the process that loads it 3 times"
 MODELS = ["first", "bad", "last"]
 
 

@@ -103,9 +103,9 @@ class Loader:
                 for source in self._options.model:
                     if source.function:
                         key = ModelKey(source.name, source.version)
-                        async with self._marks.loading(key, await in_own_thread(source.files_seen)):
-                            build = functools.partial(build_graph, import_tensorflow(), self._options, source)
-                            self._built[key] = await build_in_own_thread(build)
+                        async with self._marks.loading(key, source.files_seen()):  # it has none
+                            tf = import_tensorflow()
+                            self._built[key] = await build_in_own_thread(build_graph, tf, self._options, source)
         except Exception:
             return True
         return any(graph.runs_python for graph in self._built.values())

@@ -171,13 +171,13 @@ class Replica:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(WARM_UP_LIMIT_S):
                     await graph.built_in.run(warm_up, graph)
-        while (now := self._wanted(key)) and is_mirror and is_reweighted(loaded, now):
+        while (now := self._wanted(key)) and (now.fingerprint, now.tokens) == (loaded.fingerprint, loaded.tokens):
+            if not is_mirror or now.weights_id == loaded.weights_id:
+                self.graphs[key], self._weights[key] = graph, now.weights_id
+                return
             loaded, weights = now, await self.server.call("get_weights", *key)
             await graph.built_in.run(graph.variables.set_weights, weights)
-        if now is None or (now.fingerprint, now.tokens) != (loaded.fingerprint, loaded.tokens):
-            graph.disconnect()  # meanwhile it has been given up, and perhaps loaded anew
-            return
-        self.graphs[key], self._weights[key] = graph, loaded.weights_id
+        graph.disconnect()  # meanwhile it has been given up, and perhaps loaded anew
 
     # -- reports -------------------------------------------------------------------------------------------------------
 
@@ -210,11 +210,6 @@ class Replica:
     async def _watch_server(self) -> None:
         await watch_death(self.server)
         self.leave()
-
-
-def is_reweighted(loaded: LoadedVersion, now: LoadedVersion) -> bool:
-    """Is it the same graph, with other weights?"""
-    return loaded.fingerprint == now.fingerprint and loaded.weights_id != now.weights_id
 
 
 def part_of(name: str, snapshot: Snapshot) -> tuple[dict, dict]:

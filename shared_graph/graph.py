@@ -173,9 +173,8 @@ class Graph:
     def free(self, tf) -> threading.Thread:
         """Give the memory of the variables and tables back; returns what ``disconnect`` does."""
         graph, free, _ = self._memory
-        is_local, session = self.session is not None and not self._target, self.session
-        ending = self.disconnect()
-        if free and session is not None and not is_local:  # else it goes with the session
+        session, ending = self.session, self.disconnect()
+        if free and session is not None and self._target:  # else it goes with the session
             with tf.Session(self._target, graph, self._config) as own:
                 in_step(own.run, free)
         return ending

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import collections
-import math
+import contextlib
 from collections.abc import Hashable
 
 RECENT_S = 3.0  # for so long after it has asked a kind of work counts as somebody who may need a slot
@@ -57,46 +57,20 @@ class Gate:
     """Lets so many in at once, in the order in which they came, but for those who may not have another slot yet."""
 
     def __init__(self, count: int):
-        self._slots, self._recent = Slots(count), Recent()
-        self._waiting: list[tuple[Hashable, asyncio.Future]] = []
-        self._timer: asyncio.TimerHandle | None = None
+        self._slots, self._recent, self._left = Slots(count), Recent(), asyncio.Event()
 
     async def enter(self, key: Hashable) -> None:
         loop = asyncio.get_running_loop()
-        now = loop.time()
-        self._recent.note(key, now)
-        if not self._waiting and self._slots.may_take(key, self._recent.alone_at(key, now) <= now):
-            return self._slots.take(key)
-        self._waiting.append((key, entered := loop.create_future()))
-        self._let_in()
-        try:
-            await entered
-        except asyncio.CancelledError:
-            if entered.done() and not entered.cancelled():
-                self.leave(key)
-            raise
+        self._recent.note(key, loop.time())
+        while True:
+            alone_at, now = self._recent.alone_at(key, loop.time()), loop.time()
+            if self._slots.may_take(key, alone_at <= now):
+                return self._slots.take(key)
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout_at(alone_at if alone_at > now else None):
+                    await self._left.wait()
 
     def leave(self, key: Hashable) -> None:
         self._slots.give_back(key)
-        if self._waiting:
-            self._let_in()
-
-    def _let_in(self) -> None:
-        loop = asyncio.get_running_loop()
-        if self._timer:
-            self._timer.cancel()
-            self._timer = None
-        left, next_at = [], math.inf
-        for key, entered in self._waiting:
-            if entered.done():
-                continue
-            alone_at = self._recent.alone_at(key, loop.time())
-            if self._slots.may_take(key, alone_at <= loop.time()):
-                self._slots.take(key)
-                entered.set_result(None)
-                continue
-            left.append((key, entered))
-            next_at = min(next_at, alone_at)
-        self._waiting = left
-        if self._slots.free and left:
-            self._timer = loop.call_at(next_at, self._let_in)
+        self._left.set()
+        self._left = asyncio.Event()

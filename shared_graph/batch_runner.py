@@ -52,25 +52,26 @@ class Item(NamedTuple):
 
 
 class BatchRunner:
-    """Answers one batch after another. ``reply({index: answer or Error})`` is called as each group is done, for each
-    request once; those that came too late are not run. ``observe(signature, agrees)`` is told what a run showed of
-    whether rows that share it have the answers that they have alone; ``loaded`` says what is known of that already, and
-    ``shared_runs``, by the id of weights and the signature, how often requests have shared one since it was told."""
+    """Answers a batch. ``reply({index: answer or Error})`` is called as each group is done, for each request once;
+    those that came too late are not run. ``observe(signature, agrees)`` is told what a run showed of whether rows that
+    share it have the answers that they have alone; ``loaded`` says what is known of that already, and ``shared_runs``,
+    by the id of weights and the signature, how often requests have shared one since the worker was told."""
 
     def __init__(
         self,
         graph: Graph,
         loaded: LoadedVersion,
         exact: bool,
+        reply: Callable[[dict[int, Any]], None],
         observe: Callable[[str, bool], None],
         shared_runs: collections.Counter[tuple[str, str]],
         clock: Callable[[], float] = time.monotonic,
     ):
         self._graph, self._batchable, self._undecided = graph, loaded.batchable, loaded.undecided
-        self._exact, self._observe, self._clock = exact, observe, clock
+        self._exact, self._reply, self._observe, self._clock = exact, reply, observe, clock
         self._weights_id, self._shared_runs = loaded.weights_id, shared_runs
 
-    def answer(self, requests: list[WireRequest], reply: Callable[[dict[int, Any]], None], arrived: float) -> None:
+    def answer(self, requests: list[WireRequest], arrived: float) -> None:
         """Raises ConnectionError when the parameter server has gone."""
         refused: dict[int, Any] = {}
         groups: dict[Hashable, list[Item]] = {}
@@ -88,18 +89,18 @@ class BatchRunner:
             for array in feed:
                 held_bytes += 64 * array.size if array.dtype.hasobject else array.nbytes
             if held_bytes > MAX_DECODED_BYTES:
-                self._answer_groups(groups, reply)
+                self._answer_groups(groups)
                 groups, held_bytes = {}, 0
         if refused:
-            reply(refused)
-        self._answer_groups(groups, reply)
+            self._reply(refused)
+        self._answer_groups(groups)
 
-    def _answer_groups(self, groups: dict[Hashable, list[Item]], reply: Callable[[dict[int, Any]], None]) -> None:
+    def _answer_groups(self, groups: dict[Hashable, list[Item]]) -> None:
         found = list(groups.values())
         if len(found) > 1:
             found.sort(key=lambda group: sum(item.size for item in group))  # short ones first
         for group in found:
-            self._answer_group(group, reply)
+            self._answer_group(group)
 
     def _group_of(self, item: Item) -> Hashable:
         signature = item.signature
@@ -113,27 +114,27 @@ class BatchRunner:
             parts.append(shape[1:])
         return tuple(parts)
 
-    def _answer_group(self, group: list[Item], reply: Callable[[dict[int, Any]], None]) -> None:
+    def _answer_group(self, group: list[Item]) -> None:
         if len(group) > 1 and (count := self._tried_first(group)):
-            may_share = self._answer_both_ways(group[:count], reply)
+            may_share = self._answer_both_ways(group[:count])
             group = group[count:]
             if not may_share:
-                return self._answer_each(group, reply)
-        self._answer_part(group, reply)
+                return self._answer_each(group)
+        self._answer_part(group)
 
-    def _answer_part(self, group: list[Item], reply: Callable[[dict[int, Any]], None]) -> None:
+    def _answer_part(self, group: list[Item]) -> None:
         now = self._clock()
         due = [item for item in group if now < item.deadline]
         if len(due) < len(group):
-            reply({item.index: DeadlineExceeded(LATE) for item in group if now >= item.deadline})
+            self._reply({item.index: DeadlineExceeded(LATE) for item in group if now >= item.deadline})
         if len(due) > 1:
-            self._answer_together(due, reply)
+            self._answer_together(due)
         else:
-            self._answer_each(due, reply)
+            self._answer_each(due)
 
-    def _answer_each(self, group: list[Item], reply: Callable[[dict[int, Any]], None]) -> None:
+    def _answer_each(self, group: list[Item]) -> None:
         for item in group:
-            reply({item.index: self._answer_alone(item)})
+            self._answer_alone(item)
 
     def _tried_first(self, group: list[Item]) -> int:
         """How many of a group are to be run both ways before it is known whether the others may share a run."""
@@ -146,34 +147,28 @@ class BatchRunner:
         times = self._shared_runs[self._weights_id, name]
         return AUDITED if times & (times - 1) == 0 else 0
 
-    def _answer_together(self, group: list[Item], reply: Callable[[dict[int, Any]], None]) -> None:
+    def _answer_together(self, group: list[Item]) -> None:
         try:
             outputs = presentable(group[0], self._run(group))
         except Error as error:
             if error.status in NOT_HALVED:
-                return reply({item.index: error for item in group})
+                return self._reply({item.index: error for item in group})
             outputs = None  # nothing has been changed: what writes shares runs only where that is so
         if outputs is not None and all(output.shape[:1] == (sum(i.rows for i in group),) for output in outputs):
-            return reply({item.index: encoded(item, part) for item, part in zip(group, split(group, outputs))})
+            return self._reply({item.index: encoded(item, part) for item, part in zip(group, split(group, outputs))})
         if outputs is not None:  # rows of answers are not those of the requests
             self._observe(group[0].signature.name, False)
-            return self._answer_each(group, reply)
+            return self._answer_each(group)
         half = len(group) // 2
         for part in (group[:half], group[half:]):
-            self._answer_part(part, reply)
+            self._answer_part(part)
 
-    def _answer_both_ways(self, group: list[Item], reply: Callable[[dict[int, Any]], None]) -> bool:
+    def _answer_both_ways(self, group: list[Item]) -> bool:
         """Each alone, and then together to compare. May they share a run, as far as that shows it?"""
         alone, tried, seen = [], [], set()
         for item in group:
-            try:
-                outputs = self._run([item])
-                answer = encoded(item, presentable(item, outputs))
-            except Error as error:
-                reply({item.index: error.with_traceback(None)})
-                continue
-            reply({item.index: answer})
-            fits = sum(other.rows for other in tried) + item.rows <= TRIED_ROWS
+            outputs = self._answer_alone(item)
+            fits = outputs is not None and sum(other.rows for other in tried) + item.rows <= TRIED_ROWS
             if fits and (unlike := distinct_rows(item) - seen):  # the same rows go well together, and show nothing
                 seen |= unlike
                 alone.append(outputs)
@@ -208,11 +203,15 @@ class BatchRunner:
         feed = joined(group) if len(group) > 1 else group[0].feed
         return self._graph.run(group[0].signature.name, feed, deadline)
 
-    def _answer_alone(self, item: Item) -> Any:
+    def _answer_alone(self, item: Item) -> list[np.ndarray] | None:
+        """Returns the outputs, if there are any."""
         try:
-            return encoded(item, presentable(item, self._run([item])))
+            outputs = self._run([item])
+            self._reply({item.index: encoded(item, presentable(item, outputs))})
+            return outputs
         except Error as error:
-            return error.with_traceback(None)
+            self._reply({item.index: error.with_traceback(None)})
+            return None
 
 
 def presentable(item: Item, outputs: list[np.ndarray]) -> list[np.ndarray]:

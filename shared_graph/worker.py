@@ -148,8 +148,8 @@ class Worker:
         try:
             about = replica.observe, version.key, version.loaded.weights_id
             observe = functools.partial(self.loop.call_soon_threadsafe, *about)  # called in the thread of the run
-            runner = BatchRunner(graph, version.loaded, self.options.exact, observe, replica.shared_runs)
-            run = self.loop.run_in_executor(lane.executor, runner.answer, batch.requests, reply, arrived)
+            runner = BatchRunner(graph, version.loaded, self.options.exact, reply, observe, replica.shared_runs)
+            run = self.loop.run_in_executor(lane.executor, runner.answer, batch.requests, arrived)
             runs = replica.runs[version.key.name]
             runs.add(run)
             run.add_done_callback(runs.discard)

@@ -56,15 +56,17 @@ class Played:
         loaded = LoadedVersion({}, "", (), *known, False, "")
         self.graph.now = now
         observe = lambda *what: self.observed.append(what)
-        self.runner = BatchRunner(self.graph, loaded, exact, observe, collections.Counter(), lambda: self.graph.now)
+        self.runner = BatchRunner(
+            self.graph, loaded, exact, self.reply, observe, collections.Counter(), lambda: self.graph.now
+        )
         self.found = {}
 
-    def answer(self, *requests: WireRequest) -> list:
-        def reply(answers: dict) -> None:
-            self.answers.update(answers.keys())
-            self.found |= answers
+    def reply(self, answers: dict) -> None:
+        self.answers.update(answers.keys())
+        self.found |= answers
 
-        self.runner.answer(list(requests), reply, 0.0)
+    def answer(self, *requests: WireRequest) -> list:
+        self.runner.answer(list(requests), 0.0)
         assert self.answers == dict.fromkeys(range(len(requests)), 1), "each request is answered once"
         return [
             answer if isinstance(answer, Error) else answer["y"].tolist()
@@ -176,7 +178,7 @@ def test_what_only_the_run_of_a_writing_signature_shows_is_told_as_done():
     played = Played(batchable=False)
     played.graph.signature.outputs["y"] = TensorSpec("int64", None)
     body = b'{"instances": [13]}'
-    played.runner.answer([WireRequest("predict", (body, False), 60, False)], played.found.update, 0.0)
+    played.runner.answer([WireRequest("predict", (body, False), 60, False)], 0.0)
     assert isinstance(played.found[0], bytes)
     played.graph.run = lambda signature, feed, deadline: [np.int64(5)]
     for writes, kind, words in (
@@ -184,7 +186,7 @@ def test_what_only_the_run_of_a_writing_signature_shows_is_told_as_done():
         (True, ModelError, "^What was asked for has been"),
     ):
         played.graph.signature.mutates_state = writes
-        played.runner.answer([WireRequest("predict", (body, False), 60, False)], played.found.update, 0.0)
+        played.runner.answer([WireRequest("predict", (body, False), 60, False)], 0.0)
         with pytest.raises(kind, match=words):
             raise played.found[0]
 
@@ -273,8 +275,8 @@ def answers(graph: Graph, *requests: WireRequest, group: int = 3) -> list:
     shares a run: of the third one none are run alone as well."""
     found, shared_runs = {}, collections.Counter({("", name): group - 1 for name in graph.signatures})
     loaded = LoadedVersion({}, "", (), graph.batchable, (), False, "")
-    runner = BatchRunner(graph, loaded, False, lambda *observed: None, shared_runs)
-    runner.answer(list(requests), found.update, time.monotonic())
+    runner = BatchRunner(graph, loaded, False, found.update, lambda *observed: None, shared_runs)
+    runner.answer(list(requests), time.monotonic())
     for index, answer in found.items():
         if isinstance(answer, dict):
             arrays = tuple(array.tolist() for array in answer.values())

@@ -10,11 +10,12 @@ import json
 import pickle
 import secrets
 import zlib
+from typing import IO
 
 import numpy as np
 
 from shared_graph.adder import checkpoint_with
-from shared_graph.bundles import Bundle
+from shared_graph.bundles import bundled
 from shared_graph.checkpoints import Checkpoints
 from shared_graph.errors import InvalidRequest, ModelError, as_own_errors
 from shared_graph.graph import Graph, build_graph, build_in_own_thread, is_mirrored
@@ -52,7 +53,7 @@ class Loader:
         self._graphs: dict[ModelKey, Graph] = {}
         self._built: dict[ModelKey, Graph] = {}  # that are still to be loaded
         self._checkpoints: Checkpoints | None = None
-        self.bundles: dict[ModelKey, Bundle] = {}
+        self.bundles: dict[ModelKey, IO[bytes]] = {}
         self._saving = OwnThread()  # what is saved is saved in order
 
     def open_folder(self, folder: str, run_id: str) -> None:
@@ -136,8 +137,7 @@ class Loader:
         weights = self._checkpoints.load(source)
         with contextlib.ExitStack() as stack:
             if source.folder:
-                bundle = self.bundles[key] = Bundle(source, is_mirrored(self._options, source))
-                stack.enter_context(bundle.opened())
+                self.bundles[key] = stack.enter_context(bundled(source, is_mirrored(self._options, source)))
             graph = self._built.pop(key, None) or build_graph(tf, self._options, source)
             if is_mirrored(self._options, source) and (graph.mutates_state or graph.has_tables_in_checkpoint):
                 what = "changes its variables when it runs" if graph.mutates_state else "has tables in its checkpoint"

@@ -8,6 +8,7 @@ import os
 import secrets
 import shutil
 
+from shared_graph.bundles import read_slice
 from shared_graph.errors import ActorUnavailable, Error, ModelError, OptionError, as_own_errors, first_sentence
 from shared_graph.loader import Loader, look
 from shared_graph.memory import keep_memory_low
@@ -125,7 +126,7 @@ class ParameterServer:
     async def read_bundle(self, key: ModelKey, offset: int) -> bytes:
         """A slice of the files that a version was loaded from; an empty one is the end."""
         with as_own_errors(f"The files of model {key} cannot be handed out"):
-            return await asyncio.to_thread(self.loader.bundles[key].read, offset)
+            return await asyncio.to_thread(read_slice, self.loader.bundles[key], offset)
 
     async def _watch_worker(self, index: int, incarnation: str, worker: Actor) -> None:
         await watch_death(worker)

@@ -5,7 +5,7 @@ import pathlib
 
 import pytest
 
-from shared_graph.bundles import Bundle, fetched_bundle
+from shared_graph.bundles import bundled, fetched_bundle, read_slice
 from shared_graph.errors import ModelError
 from shared_graph.loader import look
 from shared_graph.model_source import ModelSource, model_source
@@ -50,12 +50,11 @@ async def test_a_version_with_links_that_lead_nowhere_or_in_circles_is_found_and
     found = await look(source)
     files = {path for path, size, _ in found.files_seen[1] if size == 3}
     assert {os.path.join(top, "words"), os.path.join(top, "other words")} <= files and len(found.files_seen[1]) < 10
-    bundle = Bundle(version, with_assets=True)
-    with bundle.opened():
+    with bundled(version, with_assets=True) as bundle:
         pass  # here it would be loaded
 
     async def read(offset: int) -> bytes:
-        return bundle.read(offset)
+        return read_slice(bundle, offset)
 
     async with fetched_bundle(read) as folder:
         assert os.path.isfile(os.path.join(folder, "saved_model.pb"))
@@ -66,10 +65,7 @@ async def test_a_version_with_links_that_lead_nowhere_or_in_circles_is_found_and
 
 def test_a_version_that_changes_while_it_is_loaded_is_refused(source):
     version = source.versions()[1]
-    with (
-        pytest.raises(ModelError, match="its files changed while it was loaded"),
-        Bundle(version, with_assets=True).opened(),
-    ):
+    with pytest.raises(ModelError, match="its files changed while it was loaded"), bundled(version, with_assets=True):
         write(pathlib.Path(version.folder) / "assets" / "words")
 
 

@@ -33,7 +33,7 @@ from shared_graph.graph_definition import (
 from shared_graph.model_source import ADDER, ADDER_SOURCE, ModelSource
 from shared_graph.models import Arrays, array_of
 from shared_graph.options import Options
-from shared_graph.tensorflow_runtime import in_step, server_config, session_config
+from shared_graph.tensorflow_runtime import import_tensorflow, in_step, server_config, session_config
 from shared_graph.threads import OwnThread
 from shared_graph.variables import TensorFlowVariables
 
@@ -59,7 +59,7 @@ class Graph:
         the graph calls the Python functions in it, by default this process."""
         from tensorflow.python.saved_model import loader_impl
 
-        self.source, self.ps_task, self.is_mirror, self.atomic = source, ps_task, not ps_tasks, False
+        self._tf, self.source, self.ps_task, self.is_mirror, self.atomic = tf, source, ps_task, not ps_tasks, False
         self.session, self._callables, self._initializers = None, None, []
         self.built_in: OwnThread | None = None  # held as long as this lives, for the sake of memory
         self.checkpointed: int | None = None  # a fingerprint of its variables when they were written last
@@ -136,14 +136,18 @@ class Graph:
         parts = ingredients(tf.graph_util.extract_sub_graph(meta_graph.graph_def, names), self._definitions)
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
-    def connect(self, tf, addresses: list[str], options: Options) -> None:
-        """Make the session, on the parameter servers at these addresses or in this process, and a callable for each
-        signature."""
-        from tensorflow.core.protobuf.config_pb2 import CallableOptions
-
+    def connect(self, addresses: list[str], options: Options) -> None:
+        """To the parameter servers at these addresses, or in this process."""
+        tf = self._tf
         self._target = f"grpc://{addresses[self.ps_task]}" if addresses else ""
         self._config = session_config(tf, addresses) if addresses else server_config(tf, options, self.runs_python)
-        session = tf.Session(self._target, self.graph, self._config)
+        self._open_session()
+
+    def _open_session(self) -> None:
+        """And make a callable for each signature."""
+        from tensorflow.core.protobuf.config_pb2 import CallableOptions
+
+        session = self._tf.Session(self._target, self.graph, self._config)
         # half the time of session.run, and no check against static shapes; make_callable is session.run in disguise
         callables = {
             name: session._make_callable_from_options(CallableOptions(feed=feeds, fetch=fetches))
@@ -163,19 +167,19 @@ class Graph:
         ending.start()
         return ending
 
-    def cancel_runs(self, tf, addresses: list[str], options: Options) -> None:
+    def cancel_runs(self) -> None:
         """End what runs, as far as its kernels let themselves be ended, and go on in another session; there what may
         still be in time begins anew."""
         session = self.session
-        self.connect(tf, addresses, options)
+        self._open_session()
         session.close()
 
-    def free(self, tf) -> threading.Thread:
+    def free(self) -> threading.Thread:
         """Give the memory of the variables and tables back; returns what ``disconnect`` does."""
         graph, free, _ = self._memory
         session, ending = self.session, self.disconnect()
         if free and session is not None and self._target:  # else it goes with the session
-            with tf.Session(self._target, graph, self._config) as own:
+            with self._tf.Session(self._target, graph, self._config) as own:
                 in_step(own.run, free)
         return ending
 
@@ -216,14 +220,14 @@ class Graph:
             return False
         return True
 
-    def restore(self, tf, weights: Arrays) -> None:
+    def restore(self, weights: Arrays) -> None:
         """Put the first values of the variables and tables in place; ``weights`` beat those of the files, and a mirror
         has all of its weights from there. Raises ModelError when something behind an output has no value then."""
         from tensorflow.python.saved_model import loader_impl
 
         graph, _, allocate = self._memory
         if allocate and self._target:
-            with tf.Session(self._target, graph, self._config) as own:
+            with self._tf.Session(self._target, graph, self._config) as own:
                 in_step(own.run, allocate)
         initializers = [self.graph.get_operation_by_name(name) for name in self._initializers]
         steps: list[tuple] = [(operation, self.session.run, operation) for operation in initializers]
@@ -296,13 +300,13 @@ def is_mirrored(options: Options, source: ModelSource) -> bool:
 _building = threading.Lock()
 
 
-def build_graph(tf, options: Options, source: ModelSource, is_mirror: bool = False, **origin: Any) -> Graph:
+def build_graph(options: Options, source: ModelSource, is_mirror: bool = False, **origin: Any) -> Graph:
     """A version's graph, under the same device rule in every process."""
     index = [ADDER, *(model.name for model in options.model)].index(source.name)
     ps_task = 0 if source.function else index % options.parameter_servers
     is_alone = _building.acquire(timeout=10)  # imports in two threads may block each other; but none waits for ever
     try:
-        return Graph(tf, source, ps_task, 0 if is_mirror else options.parameter_servers, **origin)
+        return Graph(import_tensorflow(), source, ps_task, 0 if is_mirror else options.parameter_servers, **origin)
     finally:
         if is_alone:
             _building.release()

@@ -25,7 +25,6 @@ from shared_graph.merging import Verdict, find_batchable
 from shared_graph.model_source import ADDER_SOURCE, ModelSource
 from shared_graph.models import Arrays, LoadedVersion, ModelKey
 from shared_graph.options import Options, code_of_package
-from shared_graph.tensorflow_runtime import import_tensorflow
 from shared_graph.threads import OwnThread, in_own_thread
 from shared_graph.version_manager import Found
 
@@ -105,8 +104,7 @@ class Loader:
                     if source.function:
                         key = ModelKey(source.name, source.version)
                         async with self._marks.loading(key, source.files_seen()):  # it has none
-                            tf = import_tensorflow()
-                            self._built[key] = await build_in_own_thread(build_graph, tf, self._options, source)
+                            self._built[key] = await build_in_own_thread(build_graph, self._options, source)
         except Exception:
             return True
         return any(graph.runs_python for graph in self._built.values())
@@ -133,19 +131,18 @@ class Loader:
 
     def _build_and_restore(self, key: ModelKey, source: ModelSource) -> Graph:
         """In a thread of its own, which may take long."""
-        tf = import_tensorflow()
         weights = self._checkpoints.load(source)
         with contextlib.ExitStack() as stack:
             if source.folder:
                 self.bundles[key] = stack.enter_context(bundled(source, is_mirrored(self._options, source)))
-            graph = self._built.pop(key, None) or build_graph(tf, self._options, source)
+            graph = self._built.pop(key, None) or build_graph(self._options, source)
             if is_mirrored(self._options, source) and (graph.mutates_state or graph.has_tables_in_checkpoint):
                 what = "changes its variables when it runs" if graph.mutates_state else "has tables in its checkpoint"
                 raise ModelError(f"it {what} and cannot be mirrored: use --placement shared")
             self._graphs[key] = graph
-            graph.connect(tf, self.addresses, self._options)
+            graph.connect(self.addresses, self._options)
             try:
-                graph.restore(tf, weights)
+                graph.restore(weights)
             except InvalidRequest as error:
                 why = f"The checkpoint {self._checkpoints.path(source)} is not of this model: {error}"
                 raise ModelError(why) from None
@@ -154,8 +151,8 @@ class Loader:
     async def _try_batchable(self, graph: Graph, cached=lambda find: find()) -> Verdict:
         trial = asyncio.create_task(in_own_thread(cached, functools.partial(find_batchable, graph, self._options)))
         if not (await asyncio.wait([trial], timeout=TRIAL_LIMIT_S))[0]:  # random rows may be such that it never ends
-            cancelling = in_own_thread(graph.cancel_runs, import_tensorflow(), self.addresses, self._options)
-            await asyncio.wait([trial, asyncio.create_task(cancelling)], timeout=CANCEL_LIMIT_S)
+            cancelling = asyncio.create_task(in_own_thread(graph.cancel_runs))
+            await asyncio.wait([trial, cancelling], timeout=CANCEL_LIMIT_S)
         if not trial.done():
             raise ModelError("a run of it on random rows does not end")
         try:
@@ -170,7 +167,7 @@ class Loader:
                 if graph.mutates_state and graph.checkpointed is not None:
                     await self._saving.run(self._checkpoint, graph)
             finally:
-                ending = await in_own_thread(graph.free, import_tensorflow())
+                ending = await in_own_thread(graph.free)
             del graph
             await in_own_thread(free_garbage, [ending])
 

@@ -19,7 +19,6 @@ from shared_graph.model_source import ADDER_SOURCE
 from shared_graph.models import LoadedVersion, ModelKey, ServerInfo, Snapshot, WorkerReport
 from shared_graph.options import Options
 from shared_graph.ray_runtime import Actor
-from shared_graph.tensorflow_runtime import import_tensorflow
 from shared_graph.threads import in_own_thread, keep_task, watch_death
 
 BUILD_LIMIT_S = 90.0  # in which a version is built and connected, else it has failed
@@ -147,7 +146,7 @@ class Replica:
 
     async def _build(self, key: ModelKey, loaded: LoadedVersion) -> None:
         """Build, connect and warm up, or give a mirror other weights: those that are wanted by then."""
-        tf, source = import_tensorflow(), self.snapshot.versions[key].source
+        source = self.snapshot.versions[key].source
         is_mirror = is_mirrored(self.options, source)
         weights = await self.server.call("get_weights", *key) if is_mirror else {}
         if key in self.graphs:
@@ -159,15 +158,15 @@ class Replica:
             if source.folder:
                 read = functools.partial(self.server.call, "read_bundle", key)
                 origin["folder"] = await stack.enter_async_context(fetched_bundle(read))
-            build = functools.partial(build_graph, tf, self.options, source, is_mirror, **origin)
+            build = functools.partial(build_graph, self.options, source, is_mirror, **origin)
             if source != ADDER_SOURCE:
                 await stack.enter_async_context(self._marks.loading(key, [loaded.fingerprint]))
             graph = await build_in_own_thread(build)
             if graph.fingerprint != loaded.fingerprint:
                 raise ModelError("its graph is not the one that the parameter server has built: is it the same code?")
-            await graph.built_in.run(graph.connect, tf, [] if is_mirror else self.addresses, self.options)
+            await graph.built_in.run(graph.connect, [] if is_mirror else self.addresses, self.options)
             if is_mirror:
-                await graph.built_in.run(graph.restore, tf, weights)
+                await graph.built_in.run(graph.restore, weights)
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(WARM_UP_LIMIT_S):
                     await graph.built_in.run(warm_up, graph)

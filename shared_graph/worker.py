@@ -21,7 +21,7 @@ from shared_graph.options import MAX_BATCHES_IN_FLIGHT, REMOTE_CALLS_AT_ONCE, Op
 from shared_graph.ray_runtime import WATCH_S, find_actor, node_address, this_process
 from shared_graph.replica import Replica
 from shared_graph.slots import Gate
-from shared_graph.tensorflow_runtime import import_tensorflow, import_tensorflow_for
+from shared_graph.tensorflow_runtime import import_tensorflow_for
 from shared_graph.threads import in_own_thread, keep_task
 from shared_graph.wire import Batch, WorkerInfo, read_frame, to_frame
 
@@ -153,7 +153,7 @@ class Worker:
             runs = replica.runs[version.key.name]
             runs.add(run)
             run.add_done_callback(runs.discard)
-            end = lambda: keep_task(self.tasks, self._end_overdue(replica, version, graph, run))  # noqa: E731
+            end = lambda: keep_task(self.tasks, self._end_overdue(version, graph, run))  # noqa: E731
             overdue = self.loop.call_later(max(0, deadline - time.monotonic()) + OVERDUE_S, end)
             try:
                 await run
@@ -181,11 +181,11 @@ class Worker:
             except TimeoutError:
                 raise Unavailable(f"Model {name} was not ready in worker {self.index} in time") from None
 
-    async def _end_overdue(self, replica: Replica, version: ModelVersion, graph: Graph, run: asyncio.Future) -> None:
+    async def _end_overdue(self, version: ModelVersion, graph: Graph, run: asyncio.Future) -> None:
         """End a run that has not ended at its deadline; if that cannot be done, this process with it."""
         self.overdue[run] = f"a run of model {version.key} has not ended at its deadline"
         if not graph.is_mirror:  # whose variables would be gone with its session
-            cancelling = in_own_thread(graph.cancel_runs, import_tensorflow(), replica.addresses, self.options)
+            cancelling = in_own_thread(graph.cancel_runs)
             asyncio.gather(cancelling, return_exceptions=True)  # it may wait for the very run
         done, _ = await asyncio.wait([run], timeout=STUCK_S)
         if not done:

@@ -393,9 +393,9 @@ def load(tf, address):
         source = source if isinstance(source, ModelSource) else Options(model=source).model[0]
         _, source = max(source.versions().items())
         graphs.append(graph := Graph(tf, source))
-        graph.connect(tf, [address], Options())
+        graph.connect([address], Options())
         if restore:
-            graph.restore(tf, {})
+            graph.restore({})
         return graph
 
     yield load

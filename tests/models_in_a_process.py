@@ -63,10 +63,10 @@ def answers(tf, server: str, source) -> dict:
         graph = Graph(tf, source)
         options = Options()
         mirror = Graph(tf, source, ps_tasks=0)
-        graph.connect(tf, [server], options)
-        graph.restore(tf, {})
-        mirror.connect(tf, [], options)
-        mirror.restore(tf, graph.variables.get_weights())
+        graph.connect([server], options)
+        graph.restore({})
+        mirror.connect([], options)
+        mirror.restore(graph.variables.get_weights())
         about = {"fingerprint": graph.fingerprint, "metadata": graph.metadata()}
         about["batchable"] = find_batchable(graph, options)
         about["weights"] = {
@@ -79,7 +79,7 @@ def answers(tf, server: str, source) -> dict:
                     for feed in feeds(signature)
                     if not signature.runs_python and not signature.refusal and source.name != "gate"
                 ]
-        graph.free(tf)
+        graph.free()
         return about
     except Exception as error:
         return {"error": [type(error).__name__, first_sentence(error)]}

@@ -262,8 +262,8 @@ def load():
         if isinstance(source, str):
             source = ModelSource(source, 1, function=f"example_models:{source}")
         graph = Graph(tf, source, ps_tasks=0)
-        graph.connect(tf, [], Options())
-        graph.restore(tf, {})
+        graph.connect([], Options())
+        graph.restore({})
         graph.batchable = (*find_batchable(graph, Options()).batchable, *batchable)
         return graph
 

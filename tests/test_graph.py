@@ -430,7 +430,7 @@ def test_when_runs_are_cancelled_those_that_may_be_in_time_begin_anew_and_the_ot
     graph, deadline = load("example_models:spinning"), time.monotonic() + 1
 
     def is_ended(run) -> bool:
-        graph.cancel_runs(tf, [address], Options())  # however far it has come to begin
+        graph.cancel_runs()  # however far it has come to begin
         return run.done()
 
     with ThreadPoolExecutor(2) as pool:
@@ -451,7 +451,7 @@ def test_a_run_that_finds_its_session_closed_since_another_run_is_cancelled_begi
     graph = load("example_models:linear")
 
     def closed(*feed):
-        graph.cancel_runs(tf, [address], Options())
+        graph.cancel_runs()
         raise FailedPreconditionError(None, None, "Session is closed.")
 
     feed = [np.float32([[1, 2, 3]])]
@@ -486,9 +486,9 @@ def test_a_model_on_two_servers_has_lost_its_connection_when_the_second_has_gone
             stack.callback(server.kill)
         addresses = [server.stdout.readline().strip() for server in servers]
         options = Options(parameter_servers=2, model=["test_graph:spread"])
-        graph = build_graph(tf, options, options.model[0])
-        graph.connect(tf, addresses, options)
-        graph.restore(tf, {})
+        graph = build_graph(options, options.model[0])
+        graph.connect(addresses, options)
+        graph.restore({})
         feed = [np.float32([1, 2])]
         assert [graph.run(name, feed)[0].tolist() for name in ("read", "count")] == [[8, 16], [9, 17]]
         servers[1].kill()
@@ -556,7 +556,7 @@ tf, address, tokens, before = import_tensorflow(whole=True), sys.argv[1], json.l
 for name in before:
     Graph(tf, ModelSource("before", 1, function=name))
 graph = Graph(tf, ModelSource("m", 1, function="test_graph:calls_python_everywhere"), tokens=tokens)
-graph.connect(tf, [address], Options())
+graph.connect([address], Options())
 outputs = graph.run("serving_default", [np.float32([1, 2, 3])])
 print({name: output.tolist() for name, output in zip(graph.signatures["serving_default"].outputs, outputs)})
 """

@@ -179,8 +179,8 @@ async def test_local_variables_are_the_same_in_each_life_and_in_a_mirror(tf, add
     own._set_and_save(own._graph(key), {"b": np.float32(5)})
     own = await a_life(address, tmp_path, source, before=own)
     mirror = Graph(tf, source, ps_tasks=0)
-    mirror.connect(tf, [], own._options)
-    mirror.restore(tf, await own.get_weights(key))
+    mirror.connect([], own._options)
+    mirror.restore(await own.get_weights(key))
     assert [one(graph, np.float32([1])) for graph in (own._graph(key), mirror)] == [[7], [7]]
 
 

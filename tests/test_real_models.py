@@ -36,7 +36,7 @@ def test_variables_are_initialized_first_then_local_ones_then_tables_and_saved_w
         assert one(load("test_real_models:made_from_others"), np.int64([10, 20, 30])) == [11, 21, 0]
     source = ModelSource("anew", 1, function="test_real_models:made_from_others")
     graph = load(source, restore=False)
-    graph.restore(tf, {"w": np.int64([7, 8])})
+    graph.restore({"w": np.int64([7, 8])})
     assert one(graph, np.int64([7, 8, 10])) == [8, 9, 0]
 
 
@@ -140,11 +140,11 @@ def test_variables_of_unknown_shape_are_loaded_saved_set_and_given_back(tf, load
         assert graph.variables.get_flat().tolist() == [1, 1, 1, 1, 2] and graph.variables.get_flat_size() == 5
         graph.variables.set_flat(np.arange(5))
         assert one(graph, np.float32([2])) == [2 * 3 * 7]
-        graph.free(tf)
+        graph.free()
         graph = load(source, restore=False)  # as after a restart
-        graph.restore(tf, weights)
+        graph.restore(weights)
         assert one(graph, np.float32([2])) == [18]
-        graph.free(tf)
+        graph.free()
 
 
 # -- what is no array --------------------------------------------------------------------------------------------------
@@ -203,8 +203,8 @@ def strange_saved(tf, address, tmp_path_factory):
         builder.add_meta_graph_and_variables(session, ["serve"], definitions)
         builder.save()
     graph = Graph(tf, Options(model=folder).model[0])
-    graph.connect(tf, [address], Options())
-    graph.restore(tf, {})
+    graph.connect([address], Options())
+    graph.restore({})
     return graph
 
 
@@ -290,7 +290,7 @@ def test_weights_come_from_a_checkpoint_of_tensorflow_1_until_others_are_set(tf,
         monkeypatch.setenv("TEST_CHECKPOINT", tf.train.Saver().save(session, str(tmp_path / "model.ckpt")))
     graph = load("test_real_models:from_checkpoint")
     assert one(graph, np.float32([2])) == [14]
-    graph.restore(tf, {"w": np.float32([1, 1])})  # as after a restart, what was set
+    graph.restore({"w": np.float32([1, 1])})  # as after a restart, what was set
     assert one(graph, np.float32([2])) == [4]
 
 
@@ -405,5 +405,5 @@ def test_the_memory_of_a_graph_that_cannot_run_is_given_back(tf, load, address):
         load("test_real_models:without_kernel")
     graph = Graph(tf, Options(model="test_real_models:without_kernel").model[0])
     with pytest.raises(tf.errors.InvalidArgumentError, match="No OpKernel was registered"):
-        graph.connect(tf, [address], Options())
-    graph.free(tf)
+        graph.connect([address], Options())
+    graph.free()

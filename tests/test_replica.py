@@ -72,7 +72,6 @@ def building(monkeypatch):
         return graph
 
     monkeypatch.setattr(module, "build_graph", build)
-    monkeypatch.setattr(module, "import_tensorflow", lambda: None)
     monkeypatch.setattr(module, "warm_up", lambda graph: None)
     return graphs, may_end
 
@@ -146,7 +145,7 @@ async def test_a_mirror_is_not_answered_from_until_it_has_the_weights_that_were_
         def variables(self):
             return self
 
-        def restore(self, tf, weights):
+        def restore(self, weights):
             may_end.wait(10)
             self.weights = weights
 

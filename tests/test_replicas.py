@@ -134,7 +134,7 @@ class PlayedGraph:
         await self.stage.pause()
         function(*arguments)
 
-    def restore(self, tf, weights: str) -> None:
+    def restore(self, weights: str) -> None:
         self.weights = weights
 
     def set_weights(self, weights: str) -> None:
@@ -158,7 +158,7 @@ def played(monkeypatch):
     async def fetched_bundle(read):
         yield await read(0)
 
-    def build_graph(tf, options, source, is_mirror, tokens, folder):
+    def build_graph(options, source, is_mirror, tokens, folder):
         return PlayedGraph(ModelKey(source.name, source.version), *folder)
 
     async def build_in_own_thread(build):
@@ -180,7 +180,6 @@ def played(monkeypatch):
         "fetched_bundle": fetched_bundle,
         "build_graph": build_graph,
         "LoadMarks": NoMarks,
-        "import_tensorflow": lambda: None,
         "warm_up": lambda graph: None,
         "free_garbage": lambda endings: None,
     }

@@ -127,10 +127,9 @@ class Replica:
                 async with asyncio.timeout(BUILD_LIMIT_S):
                     await self._build(key, loaded)
                 self.failed.pop(key, None)
-                self._notify()
             except Exception as error:  # a version that others have may be in use, and so is tried again
                 self.failed[key] = "it took too long" if isinstance(error, TimeoutError) else first_sentence(error)
-                self._notify()
+            self._notify()
             if key in self.failed:  # out here, where its traceback does not hold what was made
                 await asyncio.sleep(pause_s)
                 pause_s = min(2 * pause_s, longest_s)

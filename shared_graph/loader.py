@@ -78,15 +78,10 @@ class Loader:
 
     async def checkpoint_all(self) -> None:
         """Save the variables of the models that change them when they run. One that fails stops no other's."""
-        failure = None
+        due = [graph for graph in self._graphs.values() if graph.mutates_state and graph.checkpointed is not None]
         with as_own_errors("The variables cannot be saved"):
-            for graph in list(self._graphs.values()):
-                if graph.mutates_state and graph.checkpointed is not None:
-                    try:
-                        await self._saving.run(self._checkpoint, graph)
-                    except Exception as error:
-                        failure = failure or error
-            if failure:
+            saving = (self._saving.run(self._checkpoint, graph) for graph in due)
+            for failure in filter(None, await asyncio.gather(*saving, return_exceptions=True)):
                 raise failure
 
     def _graph(self, key: ModelKey) -> Graph:

@@ -93,8 +93,8 @@ class Snapshot(NamedTuple):
     snapshot_id: int = 0
     versions: dict[ModelKey, ModelVersion] = {}  # noqa: RUF012  (never changed: each snapshot has dicts of its own)
     loading: frozenset[str] = frozenset()  # models of which it is not known yet what there will be
-    pointers: dict[tuple[str, str | None], int | None] = {}  # noqa: RUF012  what labels and the latest (None) stand
-    # for; None: for another version in a moment, and who asks waits for it
+    # what labels and the latest (None) stand for; None: for another version in a moment, and who asks waits for it
+    pointers: dict[tuple[str, str | None], int | None] = {}  # noqa: RUF012
 
     def find(self, name: str, choice: VersionChoice) -> ModelVersion | None:
         """What is asked for, if it is served; where a pointer just moves, what it stood for is not known."""

@@ -61,14 +61,14 @@ class Gate:
 
     async def enter(self, key: Hashable) -> None:
         loop = asyncio.get_running_loop()
-        self._recent.note(key, loop.time())
-        while True:
-            alone_at, now = self._recent.alone_at(key, loop.time()), loop.time()
-            if self._slots.may_take(key, alone_at <= now):
-                return self._slots.take(key)
+        now = loop.time()
+        self._recent.note(key, now)
+        while not self._slots.may_take(key, (alone_at := self._recent.alone_at(key, now)) <= now):
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout_at(alone_at if alone_at > now else None):
                     await self._left.wait()
+            now = loop.time()
+        self._slots.take(key)
 
     def leave(self, key: Hashable) -> None:
         self._slots.give_back(key)

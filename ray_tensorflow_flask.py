@@ -6,8 +6,6 @@ Or any WSGI server with threads on ``ray_tensorflow_flask:app``: the cluster sta
 """
 
 import asyncio
-import os
-import sys
 import threading
 from collections.abc import Callable
 
@@ -16,11 +14,10 @@ from werkzeug.exceptions import HTTPException
 
 from shared_graph import http_api
 from shared_graph.bodies import HttpBody
-from shared_graph.cluster import Cluster, check_start
+from shared_graph.cluster import Cluster
 from shared_graph.errors import Error, InvalidRequest, Unavailable
-from shared_graph.http_server import Server, Threaded, waited_s
-from shared_graph.logs import listen, start_program
-from shared_graph.options import FRONT_END, Options
+from shared_graph.http_server import Server, Threaded, run_front_end, waited_s
+from shared_graph.options import Options
 from shared_graph.threads import check_threads
 
 PART_BYTES = 2**16  # of a body, as it arrives
@@ -97,25 +94,10 @@ def create_app(options: Options | None = None, on_failure: Callable[[Error], obj
 app = create_app()
 
 
-def main() -> None:
-    options = Options.from_command_line(__doc__.partition("\n")[0], FRONT_END)
-    start_program()
-    failures: list[Error] = []
-
-    def fail(error: Error) -> None:
-        failures.append(error)
-        server.should_exit = True
-
-    try:
-        check_start(options)
-        listener, app = listen(options.host, options.port), create_app(options, fail)
-        server = Server(Threaded(app, app.start, app.stop, options.timeout_s), options.timeout_s)
-        server.run([listener])
-    except Error as error:
-        failures.append(error)
-    if failures:
-        sys.exit(f"{os.path.basename(sys.argv[0])}: error: {failures[0]}")
+def make_server(options: Options, on_failure: Callable[[Error], object]) -> Server:
+    app = create_app(options, on_failure)
+    return Server(Threaded(app, app.start, app.stop, options.timeout_s), options.timeout_s)
 
 
 if __name__ == "__main__":
-    main()
+    run_front_end(__doc__.partition("\n")[0], make_server)

@@ -10,8 +10,6 @@ Below another application nobody runs that, unless it is handed on, and the clus
 
 import asyncio
 import contextlib
-import os
-import sys
 from collections.abc import Callable
 
 from starlette.applications import Starlette
@@ -22,11 +20,10 @@ from starlette.routing import Route, WebSocketRoute
 
 from shared_graph import http_api
 from shared_graph.bodies import HttpBody
-from shared_graph.cluster import Cluster, check_start
+from shared_graph.cluster import Cluster
 from shared_graph.errors import Error, InvalidRequest
-from shared_graph.http_server import Server
-from shared_graph.logs import listen, start_program
-from shared_graph.options import FRONT_END, Options
+from shared_graph.http_server import Server, run_front_end
+from shared_graph.options import Options
 from shared_graph.web_socket import WebSockets
 
 
@@ -107,26 +104,10 @@ def create_app(options: Options | None = None, on_failure: Callable[[Error], obj
 app = create_app()
 
 
-def main() -> None:
-    options = Options.from_command_line(__doc__.partition("\n")[0], FRONT_END)
-    start_program()
-    failures: list[Error] = []
-
-    def fail(error: Error) -> None:
-        failures.append(error)
-        server.should_exit = True
-
-    try:
-        check_start(options)
-        listener = listen(options.host, options.port)
-        app = create_app(options, fail)
-        server = Server(app, options.timeout_s, app.state.sockets.finish)
-        server.run([listener])
-    except Error as error:
-        failures.append(error)
-    if failures:
-        sys.exit(f"{os.path.basename(sys.argv[0])}: error: {failures[0]}")
+def make_server(options: Options, on_failure: Callable[[Error], object]) -> Server:
+    app = create_app(options, on_failure)
+    return Server(app, options.timeout_s, app.state.sockets.finish)
 
 
 if __name__ == "__main__":
-    main()
+    run_front_end(__doc__.partition("\n")[0], make_server)

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import io
 import math
+import os
 import re
 import socket
 import sys
@@ -19,6 +20,10 @@ import uvicorn
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from shared_graph.bodies import MAX_BODY_BYTES
+from shared_graph.cluster import check_start
+from shared_graph.errors import Error
+from shared_graph.logs import listen, start_program
+from shared_graph.options import FRONT_END, Options
 
 THREADS = 128  # which wait for bodies and answers; requests beyond these wait for a thread, but not those for pages
 CAME = "shared_graph.came"  # in a WSGI environment: when the request came, as time.monotonic() has it
@@ -56,6 +61,28 @@ class Server(uvicorn.Server):
         if self._finish:
             await self._finish(self.config.timeout_graceful_shutdown)
         await super().shutdown(sockets)
+
+
+def run_front_end(description: str, make_server: Callable[[Options, Callable[[Error], None]], Server]) -> None:
+    """The program that a front end is, until it is told to end, or until nothing will be served any more: then its
+    status is 1. ``make_server`` is given the options of the command line, and what is to be called with such a failure.
+    """
+    options = Options.from_command_line(description, FRONT_END)
+    start_program()
+    failures: list[Error] = []
+
+    def fail(error: Error) -> None:
+        failures.append(error)
+        server.should_exit = True
+
+    try:
+        check_start(options)
+        listener, server = listen(options.host, options.port), make_server(options, fail)
+        server.run([listener])
+    except Error as error:
+        failures.append(error)
+    if failures:
+        sys.exit(f"{os.path.basename(sys.argv[0])}: error: {failures[0]}")
 
 
 class Threaded:

@@ -1,7 +1,6 @@
 """Counts what this process does, in plain numbers, of which a scrape makes Prometheus' text.
 
 A request costs a look into a dictionary and two additions; prometheus_client makes its objects only when it is asked.
-It is imported with the first cluster: without it the import of this package takes a few per cent less.
 Label values are bounded by what is served: a model that nobody serves is counted under the empty name.
 """
 
@@ -14,10 +13,11 @@ import threading
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
-if TYPE_CHECKING:
-    from prometheus_client.core import Metric
+from prometheus_client import CollectorRegistry, ProcessCollector, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
+from prometheus_client.utils import floatToGoString
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"  # of what Metrics.text returns
 LATENCY_BUCKETS_S = (0.0005, 0.001, 0.002, 0.003, 0.005, 0.01, 0.02, 0.03, 0.05, 0.1, 0.2, 0.3, 0.5, 1, 2, 5, 10, 30)
@@ -43,8 +43,6 @@ class Metrics:
     """
 
     def __init__(self, look: Callable[[], Gauges], is_served: Callable[[str], bool]):
-        from prometheus_client import CollectorRegistry, ProcessCollector
-
         self._look, self._is_served = look, is_served
         self._answers: dict[tuple[str, str], Histogram] = {}  # by model and kind; seconds
         self._batches: dict[tuple[str, str], Histogram] = {}  # by model; requests
@@ -71,8 +69,6 @@ class Metrics:
 
     def text(self) -> bytes:
         """What ``GET /metrics`` answers, as CONTENT_TYPE says."""
-        from prometheus_client import generate_latest
-
         return generate_latest(self._registry)
 
     def collect(self) -> Iterator[Metric]:
@@ -101,8 +97,6 @@ def count(histograms: dict[tuple[str, str], Histogram], key: tuple[str, str], en
 
 def family(name: str, help: str, samples: Mapping[str | tuple[str, ...], float], *labels: str) -> Metric:
     """A counter if its name ends in _total, else a gauge."""
-    from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
-
     kind = CounterMetricFamily if name.endswith("_total") else GaugeMetricFamily
     made = kind(f"ray_tensorflow_{name}", help, labels=labels)
     for values, number in samples.items():
@@ -112,9 +106,6 @@ def family(name: str, help: str, samples: Mapping[str | tuple[str, ...], float],
 
 def histograms(name: str, help: str, ends: tuple, found: dict[tuple[str, str], Histogram]) -> Metric:
     """A histogram for each model, all kinds together."""
-    from prometheus_client.core import HistogramMetricFamily
-    from prometheus_client.utils import floatToGoString
-
     made, bounds = HistogramMetricFamily(f"ray_tensorflow_{name}", help, labels=("model",)), [*ends, math.inf]
     for model, group in itertools.groupby(sorted(found.copy().items()), lambda item: item[0][0]):
         *counts, total = map(sum, zip(*(histogram for _, histogram in group), strict=True))

@@ -11,6 +11,7 @@ import sys
 import threading
 import weakref
 from collections.abc import Callable, Coroutine
+from concurrent.futures import Future, InvalidStateError
 from typing import Any
 
 from shared_graph.errors import Error
@@ -42,35 +43,28 @@ class OwnThread:
             threading.Thread(target=_work, args=(self._inbox,), daemon=True, name="own_thread").start()
         weakref.finalize(self, idle.append, self._inbox).atexit = False  # then it may be busy
 
+    def submit(self, function: Callable, *arguments: Any) -> Future:
+        """What the function returns, or raises."""
+        future: Future = Future()
+        self._inbox.put((self, future, functools.partial(function, *arguments)))
+        return future
+
     async def run(self, function: Callable, *arguments: Any) -> Any:
-        """What the function returns, or raises. If the wait for it is cancelled it goes on, and nobody hears of it."""
-        loop = asyncio.get_running_loop()
-        future = loop.create_future()
-        tell = functools.partial(loop.call_soon_threadsafe, _finish, future)
-        self._inbox.put((self, tell, functools.partial(function, *arguments)))
+        """As ``submit``, awaited. If the wait for it is cancelled it goes on, and nobody hears of it."""
         try:
-            return await future
+            return await asyncio.wrap_future(self.submit(function, *arguments))
         finally:
-            del self, future, tell  # else what is raised would hold them, and itself, by its traceback
-
-
-def _finish(future: asyncio.Future, result: Any, error: Exception | None) -> None:
-    if future.done():
-        return
-    if error is None:
-        future.set_result(result)
-    else:
-        future.set_exception(error)
+            del self  # else what is raised would hold it by its traceback
 
 
 def _work(inbox: queue.SimpleQueue) -> None:
     while True:
-        thread, tell, work = inbox.get()
-        outcome = _outcome(work)
+        thread, future, work = inbox.get()
+        result, error = _outcome(work)
         del thread, work  # before what hears of it wants the next one
-        with contextlib.suppress(RuntimeError):  # the loop is closed
-            tell(*outcome)
-        del tell, outcome
+        with contextlib.suppress(InvalidStateError):  # the wait was cancelled
+            future.set_exception(error) if error else future.set_result(result)
+        del future, result, error
 
 
 def _outcome(work: Callable[[], Any]) -> tuple[Any, Exception | None]:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import _thread
 import asyncio
 import contextlib
 import functools
 import os
 import queue
-import sys
+import socket
 import threading
 import weakref
 from collections.abc import Callable, Coroutine
@@ -97,11 +98,7 @@ async def watch_death(actor: Any) -> None:
 
 def check_threads() -> None:
     """Raises Error where threads are no threads: under gevent or eventlet whatever waits would wait for ever."""
-    gevent, eventlet = sys.modules.get("gevent.monkey"), sys.modules.get("eventlet.patcher")
-    for name, is_patched in (
-        ("gevent", gevent and (gevent.is_module_patched("threading") or gevent.is_module_patched("socket"))),
-        ("eventlet", eventlet and (eventlet.is_monkey_patched("thread") or eventlet.is_monkey_patched("socket"))),
-    ):
-        if is_patched:
+    for function in (_thread.start_new_thread, socket.socket):
+        if (name := function.__module__.partition(".")[0]) in ("gevent", "eventlet"):
             why = f"{name} has replaced this process' threads and sockets, with which Ray does not work"
             raise Error(f"{why}: use gunicorn's threads (--worker-class gthread --threads 128), or uvicorn.")

@@ -100,7 +100,7 @@ def family(name: str, help: str, samples: Mapping[str | tuple[str, ...], float],
     kind = CounterMetricFamily if name.endswith("_total") else GaugeMetricFamily
     made = kind(f"ray_tensorflow_{name}", help, labels=labels)
     for values, number in samples.items():
-        made.add_metric(list(map(encodable, [values] if isinstance(values, str) else values)), number)
+        made.add_metric([values] if isinstance(values, str) else values, number)
     return made
 
 
@@ -110,10 +110,5 @@ def histograms(name: str, help: str, ends: tuple, found: dict[tuple[str, str], H
     for model, group in itertools.groupby(sorted(found.copy().items()), lambda item: item[0][0]):
         *counts, total = map(sum, zip(*(histogram for _, histogram in group), strict=True))
         buckets = zip(map(floatToGoString, bounds), itertools.accumulate(counts), strict=True)
-        made.add_metric([encodable(model)], list(buckets), total)
+        made.add_metric([model], list(buckets), total)
     return made
-
-
-def encodable(name: str) -> str:
-    """A model may be named after a folder, whose name may have bytes that are no UTF-8."""
-    return name.encode(errors="backslashreplace").decode()

@@ -129,8 +129,7 @@ class Supervisor:
                 await asyncio.wait([start], timeout=PING_S)
             return start.result()
         finally:
-            for future in filter(None, (start, ping)):
-                future.cancel() or future.cancelled() or future.exception()
+            forget(start, ping)
 
     async def wait_until_lost(self, actor: ActorStatus) -> str:
         """Why an actor was lost, as soon as it is. One that is silent is ended, whereupon Ray starts it anew."""
@@ -148,7 +147,7 @@ class Supervisor:
                     self._status.set_trouble(actor, trouble)
                     ping, silent_s = None, 0.0
                     self._set_hung(actor, False)
-                    if snapshot and actor is self._primary:
+                    if snapshot:
                         self._status.apply_snapshot(snapshot)
                     await asyncio.wait(signs, timeout=PING_S, return_when=asyncio.FIRST_COMPLETED)
                 elif ping.done():
@@ -164,14 +163,14 @@ class Supervisor:
                     return f"it did not answer for {PATIENCE_S[actor.kind]:g} s"
             return "its process is gone" if death.done() else "its connection was closed"
         finally:
-            for future in filter(None, (death, ping)):
-                future.cancel() or future.cancelled() or future.exception()
+            forget(death, ping)
 
     def _set_hung(self, actor: ActorStatus, is_hung: bool) -> None:
-        if is_hung != (actor.state == "hung"):
-            actor.state = "hung" if is_hung else "ready"
-            log.warning("%s is %s  pid %d", actor, actor.state, actor.process.pid)
-        if actor.connection and actor.connection.is_hung != is_hung:
+        if is_hung == (actor.state == "hung"):
+            return
+        actor.state = "hung" if is_hung else "ready"
+        log.warning("%s is %s  pid %d", actor, actor.state, actor.process.pid)
+        if actor.connection:
             actor.connection.is_hung = is_hung
             self._status.batcher.dispatch()  # others may have what would have been its work
 
@@ -223,3 +222,9 @@ class Supervisor:
                 if not os.path.exists(self._folder):
                     return
                 time.sleep(0.1)
+
+
+def forget(*futures: asyncio.Future | None) -> None:
+    """Cancel what is not done, and take what has been raised: asyncio would complain that nobody has."""
+    for future in filter(None, futures):
+        future.cancel() or future.cancelled() or future.exception()

@@ -13,7 +13,7 @@ from typing import Any
 from shared_graph.errors import Error
 from shared_graph.models import Arrays
 from shared_graph.options import MAX_BATCHES_IN_FLIGHT, Options
-from shared_graph.threads import in_own_thread
+from shared_graph.threads import OwnThread, in_own_thread
 
 END = object()
 
@@ -26,22 +26,17 @@ class Pulled:
         self._batches, self._submit, self._ordered, self._is_stopped = batches, submit, ordered, False
         self.places, self.pending = threading.Semaphore(limit), {}
         self.arrived: queue.SimpleQueue[tuple[Any, Any]] = queue.SimpleQueue()
-        threading.Thread(target=self._pull, daemon=True, name="map").start()
+        OwnThread().submit(self._pull).add_done_callback(lambda pulled: self.arrived.put((END, pulled.exception())))
 
     def _pull(self) -> None:
-        failure = None
-        try:
-            numbered = enumerate(self._batches)
-            while self.places.acquire() and not self._is_stopped and (item := next(numbered, None)):
-                number, batch = item
-                self.pending[number] = future = self._submitted(batch)
-                if self._ordered:
-                    self.arrived.put((number, future))
-                else:
-                    future.add_done_callback(lambda future, number=number: self.arrived.put((number, future)))
-        except BaseException as error:  # whatever it is: who iterates is not to wait for ever
-            failure = error
-        self.arrived.put((END, failure))
+        numbered = enumerate(self._batches)
+        while self.places.acquire() and not self._is_stopped and (item := next(numbered, None)):
+            number, batch = item
+            self.pending[number] = future = self._submitted(batch)
+            if self._ordered:
+                self.arrived.put((number, future))
+            else:
+                future.add_done_callback(lambda future, number=number: self.arrived.put((number, future)))
 
     def _submitted(self, batch: Any) -> Future:
         try:

@@ -17,7 +17,6 @@ from shared_graph.errors import Error
 from shared_graph.files import check_files, predict_file, with_one_version
 from shared_graph.logs import counted, start_program
 from shared_graph.options import COMMAND, Options
-from shared_graph.progress import shown_wait
 
 
 async def run_command(options: Options) -> int:
@@ -39,8 +38,7 @@ async def run_command(options: Options) -> int:
         print(f"worker {worker}: added {worker}, sum {total}, {time.monotonic() - started:.3f} s", flush=True)
 
     try:
-        async with shown_wait(cluster.status.waits_for):
-            await asyncio.to_thread(cluster.start, options.workers)
+        await asyncio.to_thread(cluster.start, options.workers)
         print(f"started: {counted(options.workers, 'worker')}, {time.monotonic() - started:.1f} s", flush=True)
         if options.input:
             await asyncio.to_thread(predict_file, cluster, options.model[0].name, options.input, options.output)

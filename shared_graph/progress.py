@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import logging
 import os
 import sys
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import Callable, Iterator
 
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 EVERY_S = 2.0  # between two lines
-FRAMES = "⠋⠙⠹⠸⠼⠴⠦⠧⠇⠏"
 BAR = "{percentage:3.0f}% |{bar}| {n_fmt}/{total_fmt}{unit}  {rate_noinv_fmt}  {remaining} left"
 
 
@@ -36,28 +34,6 @@ def shown_progress(total: int, unit: str) -> Iterator[Callable[[int], None]]:
             print(f"{done}/{total} {unit}  {rate:.0f} {unit}/s  {left_s:.0f} s left", file=sys.stderr)
 
     yield advance
-
-
-@contextlib.asynccontextmanager
-async def shown_wait(waits_for: Callable[[], list[str]]) -> AsyncIterator[None]:
-    """While the block runs a terminal shows who is waited for, and how long; elsewhere the log has a line for each."""
-    if not sys.stderr.isatty():
-        yield
-        return
-
-    async def turn(bar: tqdm) -> None:
-        for number in range(sys.maxsize):
-            names = waits_for()
-            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-            bar.set_description_str(f"{FRAMES[number % len(FRAMES)]} waiting for {', '.join(names[:3])}{more}")
-            await asyncio.sleep(0.1)
-
-    with logging_redirect_tqdm(loggers()), tqdm(bar_format="{desc}  {elapsed}", leave=False, **width()) as bar:
-        spinner = asyncio.create_task(turn(bar))
-        try:
-            yield
-        finally:
-            spinner.cancel()
 
 
 def loggers() -> list[logging.Logger]:

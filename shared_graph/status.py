@@ -152,11 +152,6 @@ class Status:
         """Are so many workers ready, and has each model been loaded, or failed?"""
         return sum(worker.state == "ready" for worker in self.workers) >= workers and not self.snapshot.loading
 
-    def waits_for(self) -> list[str]:
-        """The actors that are not ready, and the models that are being loaded."""
-        actors = [str(actor) for actor in self.servers + self.workers if actor.state == "starting"]
-        return actors + [f"model {name}" for name in sorted(self.snapshot.loading)]
-
     def model_errors(self) -> list[str]:
         """Why those models are not there of which no version is."""
         there = {name for name, _ in self.snapshot.pointers}

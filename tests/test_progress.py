@@ -20,14 +20,6 @@ with shown_progress(2000, "rows") as advance:
         advance(100)
         if part == 10: logging.warning("worker 1 lost")
 """
-WAIT = """
-import asyncio, logging
-from shared_graph.progress import shown_wait
-async def main():
-    async with shown_wait(lambda: ["worker 0", "worker 1"]):
-        await asyncio.sleep(0.5)
-asyncio.run(main())
-"""
 
 
 def on_a_terminal(script: str, columns: int = 100) -> str:
@@ -61,8 +53,3 @@ def test_elsewhere_lines_are_plain():
     first, *rest = run.stderr.splitlines()
     assert re.fullmatch(r"100/2000 rows  \d+ rows/s  \d+ s left", first)
     assert rest[0] == "worker 1 lost" and re.fullmatch(r"2000/2000 rows  \d+ rows/s  0 s left", rest[1]), rest
-
-
-def test_a_terminal_shows_who_is_waited_for_and_then_nothing_is_left_of_it():
-    shown = on_a_terminal(WAIT)
-    assert "waiting for worker 0, worker 1  00:00" in shown and shown.rstrip(" ").endswith("\r")

@@ -62,13 +62,6 @@ def test_versions_labels_and_failures_are_logged_when_they_change_and_ready_once
     ]
 
 
-def test_what_a_start_waits_for_are_actors_and_models(status):
-    assert status.waits_for() == ["parameter server 0", "worker 0"]
-    status.apply_snapshot(snapshot(1, loading=True))
-    status.servers[0].state = "ready"
-    assert status.waits_for() == ["worker 0", "model m"]
-
-
 def test_a_failure_for_ever_is_told_once_to_who_wants_to_know_and_answers_everybody(log):
     told = []
     status = Status(Options(workers=1))

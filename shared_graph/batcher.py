@@ -46,7 +46,8 @@ class Batcher:
         self.pending = PendingBytes()  # of requests that are not answered, and of bodies that are still arriving
         self.waiting = 0  # requests that are not sent yet
         self._observe, self._observe_batch = observe, observe_batch
-        self._queues = collections.defaultdict[QueueKey, Queue](Queue)  # whose turn it is comes first
+        # whose turn it is comes first
+        self._queues = collections.defaultdict[QueueKey, Queue](lambda: Queue(self.dispatch))
         self._recent = Recent()
         self._paces = collections.defaultdict[QueueKey, Pace](Pace)  # of all queues that there were
         # while one runs, decoding the next one takes processor time from it where there is hardly any to spare
@@ -243,7 +244,7 @@ class Batcher:
         """To which worker how many requests of this queue are to be sent now; if that is due, and one has a slot."""
         version, now, count = queue.requests[0].version, asyncio.get_running_loop().time(), len(queue.requests)
         if queue.requests[0].is_repeated and now < self._repeat_at:
-            return queue.set_timer(self._repeat_at, self.dispatch)
+            return queue.set_timer(self._repeat_at)
         may_share = bool(version.loaded.batchable)
         is_one_run = may_share and self.options.placement == "shared"
         if is_one_run and count < self.options.max_batch:
@@ -255,19 +256,19 @@ class Batcher:
         free = [c for c in candidates if c.slots.may_take(key, alone_at <= now)]
         if not free:
             if any(c.slots.free for c in candidates):
-                queue.set_timer(alone_at, self.dispatch)
+                queue.set_timer(alone_at)
             return None
         if not is_one_run:  # all workers get their part
             count = -(-count // sum(c.slots.free for c in candidates))
         runs_python = version.loaded.runs_python  # for which there are threads beside those that compute
         if alone_at > now and not runs_python and self._is_slow(key) and not self._may_compute():
-            return queue.set_timer(alone_at, self.dispatch)
+            return queue.set_timer(alone_at)
         if may_share and count < self.options.max_batch:
             due_at = queue.requests[0].begun + self.options.batch_wait_ms / 1000
             if is_one_run and not under_way:
                 due_at = max(due_at, self._paces[key].gathers_until)
             if due_at > now:
-                return queue.set_timer(due_at, self.dispatch)
+                return queue.set_timer(due_at)
         if runs_python and len(self._under_way(True)) >= MAX_BATCHES_IN_FLIGHT * len(self.connections) - 1:
             return None  # what it waits for may need a slot, too
         return free[0], min(count, self.options.max_batch)

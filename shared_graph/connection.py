@@ -52,26 +52,27 @@ class Request:
 
 @dataclasses.dataclass(eq=False, slots=True)
 class Queue:
-    """Requests that wait, the first one first, and a timer that looks again when they may be due."""
+    """Requests that wait, the first one first, and a timer that calls ``look`` when they may be due."""
 
+    look: Callable[[], None]
     requests: collections.deque[Request] = dataclasses.field(default_factory=collections.deque)
     timer: asyncio.Handle | None = None
     rings_at: float = math.inf
 
-    def set_timer(self, when: float, callback: Callable[[], None]) -> None:
-        """Call it then, unless that is to happen sooner already."""
+    def set_timer(self, when: float) -> None:
+        """Look then, unless that is to happen sooner already."""
         if when < self.rings_at:
             self.stop_timer()
             self.rings_at = when
-            self.timer = asyncio.get_running_loop().call_at(when, self._ring, callback)
+            self.timer = asyncio.get_running_loop().call_at(when, self._ring)
 
-    def _ring(self, callback: Callable[[], None]) -> None:
+    def _ring(self) -> None:
         loop = asyncio.get_running_loop()
         if loop.time() < self.rings_at:  # uvloop counts milliseconds, and is early by up to one
-            self.timer = loop.call_later(0.001, self._ring, callback)
+            self.timer = loop.call_later(0.001, self._ring)
             return
         self.rings_at = math.inf
-        callback()
+        self.look()
 
     def stop_timer(self) -> None:
         self.rings_at = math.inf

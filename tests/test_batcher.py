@@ -620,13 +620,13 @@ def test_a_queue_is_looked_at_again_when_it_is_due_neither_early_nor_never_nor_o
     """On the clocks of real loops: uvloop's counts milliseconds, and calls at once what is due within half of one."""
 
     async def scenario():
-        loop, queue, looks, begun = asyncio.get_running_loop(), Queue(), [], time.process_time()
+        loop, queue, looks, begun = asyncio.get_running_loop(), Queue(lambda: look()), [], time.process_time()
         for tenth in range(200):
             rung, due_at = loop.create_future(), loop.time() + 0.0001 * (tenth % 40)
             look = lambda due_at=due_at, rung=rung: looks.append(loop.time() - due_at) or rung.set_result(None)
-            queue.set_timer(due_at + 1, look)
-            queue.set_timer(due_at, look)
-            queue.set_timer(due_at + 0.001, look)
+            queue.set_timer(due_at + 1)
+            queue.set_timer(due_at)
+            queue.set_timer(due_at + 0.001)
             await asyncio.wait_for(rung, 10)
         assert len(looks) == 200 and min(looks) > -1e-6
         assert time.process_time() - begun < 0.2  # of half a second that it waits

@@ -142,15 +142,15 @@ class Options:
     @classmethod
     def from_environment(cls, kind: str = FRONT_END, **changes) -> Options:
         """Options from ``RAY_TENSORFLOW_<NAME>`` variables, and PORT for a front end; ``changes`` beat them."""
-        names = [field.name for field in dataclasses.fields(cls)]
-        found = {name: os.environ.get(f"RAY_TENSORFLOW_{name.upper()}") for name in names}
-        if (found["port"] or "").startswith("tcp://"):  # Kubernetes', for a Service of the name ray-tensorflow
+        variables = {f"RAY_TENSORFLOW_{field.name.upper()}": field.name for field in dataclasses.fields(cls)}
+        found = {name: value for variable, name in variables.items() if (value := os.environ.get(variable))}
+        if found.get("port", "").startswith("tcp://"):  # Kubernetes', for a Service of the name ray-tensorflow
             del found["port"]
-        for wrong, right in mistyped(os.environ, [f"RAY_TENSORFLOW_{name.upper()}" for name in names]).items():
+        for wrong, right in mistyped(os.environ, list(variables)).items():
             log.warning("the environment variable %s is not an option: is %s meant?", wrong, right)
-        if kind == FRONT_END and os.environ.get("PORT"):
-            changes = {"port": os.environ["PORT"], "host": "0.0.0.0"} | {k: v for k, v in found.items() if v} | changes
-        return cls(**{name: value for name, value in found.items() if value} | changes)
+        port = os.environ.get("PORT") if kind == FRONT_END else None
+        platform = {"port": port, "host": "0.0.0.0"} if port else {}
+        return cls(**platform | found | changes)
 
     @classmethod
     def from_command_line(cls, description: str, kind: str, arguments: list[str] | None = None) -> Options:
@@ -159,8 +159,8 @@ class Options:
         for field in dataclasses.fields(cls):
             if field.metadata["only"] in (None, kind):
                 default = "off" if field.default is False else "none" if field.default in (None, ()) else field.default
-                how = {"action": "append"} if field.default == () else {}
-                how = {"action": "store_true"} if field.default is False else how | {"metavar": field.name.upper()}
+                how = {"action": "append" if field.default == () else "store", "metavar": field.name.upper()}
+                how = {"action": "store_true"} if field.default is False else how
                 parser.add_argument(
                     f"--{field.name.replace('_', '-')}",
                     help=f"{field.metadata['help']} (default: {default})",

@@ -201,8 +201,6 @@ class Batcher:
             is_any_sent = False
             for key in list(self._queues):
                 queue = self._queues[key]
-                while queue.requests and queue.requests[0].future.done():  # nobody waits for it any more
-                    self.resolve(queue.requests[0], None)
                 if not queue.requests:
                     self._queues.pop(key).stop_timer()
                 elif batch := self._next_batch(key, queue):
@@ -233,11 +231,8 @@ class Batcher:
             if requests and (requests[-1].is_patient or request.is_patient) and self._is_slow(key):
                 break  # its deadline is not to pass while others run that have been sent with it
             self._leave_queue(request)
-            if request.future.done():
-                self.resolve(request, None)
-            else:
-                size_bytes += request.size_bytes
-                requests.append(request)
+            size_bytes += request.size_bytes
+            requests.append(request)
         return requests
 
     def _next_batch(self, key: QueueKey, queue: Queue) -> tuple[WorkerConnection, int] | None:

@@ -60,7 +60,7 @@ class PendingBytes:
         def hold(part: bytes) -> None:
             nonlocal size_bytes
             if size_bytes + len(part) > MAX_BODY_BYTES:
-                raise too_large()
+                raise InvalidRequest(f"The body is larger than {MAX_BODY_BYTES // 2**20} MiB", 413)
             self.hold(len(part))
             size_bytes += len(part)
 
@@ -68,10 +68,6 @@ class PendingBytes:
             yield hold
         finally:
             self.release(size_bytes)
-
-
-def too_large() -> InvalidRequest:
-    return InvalidRequest(f"The body is larger than {MAX_BODY_BYTES // 2**20} MiB", 413)
 
 
 def is_array_file(content: bytes) -> bool:

@@ -69,7 +69,8 @@ class Cluster:
         self.options = dataclasses.replace(options or Options(), **changes)
         self._supervisor: Supervisor | None = None
         self.status = Status(self.options)
-        self._home = HomeLoop(lambda: Unavailable(str(self.status.failure or CLOSED)))
+        why_over = lambda: Unavailable(str(self.status.failure or CLOSED))  # noqa: E731
+        self._home = HomeLoop(self._serve, self._surroundings, self._fail, why_over)
 
     # -- life ----------------------------------------------------------------------------------------------------------
 
@@ -79,14 +80,9 @@ class Cluster:
         """Start everything, in the running loop ``home`` if given; ``health`` tells how far it is. ``on_failure`` is
         called, in some thread, when nothing can be served any more. Raises OptionError for a model that cannot be."""
         check_start(self.options)
-
-        def fail(error: Exception) -> None:
-            failure = error if isinstance(error, Error) else Unavailable(first_sentence(error))
-            self.status.fail(failure, is_over=True)
-
         show_log()
         self.status.on_over = on_failure
-        if self._home.start(home, self._serve, self._surroundings, fail):
+        if self._home.start(home):
             atexit.register(self.close)
             log.info("starting: %s", counted(self.options.workers, "worker"))
         return self
@@ -270,6 +266,9 @@ class Cluster:
         return self.status.get_model(model).version
 
     # -- in the home loop ----------------------------------------------------------------------------------------------
+
+    def _fail(self, error: Exception) -> None:
+        self.status.fail(error if isinstance(error, Error) else Unavailable(first_sentence(error)), is_over=True)
 
     @contextlib.contextmanager
     def _surroundings(self) -> Iterator[None]:

@@ -19,35 +19,34 @@ log = logging.getLogger(__name__)
 
 
 class HomeLoop:
-    """A loop that is given, or one in a thread of its own. What is run in it ends with it, at the latest.
+    """A loop that is given, or one in a thread of its own. What is run in it ends with it, at the latest."""
 
-    ``why_over`` tells with what calls fail that come after the end.
-    """
-
-    def __init__(self, why_over: Callable[[], Error]):
+    def __init__(
+        self,
+        main: Callable[[asyncio.Event], Coroutine],
+        around: Callable[[], contextlib.AbstractContextManager],
+        fail: Callable[[Exception], None],
+        why_over: Callable[[], Error],
+    ):
+        """``main(closing)`` runs in the loop, from its start to its end, within the context ``around``. ``fail`` is
+        called with what ends it too early; ``why_over`` tells with what calls fail that come after the end."""
         self.loop: asyncio.AbstractEventLoop | None = None
         self.is_over = False
-        self._why_over, self._closing = why_over, asyncio.Event()
+        self._main, self._around, self._fail, self._why_over = main, around, fail, why_over
+        self._closing = asyncio.Event()
         self._thread: threading.Thread | None = None
         self._ended = threading.Event()  # all that the thread does
         self._home: int | None = None  # the thread of the loop, while it runs
         self._calls: set[concurrent.futures.Future] = set()  # from elsewhere, that are not answered
         self._starting, self._pid = threading.RLock(), 0  # of the process that has started it
 
-    def start(
-        self,
-        home: asyncio.AbstractEventLoop | None,
-        main: Callable[[asyncio.Event], Coroutine],
-        around: Callable[[], contextlib.AbstractContextManager],
-        fail: Callable[[Exception], None],
-    ) -> bool:
-        """Run ``main(closing)`` in the loop, within the context ``around``, in the background; was that not so yet?
-        ``fail`` is called with what ends it too early."""
+    def start(self, home: asyncio.AbstractEventLoop | None) -> bool:
+        """Begin in the background; was that not so yet?"""
         with self._starting:
             if self._thread is not None or self.is_over:
                 return False
             self.loop, self._pid = home or uvloop.new_event_loop(), os.getpid()
-            self._thread = threading.Thread(target=self._live, args=[home is None, main, around, fail], daemon=True)
+            self._thread = threading.Thread(target=self._live, args=[home is None], daemon=True)
             self._thread.start()
             return True
 
@@ -117,16 +116,16 @@ class HomeLoop:
             return InvalidRequest(f"{what}: await its twin, or use asyncio.to_thread.")
         return None
 
-    def _live(self, is_own: bool, main: Callable, around: Callable, fail: Callable[[Exception], None]) -> None:
+    def _live(self, is_own: bool) -> None:
         try:
-            with around():
+            with self._around():
                 if is_own:
-                    self.loop.run_until_complete(self._main(main))
+                    self.loop.run_until_complete(self._run_main())
                 else:
-                    asyncio.run_coroutine_threadsafe(self._main(main), self.loop).result()
+                    asyncio.run_coroutine_threadsafe(self._run_main(), self.loop).result()
         except Exception as error:
             if not self._closing.is_set():  # else it was ended on purpose while it started
-                fail(error)
+                self._fail(error)
         finally:
             self.is_over = True
             if is_own:
@@ -139,10 +138,10 @@ class HomeLoop:
             with contextlib.suppress(concurrent.futures.InvalidStateError):
                 future.set_exception(self._why_over())
 
-    async def _main(self, main: Callable) -> None:
+    async def _run_main(self) -> None:
         self._home = threading.get_ident()
         try:
             if not self.is_over:  # stopped before it was there
-                await main(self._closing)
+                await self._main(self._closing)
         finally:
             self._home = None

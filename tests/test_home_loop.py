@@ -12,12 +12,17 @@ from shared_graph.errors import Unavailable
 from shared_graph.home_loop import HomeLoop
 
 
-def started() -> HomeLoop:
-    async def main(closing: asyncio.Event) -> None:
-        await closing.wait()
+async def main(closing: asyncio.Event) -> None:
+    await closing.wait()
 
-    home = HomeLoop(lambda: Unavailable("It is over."))
-    home.start(None, main, contextlib.nullcontext, lambda error: None)
+
+def made(around=contextlib.nullcontext, fail=lambda error: None) -> HomeLoop:
+    return HomeLoop(main, around, fail, lambda: Unavailable("It is over."))
+
+
+def started() -> HomeLoop:
+    home = made()
+    home.start(None)
     return home
 
 
@@ -32,18 +37,15 @@ def test_a_forked_child_that_stops_does_not_wait_for_a_thread_that_it_does_not_h
 
 
 def test_one_that_was_made_before_a_fork_may_be_started_in_the_child_and_one_that_was_started_is_refused_there():
-    async def main(closing: asyncio.Event) -> None:
-        await closing.wait()
-
     async def answer() -> int:
         return 5
 
-    made, running = HomeLoop(lambda: Unavailable("It is over.")), started()
+    home, running = made(), started()
     if not (child := os.fork()):
         with contextlib.suppress(BaseException):
-            made.start(None, main, contextlib.nullcontext, lambda error: None)
-            assert made.result(answer(), 10) == 5
-            made.stop()
+            home.start(None)
+            assert home.result(answer(), 10) == 5
+            home.stop()
             with pytest.raises(Unavailable, match="A forked process has no cluster"):
                 running.result(answer(), 10)
             os._exit(7)
@@ -57,10 +59,10 @@ def test_where_no_thread_can_be_started_stop_returns(monkeypatch):
     def fail(thread: threading.Thread) -> None:
         raise RuntimeError("can't start new thread")
 
-    home = HomeLoop(lambda: Unavailable("It is over."))
+    home = made()
     monkeypatch.setattr(threading.Thread, "start", fail)
     with pytest.raises(RuntimeError):
-        home.start(None, None, contextlib.nullcontext, lambda error: None)
+        home.start(None)
     home.stop()
 
 
@@ -74,8 +76,8 @@ def test_what_is_told_of_a_failure_may_stop_it():
         home.stop()
         told.set()
 
-    home = HomeLoop(lambda: Unavailable("It is over."))
-    home.start(None, None, around, fail)
+    home = made(around, fail)
+    home.start(None)
     assert told.wait(10)
     home.stop()
 

@@ -178,18 +178,19 @@ class Batcher:
             connection.slots.give_back(key)
             self.dispatch()
 
-    def close(self, error: Error | None) -> None:
-        """Answer all that waits, and whatever comes, with this; until called with None. What was sent may have been
-        applied."""
+    def close(self, error: Error) -> None:
+        """Answer all that waits, and what comes until ``reopen``, with this. What was sent may have been applied."""
         self._closed = error
-        if error is None:
-            return self.dispatch()
         for request in [request for queue in self._queues.values() for request in queue.requests]:
             self.resolve(request, error)
         for connection in self.connections:
             for _, batch in connection.in_flight.values():
                 for request in batch.values():
                     self.resolve(request, WorkerLost(f"{str(error).rstrip('.')}; {MAYBE}."))
+        self.dispatch()
+
+    def reopen(self) -> None:
+        self._closed = None
         self.dispatch()
 
     # -- whose turn it is ----------------------------------------------------------------------------------------------

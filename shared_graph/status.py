@@ -105,7 +105,7 @@ class Status:
     def recover(self) -> None:
         if not self.is_over:
             self.failure = None
-            self.batcher.close(None)
+            self.batcher.reopen()
             self.notify()
 
     def notify(self) -> None:

@@ -101,10 +101,7 @@ def test_a_signal_handler_that_stops_it_may_interrupt_a_call_at_any_step():
 
 
 def test_a_signal_handler_that_stops_it_may_interrupt_its_start(monkeypatch):
-    begin, ended = threading.Thread.start, threading.Event()
-
-    async def main(closing: asyncio.Event) -> None:
-        await closing.wait()
+    begin, ended, home = threading.Thread.start, threading.Event(), made()
 
     def interrupted(thread: threading.Thread) -> None:
         if thread is home._thread:
@@ -112,10 +109,9 @@ def test_a_signal_handler_that_stops_it_may_interrupt_its_start(monkeypatch):
         begin(thread)
 
     def start() -> None:
-        home.start(None, main, contextlib.nullcontext, lambda error: None)
+        home.start(None)
         ended.set()
 
-    home = HomeLoop(lambda: Unavailable("It is over."))
     monkeypatch.setattr(threading.Thread, "start", interrupted)
     threading.Thread(target=start, daemon=True).start()
     assert ended.wait(10), "stop() waits for the start that it has interrupted"

@@ -34,6 +34,13 @@ def test_who_asked_last_counts_for_some_seconds_and_is_forgotten_then():
     assert len(recent._asked) < 10
 
 
+def test_who_asks_again_counts_from_then_on():
+    recent = Recent()
+    for key, now in (("a", 10.0), ("b", 11.0), ("a", 12.0)):
+        recent.note(key, now)
+    assert recent.alone_at("c", 12.0) == 12.0 + RECENT_S
+
+
 async def test_two_slow_kinds_of_work_do_not_stop_a_fast_one_and_one_alone_has_all_places():
     gate, loop, took = Gate(2), asyncio.get_running_loop(), []
 

@@ -68,7 +68,11 @@ class Stage:
     """A batcher and its workers; ``sent`` is what went to them: (worker, model, bodies) of each batch."""
 
     def __init__(self, workers: int = 1, **options):
-        self.batcher, self.sent = Batcher(Options(**{"threads": 100} | options)), []
+        self.answered: list[tuple] = []  # what the batcher tells of each answer: body, seconds
+        self.counts: list[tuple] = []  # and of each batch
+        observe = lambda request, seconds: self.answered.append((request.body, seconds))
+        observe_batch = lambda *batch: self.counts.append(batch)
+        self.batcher, self.sent = Batcher(Options(**{"threads": 100} | options), observe, observe_batch), []
         self.batcher.max_concurrent_batches = 2  # as on a machine of many processors
         self.workers = [self.add_worker(index) for index in range(workers)]
 
@@ -274,6 +278,20 @@ async def test_a_batch_waits_for_company_as_long_as_batch_wait_ms_with_one_timer
         assert stage.bodies == [list(range(count))]
 
 
+async def test_where_each_worker_has_a_copy_all_of_them_get_their_part_and_slow_runs_leave_no_thread_to_others():
+    stage = Stage(workers=4, placement="mirrored")
+    stage.ask(*range(16))
+    await turn()
+    assert stage.bodies == [[first, first + 1] for first in range(0, 16, 2)]
+    assert sorted(worker for worker, *_ in stage.sent) == [0, 0, 1, 1, 2, 2, 3, 3]
+    stage = Stage(workers=4, max_batch=1, threads=1, placement="mirrored")
+    futures = stage.ask(1, model="other") + stage.ask(*range(8), model="single")
+    await turn()
+    assert [model for _, model, _ in stage.sent].count("single") == 4  # one on each
+    for future in futures:
+        future.cancel()
+
+
 async def test_workers_take_turns_in_round_robin_order():
     stage = Stage(workers=3)
     for _ in range(9):
@@ -305,13 +323,26 @@ async def test_a_worker_that_hangs_gets_no_new_work_while_there_is_another():
     assert [worker for worker, _, _ in stage.sent[2:]] == [0, 0]
 
 
+async def test_each_answer_is_told_with_the_time_since_it_was_asked_for_and_each_batch_with_its_size():
+    stage = Stage(max_batch=2)
+    futures = stage.ask(1, 2, 3, 4, 5)  # the last one waits
+    await asyncio.sleep(2)
+    while not all(future.done() for future in futures):
+        stage.workers[0].answer()
+        await asyncio.sleep(0.5)
+    [failed] = stage.ask("cannot be pickled")
+    await error_of(failed)
+    assert stage.counts == [("m", 2), ("m", 2), ("m", 1)]
+    assert stage.answered == [(1, 2.0), (2, 2.0), (3, 2.5), (4, 2.5), (5, 3.0)]
+
+
 async def test_what_nobody_waits_for_any_more_takes_up_no_place_and_no_memory_behind_what_somebody_waits_for():
     stage = Stage(max_batch=1, max_queue=1000)
     stage.ask(*range(2))
     await turn()
-    waits, *others = stage.ask("waits", *[b"0" * 1000] * 500)
+    waits, *others = stage.ask("waits", *[HttpBody(b"0" * 1000)] * 500)
     await turn()
-    assert stage.batcher.waiting == 501
+    assert stage.batcher.waiting == 501 and stage.batcher.pending.count == 500_000
     for future in others:
         future.cancel()
     await turn()
@@ -394,13 +425,14 @@ async def test_what_cannot_be_sent_is_answered_and_costs_nobody_a_place():
 @pytest.mark.parametrize("workers", [0, 1], ids=["queued", "sent"])
 async def test_a_request_without_an_answer_gets_504_at_its_deadline_and_makes_room(workers):
     stage, loop = Stage(workers, timeout_s=0.2), asyncio.get_running_loop()
-    started, [future] = loop.time(), stage.ask(1)
+    started, [future] = loop.time(), stage.ask(HttpBody(b"1"))
     error = await error_of(future)
     assert isinstance(error, DeadlineExceeded) and error.status == 504 and "0.2 s" in str(error)
     assert ("may have been applied" in str(error).replace("may or may not", "may")) == bool(workers)
     assert loop.time() - started == pytest.approx(0.2) and stage.batcher.waiting == 0
     for worker in stage.workers:
         worker.answer()  # too late, and no harm
+    assert stage.is_empty()
     stage.add_worker(1)
     assert len(stage.sent) == workers
 
@@ -416,7 +448,7 @@ async def test_large_batches_of_a_map_are_never_too_many_bytes_since_it_has_only
     while not all(future.done() for future in patient):
         stage.batcher.connections[0].answer()
         await turn()
-    assert all(future.done() for future in patient)
+    assert all(future.done() for future in patient) and stage.is_empty()
 
 
 @pytest.mark.parametrize("model", ["single", "m"])
@@ -544,7 +576,7 @@ async def test_whatever_happens_each_request_is_answered_and_none_runs_more_ofte
         verb = chance.choice(["predict", "add"])
         worker = chance.choice([None, None, 0, 1, 2])
         model = chance.choice(["m", "n", "single", "other", "caller"])
-        body = "cannot be pickled" if chance.random() < 0.01 else body
+        body = "cannot be pickled" if chance.random() < 0.01 else HttpBody(b"%d" % body)
         [future] = stage.ask(body, verb=verb, model=model, worker=worker, is_patient=chance.random() < 0.1)
         asked[len(asked)] = body, verb, future
 

@@ -7,11 +7,12 @@ import random
 
 import pytest
 
+import shared_graph.supervisor as module
 from shared_graph.errors import ActorUnavailable, Error, ModelError, OptionError
 from shared_graph.models import ServerInfo, Snapshot
 from shared_graph.options import Options
 from shared_graph.status import Status
-from shared_graph.supervisor import NO_PLACE, PATIENCE_S, SUSPECT_S, Supervisor
+from shared_graph.supervisor import NO_PLACE, PATIENCE_S, PING_S, START_PATIENCE_S, SUSPECT_S, Supervisor
 from shared_graph.wire import ProcessInfo, WorkerInfo
 
 pytestmark = pytest.mark.simulated
@@ -20,6 +21,7 @@ pytestmark = pytest.mark.simulated
 class PlayedConnection:
     def __init__(self, actor: "PlayedActor"):
         self.index, self.is_hung, self.was_ended, self.in_flight = actor.index, False, False, {}
+        self.unanswered = 0
         self.closed = asyncio.get_running_loop().create_future()
         actor.connections.append(self)
 
@@ -34,7 +36,8 @@ class PlayedActor:
     def __init__(self, stage: "Stage", kind: str, index: int):
         self.stage, self.kind, self.index = stage, kind, index
         self.connections: list[PlayedConnection] = []
-        self.is_stopped, self.is_ended, self.starts, self.failure = False, False, [], None
+        self.is_stopped, self.is_ended, self.starts, self.pings, self.failure = False, False, [], 0, None
+        self.trouble: str | None = None
         self.cause: str | None = None  # for which it is dead for good
         self.begin()
 
@@ -76,17 +79,24 @@ class PlayedActor:
             raise self.failure
         if self.kind == "worker":
             return WorkerInfo(self.process, ("127.0.0.1", 1), b"")
-        return ServerInfo(self.process, "", self.stage.folder_of_server(), [], Snapshot(1, {}, {}))
+        return ServerInfo(self.process, "", self.stage.folder_of_server(), [], self.stage.snapshot)
 
     async def ping(self, snapshot_id: int):
+        self.pings += 1
         await self.unless_stopped(0.001)
-        return None, None
+        if self.kind == "worker" or snapshot_id >= self.stage.snapshot.snapshot_id:
+            return self.trouble, None
+        self.stage.handed_out += 1
+        return self.trouble, self.stage.snapshot
 
     async def death_watch(self):
         await self.unless_stopped(60)
 
     async def checkpoint(self):
         self.stage.events.append("checkpoint")
+        await self.unless_stopped(0)
+        if self.failure:
+            raise self.failure
 
     async def unless_stopped(self, seconds: float) -> None:
         await asyncio.sleep(seconds)
@@ -95,12 +105,14 @@ class PlayedActor:
 
     def end(self) -> None:
         self.is_ended = True
+        self.stage.events.append(f"end {self.kind} {self.index}")
 
 
 class Stage:
     def __init__(self, seed: int = 0, **options):
         self.chance, self.pids, self.events = random.Random(seed), 100, []
         self.over: list[Error] = []
+        self.snapshot, self.handed_out = Snapshot(1), 0
         self.options = Options(**options)
         self.status = Status(self.options)
         self.status.on_over = self.over.append
@@ -146,6 +158,7 @@ async def test_all_become_ready_the_parameter_server_and_one_worker_first():
         await asyncio.sleep(20)
         assert stage.states() == ["ready"] * 4
         assert list(stage.actors)[:2] == ["parameter server 0", "worker 0"]
+        assert max(actor.pings for actor in stage.actors.values()) < 20 / PING_S + 5, "it is asked over and over"
         assert os.listdir(stage.supervisor._folder) == [f".run-{stage.supervisor._run_id}"]
 
 
@@ -205,6 +218,50 @@ async def test_a_worker_that_does_not_answer_is_hung_then_ended_and_one_that_wak
         assert stage.states() == ["ready"] * 3
 
 
+async def test_silence_is_counted_from_the_last_answer():
+    async with playing(workers=2) as stage:
+        await asyncio.sleep(20)
+        worker = stage.actors["worker 0"]
+        for _ in range(5):
+            for worker.is_stopped in (True, False):
+                await asyncio.sleep(PATIENCE_S["worker"] / 2)
+        assert stage.killed == []
+
+
+async def test_silence_does_not_count_while_this_process_itself_comes_too_late():
+    async with playing(workers=2) as stage:
+        await asyncio.sleep(20)
+        loop, worker = asyncio.get_running_loop(), stage.actors["worker 0"]
+        worker.is_stopped = True
+        for _ in range(20):
+            await asyncio.sleep(PING_S / 4)
+            loop.now += 2 * PING_S  # in which it has not run
+        assert stage.killed == [] and stage.states() == ["ready"] * 3
+
+
+async def test_a_worker_that_hangs_when_it_is_to_follow_a_parameter_server_that_is_back_is_ended():
+    async with playing(workers=2) as stage:
+        await asyncio.sleep(20)
+        worker = stage.actors["worker 0"]
+        pid, worker.is_stopped = worker.process.pid, True
+        stage.actors["parameter server 0"].kill()
+        await asyncio.sleep(START_PATIENCE_S + 40)
+        assert stage.killed == [pid] and stage.states() == ["ready"] * 3
+
+
+async def test_each_change_of_what_the_parameter_server_serves_is_known_soon_and_handed_out_once_and_so_is_trouble():
+    async with playing(workers=1) as stage:
+        await asyncio.sleep(20)
+        assert stage.status.snapshot is stage.snapshot
+        handed_out = stage.handed_out
+        stage.snapshot, stage.actors["worker 0"].trouble = Snapshot(2), "a run does not end"
+        await asyncio.sleep(2 * PING_S)
+        assert stage.status.snapshot is stage.snapshot and stage.status.workers[0].trouble == "a run does not end"
+        stage.actors["worker 0"].trouble = None
+        await asyncio.sleep(20)
+        assert stage.handed_out == handed_out + 1 and stage.status.workers[0].trouble is None
+
+
 async def test_what_cannot_start_is_told_once_and_tried_again_with_growing_pauses(caplog):
     async with playing(workers=2) as stage:
         await asyncio.sleep(20)
@@ -221,6 +278,45 @@ async def test_what_cannot_start_is_told_once_and_tried_again_with_growing_pause
         await asyncio.sleep(60)
         told = [record for record in caplog.records if "could not start" in record.message]
         assert len(told) == 2 and stage.states() == ["ready"] * 3
+        worker.failure, worker.starts = Error("another reason"), []
+        worker.kill()
+        await asyncio.sleep(10)
+        told = [record for record in caplog.records if "could not start" in record.message]
+        assert len(told) == 3 and len(worker.starts) > 1, "it was well since, and all begins anew"
+
+
+async def test_a_parameter_server_that_fails_when_it_is_back_fails_all_until_it_is_well():
+    async with playing(workers=1) as stage:
+        health = lambda: stage.status.health()["status"]
+        assert health() == "starting"
+        await asyncio.sleep(20)
+        server = stage.actors["parameter server 0"]
+        server.failure = ModelError("The checkpoint has gone.")
+        server.kill()
+        await asyncio.sleep(0.01)
+        assert health() == "recovering"
+        await asyncio.sleep(60)
+        assert health() == "failed" and not stage.over
+        with pytest.raises(Error, match="has gone"):
+            stage.status.get_model("adder")
+        server.failure = None
+        await asyncio.sleep(60)
+        assert health() == "ready" and stage.states() == ["ready"] * 2
+
+
+async def test_what_nobody_foresaw_when_the_parameter_server_starts_is_no_end():
+    stage = Stage(workers=1)
+    stage.actors["parameter server 0"] = actor = PlayedActor(stage, "parameter server", 0)
+    actor.failure = ValueError("?")
+    task = asyncio.create_task(stage.supervisor.run())
+    await asyncio.sleep(30)
+    assert not stage.over and stage.status.failure is None
+    actor.failure = None
+    await asyncio.sleep(60)
+    assert stage.states() == ["ready"] * 2
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)
+    stage.supervisor.remove_folder()
 
 
 @pytest.mark.parametrize("name", ["parameter server 0", "worker 0"])
@@ -292,16 +388,41 @@ async def test_a_parameter_server_that_cannot_start_at_first_ends_all_with_its_s
     stage.supervisor.remove_folder()
 
 
-async def test_ends_save_and_then_end_every_actor_and_remove_the_folder():
+@pytest.fixture
+def without_threads(monkeypatch):
+    """Threads have no clock that jumps."""
+
+    async def at_once(function, *arguments):
+        return function(*arguments)
+
+    monkeypatch.setattr(module, "in_own_thread", at_once)
+
+
+async def test_ends_save_and_then_end_every_actor_workers_first_and_remove_the_folder(without_threads):
     async with playing(workers=2) as stage:
         await asyncio.sleep(20)
         folder = stage.supervisor._folder
         await stage.supervisor.disconnect()
         assert all(connection.closed.done() for a in stage.actors.values() for connection in a.connections)
-        for actor in stage.actors.values():
-            actor.end()  # what end_actors does in threads, which have no clock that jumps
+        await stage.supervisor.end_actors()
+        assert stage.events == ["checkpoint", "end worker 0", "end worker 1", "end parameter server 0"]
         stage.supervisor.remove_folder()
         assert not os.path.exists(folder)
+
+
+@pytest.mark.parametrize(
+    "failure, why", [(ModelError("the disk is full"), "the disk is full"), (None, "it took too long")]
+)
+async def test_a_parameter_server_that_cannot_save_or_does_not_answer_is_told_and_ended_all_the_same(
+    without_threads, caplog, failure, why
+):
+    async with playing(workers=1) as stage:
+        await asyncio.sleep(20)
+        server = stage.actors["parameter server 0"]
+        server.failure, server.is_stopped = failure, failure is None
+        await stage.supervisor.end_actors()
+        assert caplog.messages[-1] == f"what models have changed since it was kept last is lost: {why}"
+        assert all(actor.is_ended for actor in stage.actors.values())
 
 
 @pytest.mark.parametrize("seed", range(60))

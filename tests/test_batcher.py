@@ -135,6 +135,12 @@ async def test_where_there_are_two_processors_a_batch_that_is_not_full_waits_for
     assert stage.bodies == [[0], [1, 2, 3, 4], [5]]
 
 
+@pytest.mark.parametrize("processors, batches", [(1, 1), (2, 1), (3, MAX_BATCHES_IN_FLIGHT)])
+def test_with_one_processor_or_two_one_batch_runs_at_a_time(monkeypatch, processors, batches):
+    monkeypatch.setattr("os.cpu_count", lambda: processors)
+    assert Batcher(Options()).max_concurrent_batches == batches
+
+
 async def test_no_more_than_max_batch_travel_together_and_queues_take_turns():
     stage = Stage(workers=2, max_batch=4)
     stage.ask(*range(12))
@@ -463,6 +469,17 @@ async def test_a_patient_request_has_its_deadline_from_when_it_is_sent_unless_no
     assert isinstance(await error_of(future), DeadlineExceeded)
 
 
+async def test_a_request_that_is_not_patient_has_its_deadline_however_well_others_get_on():
+    stage = Stage(timeout_s=10)
+    [waits] = stage.ask(1, worker=1)
+    for second in range(12):
+        stage.ask(2)
+        await asyncio.sleep(1)
+        stage.workers[0].answer()
+        assert waits.done() == (second >= 9)
+    assert isinstance(await error_of(waits), DeadlineExceeded)
+
+
 @pytest.mark.parametrize("run_s, together", [(0.01, [[6, 7], [8, 9]]), (4, [[6], [7, 8, 9]])], ids=["fast", "slow"])
 async def test_patient_requests_travel_with_others_only_where_runs_are_fast(run_s, together):
     """Else batches of a map that take 4 s each would be sent together, and all but the first be late."""
@@ -515,6 +532,17 @@ async def test_what_a_lost_worker_had_runs_once_more_elsewhere_before_what_queue
     assert [request.is_repeated for request in other.in_flight[0][1].values()] == [True, True, False]
     other.answer()
     assert await asyncio.gather(*futures) == [2, 4, 6] and stage.is_empty()
+
+
+async def test_what_a_lost_worker_had_leaves_the_queue_when_nobody_waits_for_it_or_its_deadline_passes():
+    stage = Stage(timeout_s=10)
+    cancelled, late = stage.ask(1, 2)
+    await turn()
+    stage.batcher.remove(stage.workers[0])
+    cancelled.cancel()
+    await turn()
+    assert stage.batcher.waiting == 1
+    assert isinstance(await error_of(late), DeadlineExceeded) and stage.is_empty()
 
 
 @pytest.mark.parametrize("verb, lost", [("add", 1), ("predict", 2)])

@@ -480,6 +480,43 @@ async def test_a_request_that_is_not_patient_has_its_deadline_however_well_other
     assert isinstance(await error_of(waits), DeadlineExceeded)
 
 
+async def test_a_patient_request_that_waits_has_time_while_others_get_on_and_one_that_is_sent_has_its_deadline():
+    stage = Stage(timeout_s=10)
+    [waits] = stage.ask(1, worker=1, is_patient=True)
+    [sent] = stage.ask(2, model="single", is_patient=True)
+    for second in range(1, 16):
+        stage.ask(3)
+        await asyncio.sleep(1)
+        stage.workers[0].answer(max(stage.workers[0].in_flight))
+        await turn()
+        assert sent.done() == (second >= 10) and not waits.done()
+    await asyncio.sleep(9)
+    assert not waits.done()
+    await asyncio.sleep(2)
+    assert isinstance(waits.exception(), DeadlineExceeded) and isinstance(sent.exception(), DeadlineExceeded)
+
+
+async def test_a_deadline_counts_from_when_it_was_asked_for_though_it_is_sent_later():
+    stage, loop = Stage(workers=0, timeout_s=10), asyncio.get_running_loop()
+    started, [future] = loop.time(), stage.ask(1)
+    await asyncio.sleep(6)
+    stage.add_worker(0)
+    assert isinstance(await error_of(future), DeadlineExceeded) and stage.bodies == [[1]]
+    assert loop.time() - started == pytest.approx(10)
+
+
+async def test_the_requests_of_a_batch_are_answered_as_they_are_done_and_it_has_its_place_until_all_are():
+    stage = Stage()
+    futures = stage.ask(1, 2, 3, model="single")
+    await turn()
+    [worker], sizes = stage.workers, []
+    for batch_id, (_, batch) in list(worker.in_flight.items()):
+        for index, request in list(batch.items()):
+            stage.batcher.receive(worker, Answers(batch_id, {index: 2 * request.body}))
+            sizes.append((worker.slots.free, sum(len(batch) for _, batch in worker.in_flight.values())))
+    assert await asyncio.gather(*futures) == [2, 4, 6] and sizes == [(0, 2), (1, 1), (2, 0)]
+
+
 @pytest.mark.parametrize("run_s, together", [(0.01, [[6, 7], [8, 9]]), (4, [[6], [7, 8, 9]])], ids=["fast", "slow"])
 async def test_patient_requests_travel_with_others_only_where_runs_are_fast(run_s, together):
     """Else batches of a map that take 4 s each would be sent together, and all but the first be late."""
@@ -580,7 +617,8 @@ async def test_what_was_in_a_worker_that_was_ended_for_silence_is_not_run_again(
     lost = stage.workers[stage.sent[0][0]]
     lost.was_ended = True
     stage.batcher.remove(lost)
-    assert isinstance(await error_of(future), WorkerLost) and len(stage.sent) == 1
+    error = await error_of(future)
+    assert isinstance(error, WorkerLost) and "did not answer any more" in str(error) and len(stage.sent) == 1
 
 
 async def test_closed_it_tells_what_was_sent_from_what_was_not_and_answers_whatever_comes():
@@ -593,6 +631,21 @@ async def test_closed_it_tells_what_was_sent_from_what_was_not_and_answers_whate
     assert [type(error) for error in errors] == [WorkerLost] * 2 + [Unavailable] * 4
     assert {str(error) for error in errors[2:]} == {"It is over."} and "may or may not" in str(errors[0])
     assert len(stage.sent) == 2 and stage.batcher.waiting == 0
+
+
+async def test_opened_again_it_takes_what_comes_and_what_waits_goes_on():
+    stage = Stage(workers=0)
+    stage.batcher.close(Unavailable("It is over."))
+    [refused] = stage.ask(1)
+    assert isinstance(await error_of(refused), Unavailable)
+    stage.batcher.close(None)
+    [waits] = stage.ask(2)
+    await turn()
+    stage.batcher.close(None)  # as at each start of the parameter server
+    await turn()
+    assert not waits.done()
+    stage.add_worker(0).answer()
+    assert await waits == 4 and stage.is_empty()
 
 
 @pytest.mark.parametrize("seed", range(200))

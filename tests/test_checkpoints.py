@@ -3,6 +3,7 @@
 import errno
 import fcntl
 import os
+import types
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ import pytest
 from shared_graph.checkpoints import Checkpoints
 from shared_graph.errors import ModelError, Unavailable
 from shared_graph.model_source import ADDER_SOURCE, ModelSource
-
+from shared_graph.models import object_array
 
 MODEL = ModelSource("m", 1, function="a:b")
 
@@ -124,3 +125,92 @@ def test_the_marks_of_models_that_are_loaded_stay_for_as_long_as_the_run(tmp_pat
     (tmp_path / ".run-2").touch()
     Checkpoints(str(tmp_path), run_id="2", durable=True)
     assert marks() == [".run-2"]
+
+
+def test_strings_come_back_as_they_were_with_zeros_at_their_ends(checkpoints):
+    words = object_array([b"a\0", b"", b"\0\0", "é".encode()]).reshape(2, 2)
+    checkpoints.save(MODEL, {"words": words, "w": np.ones(2, np.float32)})
+    back = checkpoints.load(MODEL)
+    assert (back["words"].dtype, back["words"].tolist()) == (object, words.tolist())
+    assert (back["w"].dtype, back["w"].tolist()) == (np.float32, [1, 1])
+
+
+def test_a_folder_is_one_programs_at_a_time(checkpoints):
+    with pytest.raises(Unavailable, match=f"{checkpoints.folder} is in use by another program"):
+        Checkpoints(checkpoints.folder, run_id="1", durable=True)
+    checkpoints._lock.close()
+    Checkpoints(checkpoints.folder, run_id="1", durable=True)
+
+
+def test_what_others_left_is_found_in_a_folder_of_any_name(tmp_path):
+    folder = tmp_path / "a[1]*"
+    folder.mkdir()
+    for name in (".run-1", ".run-2", ".loading-1-m"):
+        (folder / name).touch()
+    Checkpoints(str(folder), run_id="2", durable=False)
+    assert sorted(os.listdir(folder)) == [".lock", ".run-2"]
+
+
+@pytest.mark.parametrize("durable", [False, True])
+def test_what_is_to_last_through_a_power_cut_is_on_the_disk_with_its_name_before_it_counts(
+    tmp_path, monkeypatch, durable
+):
+    (tmp_path / ".run-1").touch()
+    checkpoints, synced = Checkpoints(str(tmp_path), run_id="1", durable=durable), []
+
+    def note(descriptor: int) -> None:
+        path = os.readlink(f"/proc/self/fd/{descriptor}")
+        synced.append((os.path.basename(path), os.path.isdir(path) or os.path.getsize(path)))
+
+    monkeypatch.setattr(os, "fsync", note)
+    monkeypatch.setattr(os, "fdatasync", note)
+    folder = (tmp_path.name, True)
+    for save, expected in [
+        (lambda: checkpoints.save_sum(1.0), [("adder.sum.new", 16), folder, (".run-1.new", 9), folder]),
+        (lambda: checkpoints.save_sum(2.0), [("adder.sum", 16)]),
+        (lambda: checkpoints.save(MODEL, {}), [("m.1.npz.new", 22), folder, (".run-1.new", 17), folder]),
+        (lambda: checkpoints.save(MODEL, {}), [("m.1.npz.new", 22), folder]),
+    ]:
+        save()
+        assert synced == (expected if durable else [])
+        synced.clear()
+
+
+def test_a_sum_is_refused_on_a_full_disk_and_taken_where_there_is_no_limit(checkpoints, monkeypatch):
+    checkpoints.save_sum(1.0)
+    disk = types.SimpleNamespace(f_blocks=1, f_bavail=0)
+    monkeypatch.setattr(os, "fstatvfs", lambda descriptor: disk)
+    with pytest.raises(Unavailable, match=f"{checkpoints.path(ADDER_SOURCE)}: No space left"):
+        checkpoints.save_sum(2.0)
+    assert checkpoints.load(ADDER_SOURCE) == {"sum": 1}
+    disk.f_blocks = 0
+    checkpoints.save_sum(3.0)
+    assert checkpoints.load(ADDER_SOURCE) == {"sum": 3}
+
+
+def test_weights_that_are_saved_have_another_stamp_than_those_of_before(checkpoints):
+    stamps = [checkpoints.stamp(MODEL)]
+    for number in range(3):
+        checkpoints.save(MODEL, {"w": np.zeros(number)})
+        assert checkpoints.stamp(MODEL) == checkpoints.stamp(MODEL)
+        stamps.append(checkpoints.stamp(MODEL))
+    assert stamps[0] == "" and len(set(stamps)) == 4
+
+
+def test_what_is_found_out_is_found_once_for_each_of_the_last_hundred_keys_and_anew_where_its_file_is_damaged(
+    checkpoints,
+):
+    found = []
+
+    def cached(key: str) -> list:
+        return checkpoints.cached(key, lambda: found.append(key) or [key])
+
+    for key in map(str, range(101)):
+        assert cached(key) == [key]
+    assert [cached("1"), cached("100")] == [["1"], ["100"]] and len(found) == 101
+    assert cached("0") == ["0"] and len(found) == 102
+    for contents in (b"{", b"5", b"[1]", b"\xff"):
+        with open(os.path.join(checkpoints.folder, ".cached.json"), "wb") as file:
+            file.write(contents)
+        assert cached("1") == ["1"] == cached("1")
+    assert len(found) == 106

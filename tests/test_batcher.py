@@ -361,6 +361,15 @@ async def test_what_nobody_waits_for_any_more_takes_up_no_place_and_no_memory_be
     assert await waits == "waitswaits" and stage.is_empty()
 
 
+async def test_what_is_given_up_in_the_moment_in_which_a_batch_is_made_is_not_sent():
+    stage = Stage(workers=0)
+    futures = stage.ask(1, 2, 3)
+    await turn()
+    futures[1].cancel()
+    stage.add_worker(0).answer()
+    assert stage.bodies == [[1, 3]] and [await futures[0], await futures[2]] == [2, 6] and stage.is_empty()
+
+
 async def test_a_signature_that_is_fast_is_known_to_be_so_after_a_hiccup_and_refusals_say_nothing_of_a_slow_one():
     stage = Stage(max_batch=1)
     key, times = None, itertools.cycle([0.005] * 5 + [0.5])
@@ -569,6 +578,14 @@ async def test_what_a_lost_worker_had_runs_once_more_elsewhere_before_what_queue
     assert [request.is_repeated for request in other.in_flight[0][1].values()] == [True, True, False]
     other.answer()
     assert await asyncio.gather(*futures) == [2, 4, 6] and stage.is_empty()
+
+
+async def test_what_comes_after_a_worker_was_lost_does_not_wait_for_others_to_be_lost_too():
+    stage = Stage(workers=2)
+    stage.batcher.remove(stage.workers[0])
+    stage.ask(1)
+    await turn()
+    assert stage.sent == [(1, "m", [1])]
 
 
 async def test_what_a_lost_worker_had_leaves_the_queue_when_nobody_waits_for_it_or_its_deadline_passes():

@@ -3,6 +3,7 @@
 import asyncio
 import itertools
 import threading
+import types
 
 import pytest
 
@@ -224,4 +225,116 @@ async def test_a_version_that_is_dropped_is_kept_for_what_runs_on_it_whatever_co
     assert replica._settled["a"] == 2 and graph.is_connected
     begun_since.set_result(None)
     assert await settled(5, {KEY: LEAVING}, {}) == 5 and not graph.is_connected
+    replica.leave()
+
+
+numbers = itertools.count(1)
+
+
+def there(**changes) -> Snapshot:
+    """In which the version is loaded, with what is other about it. The next call makes a later one."""
+    return Snapshot(next(numbers), {KEY: THERE._replace(loaded=LOADED._replace(**changes))}, frozenset(), {})
+
+
+async def test_what_shares_runs_is_what_the_last_snapshot_says_also_for_a_graph_that_was_built_meanwhile(
+    replica, building
+):
+    replica, (graphs, may_end) = replica(), building
+    graphs.append(graph := PlayedGraph())
+    graph.signatures = {name: types.SimpleNamespace(batchable=False) for name in "ab"}
+    share = lambda: [name for name, signature in graph.signatures.items() if signature.batchable]
+    replica.apply(late := there(batchable=("a",)))
+    await asyncio.sleep(0.05)
+    replica.apply(there(batchable=("b",)))
+    may_end.set()
+    await until(lambda: KEY in replica.graphs)
+    assert share() == ["b"]
+    replica.apply(there(weights_id="other"))
+    assert share() == [] and replica._weights == {KEY: "other"} and not replica._bringing_up, "it has no weights itself"
+    replica.apply(late)
+    assert share() == [] and replica._weights == {KEY: "other"}
+    replica.leave()
+
+
+async def test_when_the_parameter_server_is_gone_that_is_told_once_and_nothing_runs_or_begins(replica, building):
+    replica, (graphs, may_end), told = replica(), building, []
+    replica._left = lambda: told.append("left")
+    graphs.append(PlayedGraph())
+    may_end.set()
+    replica.apply(there())
+    await until(lambda: KEY in replica.graphs)
+    changed, tasks = asyncio.create_task(replica.changed()), set(replica._tasks)
+    await asyncio.sleep(0)
+    for _ in range(2):
+        replica.leave()
+    replica.apply(Snapshot(next(numbers), {OTHER: ModelVersion(SOURCES["b"], "AVAILABLE", None, LOADED)}))
+    await asyncio.wait_for(changed, 1)
+    await asyncio.wait_for(asyncio.wait(tasks), 1)
+    assert told == ["left"] and not graphs[0].is_connected and not replica._bringing_up
+
+
+@pytest.mark.parametrize("change", [{"fingerprint": "second"}, {"tokens": ("second",)}])
+async def test_a_graph_of_a_version_that_was_loaded_anew_while_it_was_built_is_built_anew(replica, building, change):
+    replica, (graphs, may_end) = replica(), building
+    graphs.append(first := PlayedGraph())
+    replica.apply(there())
+    await asyncio.sleep(0.05)
+    graphs.append(second := PlayedGraph())
+    second.fingerprint = change.get("fingerprint", "")
+    replica.apply(there(**change, weights_id="second"))
+    may_end.set()
+    await until(lambda: KEY in replica.graphs and not replica._bringing_up)
+    assert replica.graphs == {KEY: second} and not first.is_connected and second.is_connected
+    replica.leave()
+
+
+async def test_a_graph_that_is_not_the_one_of_the_parameter_server_is_not_used(replica, building):
+    replica, (graphs, may_end) = replica(), building
+    graphs.append(PlayedGraph())
+    may_end.set()
+    replica.apply(there(fingerprint="another"))
+    await until(lambda: "is it the same code?" in replica.failed.get(KEY, ""))
+    assert replica.graphs == {}
+    replica.leave()
+
+
+async def test_a_version_that_goes_and_comes_back_with_the_same_weights_is_there_again(replica, building):
+    replica, (graphs, may_end) = replica(), building
+    may_end.set()
+    for _ in range(2):
+        graphs.append(PlayedGraph())
+        replica.apply(there())
+        await until(lambda: replica.graphs == {KEY: graphs[-1]})
+        replica.apply(Snapshot(next(numbers), {KEY: LEAVING}))
+        await until(lambda: replica.graphs == {})
+    replica.leave()
+
+
+async def test_a_version_that_fails_or_takes_too_long_is_tried_again_and_is_no_failure_when_it_is_there(
+    replica, building, monkeypatch
+):
+    monkeypatch.setattr(module, "RETRY_S", (0.01, 0.02))
+    monkeypatch.setattr(module, "BUILD_LIMIT_S", 0.05)
+    replica, (graphs, may_end) = replica(), building
+    graphs.append(PlayedGraph())
+    replica.apply(there())
+    await until(lambda: replica.failed == {KEY: "it took too long"})
+    graphs.append(None)
+    may_end.set()
+    await until(lambda: replica.failed == {KEY: "it is broken"})
+    graphs.append(PlayedGraph())
+    await until(lambda: replica.graphs == {KEY: graphs[-1]} and not replica._bringing_up)
+    assert replica.failed == {}
+    replica.leave()
+
+
+async def test_a_first_run_that_does_not_end_keeps_no_version_from_being_used(replica, building, monkeypatch):
+    monkeypatch.setattr(module, "WARM_UP_LIMIT_S", 0.05)
+    replica, (graphs, may_end), ended = replica(), building, threading.Event()
+    monkeypatch.setattr(module, "warm_up", lambda graph: ended.wait(20))
+    graphs.append(PlayedGraph())
+    may_end.set()
+    replica.apply(there())
+    await until(lambda: replica.graphs == {KEY: graphs[0]})
+    ended.set()
     replica.leave()

@@ -397,6 +397,9 @@ async def test_a_worker_that_lacks_a_version_is_not_asked_for_it_while_another_h
     stage.ask(*range(5), model="half")
     await turn()
     assert [worker for worker, _, _ in stage.sent] == [1, 1]
+    stage.batcher.remove(stage.workers[1])
+    await asyncio.sleep(LOST_WITHIN_S)
+    assert [worker for worker, _, _ in stage.sent] == [1, 1, 0, 0], "who lacks it says why, or has it soon"
 
 
 async def test_past_max_queue_requests_are_refused_until_there_is_room():

@@ -2,6 +2,8 @@
 
 import asyncio
 import contextlib
+import socket
+import struct
 
 import numpy as np
 import pytest
@@ -50,16 +52,22 @@ async def test_a_batch_says_what_it_is_for_how_long_each_request_has_and_which_m
         assert connection.unanswered == 3 and connection.slots.taken == {KEY: 2}
 
 
-async def test_answers_are_received_and_when_the_worker_is_gone_what_it_had_is_lost_and_nothing_is_left_open():
+@pytest.mark.parametrize("end", ["close", "abort"])
+async def test_answers_are_received_and_when_the_worker_is_gone_what_it_had_is_lost_and_nothing_is_left_open(end):
     async with connected() as (connection, received, lost, reader, writer):
         connection.send(KEY, [request(b"a", 1.0)], 0.0)
         await read_frame(reader)
         writer.writelines(to_frame((0, {0: b"answer"})))
         await writer.drain()
-        writer.close()
-        await asyncio.wait_for(connection.closed, 10)
+        if end == "abort":
+            linger = struct.pack("ii", 1, 0)  # so that it is reset
+            writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+            while not received:
+                await asyncio.sleep(0.001)
+        getattr(writer.transport, end)()
+        await asyncio.wait([connection.closed], timeout=10)
         assert received == [Answers(0, {0: b"answer"})] and lost == [1]
-        assert connection._writer.is_closing()
+        assert connection._writer.is_closing() and connection.closed.exception() is None
 
 
 @pytest.mark.parametrize(

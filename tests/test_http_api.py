@@ -5,9 +5,21 @@ import re
 
 import pytest
 
-from shared_graph.errors import Error, InvalidRequest
-from shared_graph.http_api import error_answer, json_bytes, match_path, may_open_socket, parse_value, path_below
+from shared_graph.errors import Error, InvalidRequest, Unavailable
+from shared_graph.http_api import (
+    Answer,
+    Call,
+    error_answer,
+    headers_of,
+    json_bytes,
+    match_path,
+    may_open_socket,
+    parse_value,
+    path_below,
+    tell,
+)
 from shared_graph.options import Options
+from shared_graph.status import Status
 
 ODD, ODD_PLAIN = "%21%23%24%25%26%27%28%29%2A%2B%2C%2F%3A%3B%3D%3F%40%5B%5D", "!#$%&'()*+,/:;=?@[]"
 
@@ -180,3 +192,35 @@ def test_an_error_that_another_server_gave_a_model_is_passed_on_as_it_is():
 def test_a_document_is_compact_and_any_name_can_be_in_it():
     assert json_bytes({"a": [1.0, "é"]}) == '{"a":[1.0,"é"]}'.encode()
     assert json_bytes({"a\udcff": [1.0, "é"]}) == b'{"a\\udcff":[1.0,"\\u00e9"]}'
+
+
+def test_a_request_that_was_cut_short_is_no_add_though_it_looks_like_http_0_9():
+    with pytest.raises(InvalidRequest, match=r"0\.9"):
+        parse_value("value=3", "HTTP/0.9")
+    assert parse_value("value=3", "1.0") == parse_value("value=3", "HTTP/1.1") == 3
+
+
+@pytest.mark.parametrize("status", [400, 429, 500, 502, 503, 504])
+def test_who_may_try_again_soon_is_told_when(status):
+    headers = error_answer(Error("no", status), None, None, "GET", "/").headers
+    assert headers.get("Retry-After") == ("1" if status in (429, 503) else None)
+
+
+def test_what_nobody_foresaw_is_logged_and_nothing_of_it_is_answered(caplog):
+    answer = error_answer(ValueError("a secret"), None, None, "GET", "/")
+    assert (answer.status, json.loads(answer.body)) == (500, {"error": "Internal error"})
+    assert [record.exc_info[1].args for record in caplog.records] == [("a secret",)]
+
+
+@pytest.mark.parametrize(
+    "wanted, allowed", [("X-A, content-type", True), ("a;b", False), ("é", False), ("a\r\nb", False)]
+)
+def test_a_browser_may_send_the_headers_that_it_asks_for_where_they_are_names(wanted, allowed):
+    asked = {"Origin": "http://a", "Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": wanted}
+    headers = headers_of(Answer(b""), Options(allow_origin=["*"]), asked)
+    assert headers.get("Access-Control-Allow-Headers") == (wanted if allowed else None)
+
+
+def test_a_body_for_what_is_not_served_is_refused_before_it_is_read():
+    with pytest.raises(Unavailable):
+        tell(Status(Options()), Call("m", None, "predict"))

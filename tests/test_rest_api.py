@@ -5,6 +5,7 @@ All bodies go through the one door that the workers use, ``decode``: arrays come
 
 import base64
 import contextlib
+import gc
 import gzip
 import io
 import json
@@ -17,7 +18,8 @@ from conftest import forget_peak, in_a_process_of_its_own, memory_mb
 from test_json_codec import FLOATS, INTEGERS, assert_same, refused, strings
 from test_npy_codec import loaded, npy, npz
 
-from shared_graph.bodies import MAX_BODY_BYTES, MAX_RATIO, HttpBody
+import shared_graph.rest_api as module
+from shared_graph.bodies import FREE_BYTES, MAX_BODY_BYTES, MAX_RATIO, HttpBody
 from shared_graph.errors import InvalidRequest
 from shared_graph.json_codec import MAX_VALUES, plain, survey
 from shared_graph.models import Signature, TensorSpec
@@ -102,6 +104,22 @@ def test_a_body_of_100_kib_takes_less_than_200_mb_for_a_moment_however_many_obje
         except InvalidRequest as error:
             assert error.status == 400, error
         assert memory_mb(os.getpid(), "VmHWM") < before_mb + 200, heaviest
+
+
+def test_large_documents_are_read_one_at_a_time_without_the_garbage_collector_which_is_back_afterwards(monkeypatch):
+    seen = []
+
+    def read(content: bytes):
+        seen.append((gc.isenabled(), module._reading_large.locked()))
+        raise InvalidRequest("it is only looked at")
+
+    for name in ("parse_json", "read_arrays"):
+        monkeypatch.setattr(module, name, read)
+    for body, is_held in ((b" " * FREE_BYTES, False), (b" " * (FREE_BYTES + 1), True),
+                          (b"\x93NUMPY".ljust(FREE_BYTES + 1), False)):  # fmt: skip
+        refused("only looked at", predict, body, x="int32")
+        assert seen.pop() == (not is_held, is_held)
+        assert gc.isenabled() and not module._reading_large.locked()
 
 
 def test_what_has_too_many_values_is_refused_whatever_its_signature():

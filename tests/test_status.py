@@ -1,12 +1,15 @@
 """What a process knows of its cluster: told in the log once, and to whoever asks."""
 
+import time
+
 import pytest
 
-from shared_graph.errors import Unavailable
+from shared_graph.errors import InvalidRequest, Unavailable
 from shared_graph.model_source import ModelSource
 from shared_graph.models import LoadedVersion, ModelKey, ModelVersion, Snapshot
 from shared_graph.options import Options
-from shared_graph.status import Status
+from shared_graph.status import LOADING_PATIENCE_S, Status
+from shared_graph.wire import ProcessInfo
 
 LOADED = LoadedVersion({"signature_def": {"signature_def": {}}}, "", (), (), (), False, "")
 SOURCE = ModelSource("m", 1, function="a:b")
@@ -60,6 +63,60 @@ def test_versions_labels_and_failures_are_logged_when_they_change_and_ready_once
         "INFO model m: stable is version 2",
         "ERROR m version 3: no such op",
     ]
+
+
+def test_health_is_ready_with_one_worker_and_else_says_why_not(status):
+    [worker], health = status.workers, lambda: status.health()["status"]
+    assert health() == "starting"
+    status.apply_snapshot(snapshot(1, loading=True))
+    worker.process, worker.state, status.worker_since = ProcessInfo(7, "node", [], None), "ready", time.monotonic()
+    assert health() == "loading"
+    status.worker_since -= LOADING_PATIENCE_S
+    assert health() == "ready", "a model that loads for ever keeps the others from being served"
+    status.worker_since = time.monotonic()
+    status.apply_snapshot(snapshot(1))
+    assert health() == "ready" and status.health()["error"] is None
+    worker.state = "starting"
+    assert health() == "recovering"
+    worker.state = "ready"
+    status.fail(Unavailable("The sum is damaged."))
+    assert health() == "failed"
+    status.recover()
+    assert health() == "ready"
+
+
+def test_health_tells_of_each_model_its_version_in_use_its_labels_and_its_error(status):
+    empty = {"version": None, "merged": [], "labels": {}, "error": None}
+    assert status.health()["models"] == {}
+    status.apply_snapshot(snapshot(1, error="no such op"))
+    assert status.health()["models"] == {"adder": empty, "m": empty | {"error": "no such op"}}
+    status.apply_snapshot(snapshot(2))
+    assert status.health()["models"]["m"] == empty | {"version": 2, "labels": {"stable": 2}}
+    moving = snapshot(2)._replace(pointers={("m", None): None, ("m", "stable"): 2})
+    status.apply_snapshot(moving)
+    assert status.health()["models"]["m"] == empty | {"labels": {"stable": 2}}
+    assert status.metrics.text().count(b"ray_tensorflow_model_version{") == 0
+
+
+def test_what_is_asked_for_while_a_version_moves_is_the_one_of_before_and_what_has_gone_is_not_found(status):
+    with pytest.raises(Unavailable, match="is starting"):
+        status.get_model("m")
+    status.apply_snapshot(snapshot(1, loading=True)._replace(pointers={}))
+    with pytest.raises(Unavailable, match="Model m is being loaded"):
+        status.get_model("m")
+    status.apply_snapshot(snapshot(1))
+    status.apply_snapshot(snapshot(2)._replace(pointers={("m", None): None, ("m", "stable"): None}))
+    assert status.get_model("m").version == status.get_model("m", "stable").version == 1
+    status.apply_snapshot(snapshot(2))
+    assert [status.get_model("m", choice).version for choice in (None, "stable", 2)] == [2, 2, 2]
+    for name, choice in (("m", 1), ("m", "other"), ("n", None)):
+        with pytest.raises(InvalidRequest):
+            status.get_model(name, choice)
+    status.apply_snapshot(Snapshot())
+    status.apply_snapshot(Snapshot(1, {ModelKey("m", 2): ModelVersion(SOURCE, "LOADING")}, frozenset(["m"])))
+    assert status.get_model("m").version == 2, "a parameter server that is back has yet to look"
+    with pytest.raises(Unavailable):
+        status.get_model("m", 1)
 
 
 def test_a_failure_for_ever_is_told_once_to_who_wants_to_know_and_answers_everybody(log):

@@ -3,6 +3,7 @@ play, on a clock that jumps."""
 
 import asyncio
 import contextlib
+import errno
 import functools
 import itertools
 import random
@@ -111,6 +112,7 @@ class Stage:
         self.chance, self.make_worker = random.Random(seed), make_worker
         self.folders = {name: {1: "files 1"} for name in NAMES}  # version to its files
         self.labels: dict[str, dict[str, int]] = {name: {} for name in NAMES}
+        self.unreadable: set[str] = set()  # models whose folders cannot be looked into
         self.bad: set[tuple[str, int, str]] = set()  # model, version and files that cannot be loaded
         self.fates: dict[tuple[int, ModelKey], str] = {}
         self.on_server: set[ModelKey] = set()
@@ -152,6 +154,8 @@ class Stage:
 
     async def look(self, source: ModelSource) -> Found:
         files = self.folders[source.name]
+        if source.name in self.unreadable:
+            raise OSError(errno.EACCES, "Permission denied")
         versions = {number: source._replace(version=number) for number in files}
         return Found(versions, dict(self.labels[source.name]), {number: [files[number]] for number in files})
 
@@ -340,6 +344,37 @@ async def test_of_a_version_in_use_it_is_told_that_its_files_have_gone_or_change
         assert not any(told), "what is replaced has gone as it should"
 
 
+async def test_who_asks_for_it_at_once_has_what_failed_tried_again_though_its_files_are_the_same():
+    async with playing() as stage:
+        stage.bad.add(("m", 2, "files 2"))
+        stage.folders["m"][2] = "files 2"
+        await asyncio.sleep(20)
+        assert stage.state("m", 2) == "END"
+        stage.bad.clear()
+        await stage.manager.reconcile("m", at_once=True)
+        assert stage.latest("m") == 2
+
+
+async def test_a_folder_that_cannot_be_read_is_told_nobody_waits_for_it_and_what_is_in_use_goes_on():
+    async with playing() as stage:
+        stage.unreadable |= {"m"}
+        await asyncio.sleep(20)
+        assert stage.manager.snapshot.loading == frozenset() and stage.latest("n") == 1
+        stage.unreadable.clear()
+        await asyncio.sleep(20)
+        version = stage.manager.snapshot.versions["m", 1]
+        assert (version.state, version.error) == ("AVAILABLE", None)
+        stage.unreadable |= {"m"}
+        why = "The folder of model m cannot be read: Permission denied"
+        with pytest.raises(Unavailable, match=why):
+            await stage.manager.reconcile("m")
+        version = stage.manager.snapshot.versions["m", 1]
+        assert (version.state, version.error, stage.latest("m")) == ("AVAILABLE", why, 1)
+        stage.unreadable.clear()
+        await asyncio.sleep(3)
+        assert stage.manager.snapshot.versions["m", 1].error is None
+
+
 async def test_a_label_stands_for_a_version_until_it_is_moved_and_one_that_leads_nowhere_is_told():
     async with playing() as stage:
         stage.folders["m"][2] = "files 2"
@@ -380,6 +415,8 @@ async def test_without_workers_a_version_is_available_and_a_worker_that_comes_la
         version = stage.manager.snapshot.versions["m", 1]
         assert (version.state, version.missing_on) == ("LOADING", (1,)) and "worker 1: it cannot" in version.error
         assert stage.latest("m") == 1, "what others have is taken away"
+        stage.manager.worker_lost(1, "a life before")
+        assert stage.state("m", 1) == "LOADING", "the life that there is now counts"
         stage.kill_worker(1)
         assert stage.state("m", 1) == "AVAILABLE"
 
@@ -400,6 +437,7 @@ async def test_while_weights_change_nothing_shares_a_run_and_afterwards_every_wo
     async with playing() as stage:
         await asyncio.sleep(20)
         key, seen = ModelKey("m", 1), []
+        first = stage.manager.snapshot.versions[key].loaded.weights_id
 
         async def change(loaded: LoadedVersion) -> LoadedVersion:
             for worker in stage.workers.values():
@@ -410,6 +448,11 @@ async def test_while_weights_change_nothing_shares_a_run_and_afterwards_every_wo
         await stage.manager.change_weights(key, change)
         assert seen == [(), ()]
         assert all(worker.ready[key] == "second" for worker in stage.workers.values())
+        worker = stage.workers[0]
+        stage.manager.report(WorkerReport(0, str(worker.life), dict(worker.settled), {key: first}, {}))
+        assert stage.manager.snapshot.versions[key].missing_on == (0,), "what has the weights of before is not ready"
+        worker.report()
+        assert stage.manager.snapshot.versions[key].missing_on == ()
 
         async def fail(loaded: LoadedVersion) -> LoadedVersion:
             raise InvalidRequest("wrong shape")
@@ -442,9 +485,28 @@ async def test_some_observations_decide_whether_requests_share_runs_and_those_of
             assert loaded().batchable == ()
             manager.observe(key, "second", "serving_default", True)
         assert loaded().batchable == ("serving_default",) and loaded().undecided == ()
-        await manager.change_weights(key, change)
+        for _ in range(2):
+            await manager.change_weights(key, change)
+            for _ in range(EVIDENCE - 1):
+                manager.observe(key, "second", "serving_default", True)
+        assert loaded().undecided == ("serving_default",), "what was seen of other weights counts"
         manager.observe(key, "second", "serving_default", False)
         assert loaded().batchable == loaded().undecided == (), "before they have ever shared a run one is enough"
+
+
+async def test_what_was_seen_of_a_version_does_not_count_when_it_comes_back():
+    async with playing() as stage:
+        await asyncio.sleep(20)
+        key, manager = ModelKey("m", 1), stage.manager
+        for _ in range(2):
+            loaded = manager.snapshot.versions[key].loaded
+            for _ in range(EVIDENCE - 1):
+                manager.observe(key, "serving_default", loaded.weights_id, False)
+            assert manager.snapshot.versions[key].loaded.batchable == ("serving_default",)
+            stage.folders["m"] = {2: "files 2"}
+            await asyncio.sleep(20)
+            stage.folders["m"] = {1: "files 1"}
+            await asyncio.sleep(20)
 
 
 @pytest.mark.parametrize("seed", range(70))

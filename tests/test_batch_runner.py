@@ -8,7 +8,8 @@ import time
 import numpy as np
 import pytest
 
-from shared_graph.batch_runner import AUDITED, BatchRunner, Item, distinct_rows
+import shared_graph.batch_runner as module
+from shared_graph.batch_runner import AUDITED, MAX_SHARED_ROWS, NOT_HALVED, TRIED_ROWS, BatchRunner, Item, distinct_rows
 from shared_graph.errors import DeadlineExceeded, Error, InvalidRequest, ModelError, WorkerLost
 from shared_graph.graph import Graph
 from shared_graph.merging import find_batchable
@@ -35,12 +36,14 @@ class PlayedGraph:
         self.signature = Signature("serving_default", {"x": spec}, {"y": spec}, "", False, False)
         self.signatures, self.looks_across = {"serving_default": self.signature}, looks_across
         self.runs: list[list[int]] = []
+        self.deadlines: list[float] = []
         self.now, self.run_s = 0.0, run_s
 
     def run(self, signature: str, feed: list[np.ndarray], deadline: float) -> list[np.ndarray]:
         assert self.now < deadline
         self.now += self.run_s
         self.runs.append(feed[0].tolist())
+        self.deadlines.append(deadline)
         if (feed[0] < 0).any():
             raise ModelError("negative", 400)
         outputs = 2 * feed[0] + len(feed[0]) * self.looks_across
@@ -48,17 +51,17 @@ class PlayedGraph:
 
 
 class Played:
-    """A runner of a played graph, what it answers and what it observes."""
+    """A runner of a played graph, what it answers and what it observes. The next ``group`` is the how many-th that
+    shares a run: of the fifth to seventh none are run alone as well."""
 
-    def __init__(self, batchable: bool = True, undecided: bool = False, now: float = 0.0, exact=False, **graph):
+    def __init__(self, batchable=True, undecided=False, now: float = 0.0, exact=False, group: int = 5, **graph):
         self.graph, self.observed, self.answers = PlayedGraph(**graph), [], collections.Counter()
         known = [("serving_default",) * batchable, ("serving_default",) * undecided]
         loaded = LoadedVersion({}, "", (), *known, False, "")
         self.graph.now = now
         observe = lambda *what: self.observed.append(what)
-        self.runner = BatchRunner(
-            self.graph, loaded, exact, self.reply, observe, collections.Counter(), lambda: self.graph.now
-        )
+        shared_runs = collections.Counter({("", "serving_default"): group - 1})
+        self.runner = BatchRunner(self.graph, loaded, exact, self.reply, observe, shared_runs, lambda: self.graph.now)
         self.found = {}
 
     def reply(self, answers: dict) -> None:
@@ -76,9 +79,9 @@ class Played:
 
 def test_a_group_that_fails_is_halved_until_the_bad_request_fails_alone():
     played = Played()
-    answers = played.answer(*[rows(1)] * 36, rows(-1), *[rows(2)] * 31)
-    assert [index for index, answer in enumerate(answers) if isinstance(answer, ModelError)] == [36]
-    assert len(played.graph.runs) <= AUDITED + 1 + 2 * 6  # and not 64
+    answers = played.answer(*[rows(1)] * 32, rows(-1), *[rows(2)] * 31)
+    assert [index for index, answer in enumerate(answers) if isinstance(answer, ModelError)] == [32]
+    assert len(played.graph.runs) <= 1 + 2 * 6  # and not 64
 
 
 def test_one_odd_row_count_fails_its_request_and_is_told_and_the_others_share_runs_again_the_next_time():
@@ -101,7 +104,7 @@ def test_where_it_is_not_known_whether_rows_share_runs_a_group_is_run_both_ways_
 
 
 def test_of_the_first_second_fourth_eighth_group_that_shares_a_run_some_are_run_alone_as_well():
-    played, audited = Played(), []
+    played, audited = Played(group=1), []
     for group in range(2, 22):
         played.graph.runs.clear()
         played.answers.clear()
@@ -115,7 +118,7 @@ def test_of_the_first_second_fourth_eighth_group_that_shares_a_run_some_are_run_
 
 
 def test_what_shares_runs_and_gets_other_answers_in_company_is_run_alone_as_soon_as_that_is_seen_and_it_is_told():
-    played = Played(looks_across=1)
+    played = Played(looks_across=1, group=1)
     for _ in range(3):
         played.answers.clear()
         assert played.answer(*map(rows, range(10))) == [[2 * value + 1] for value in range(10)]
@@ -123,13 +126,13 @@ def test_what_shares_runs_and_gets_other_answers_in_company_is_run_alone_as_soon
 
 
 def test_equal_requests_share_runs_all_the_same():
-    played = Played()
+    played = Played(group=1)
     assert played.answer(*[rows(1)] * 64) == [[2]] * 64
     assert len(played.graph.runs) == AUDITED + 1 and played.observed == []
 
 
 def test_where_requests_change_the_model_none_are_run_twice_to_see_whether_they_agree():
-    played = Played()
+    played = Played(group=1)
     played.graph.mutates_state = True
     assert played.answer(*map(rows, range(5))) == [[2 * value] for value in range(5)]
     assert played.graph.runs == [[0, 1, 2, 3, 4]]
@@ -171,7 +174,71 @@ def test_rows_are_told_apart_by_all_that_is_in_them():
 def test_requests_of_another_shape_than_the_declared_one_are_run_alone_though_each_has_the_same():
     played = Played()
     assert played.answer(rows([1, 2]), rows([3, 4]), rows(5), rows(6)) == [[[2, 4]], [[6, 8]], [10], [12]]
-    assert sorted(played.graph.runs, key=str) == [[5, 6], [5], [6], [[1, 2]], [[3, 4]]]
+    assert sorted(played.graph.runs, key=str) == [[5, 6], [[1, 2]], [[3, 4]]]
+
+
+def test_requests_share_runs_only_with_those_of_the_same_shape_and_small_groups_come_first():
+    played = Played()
+    played.graph.signature.inputs["x"] = TensorSpec("int64", None)
+    assert played.answer(rows([1, 2]), rows([3, 4]), rows(5), rows(6)) == [[[2, 4]], [[6, 8]], [10], [12]]
+    assert played.graph.runs == [[5, 6], [[1, 2], [3, 4]]]
+    played = Played()
+    assert played.answer(rows(*[1] * (MAX_SHARED_ROWS + 1)), rows(2), rows(*[3] * MAX_SHARED_ROWS))[1] == [4]
+    assert [len(run) for run in played.graph.runs] == [MAX_SHARED_ROWS + 1] * 2
+
+
+def test_a_request_whose_inputs_have_not_the_same_number_of_rows_is_run_alone():
+    played = Played()
+    played.graph.signature.inputs["y"] = played.graph.signature.inputs["x"]
+    body = "serving_default", {"x": np.array([1, 2]), "y": np.array([5])}
+    assert played.answer(*[WireRequest("arrays", body, 60, False)] * 2) == [[2, 4]] * 2
+    assert played.graph.runs == [[1, 2]] * 2
+
+
+def test_json_and_arrays_have_runs_of_their_own_since_their_answers_are_prepared_otherwise():
+    played = Played()
+    played.runner.answer([WireRequest("predict", (b'{"instances": [1]}', False), 60, False), rows(2)], 0.0)
+    assert played.found[0] == b'{"predictions":[2]}' and played.found[1]["y"].tolist() == [4]
+    assert played.graph.runs == [[1], [2]]
+
+
+def test_a_batch_that_becomes_large_when_it_is_read_is_run_part_by_part(monkeypatch):
+    monkeypatch.setattr(module, "MAX_DECODED_BYTES", 100)
+    played = Played()
+    assert played.answer(*[rows(1)] * 30) == [[2]] * 30
+    assert [len(run) for run in played.graph.runs] == [13, 13, 4]
+    played = Played()
+    played.graph.signature.inputs["x"] = TensorSpec("object", (None,))
+    played.graph.run = lambda signature, feed, deadline: [np.full(len(feed[0]), len(feed[0]))]
+    assert played.answer(*[rows("a")] * 5) == [[2]] * 4 + [[1]]  # a string is more than what points to it
+
+
+def test_a_run_has_time_until_the_last_deadline_of_its_group():
+    played = Played()
+    assert played.answer(rows(1, seconds=5), rows(2, seconds=60), rows(3, seconds=30)) == [[2], [4], [6]]
+    assert played.graph.deadlines == [60]
+
+
+@pytest.mark.parametrize("status", NOT_HALVED)
+def test_a_group_that_fails_for_what_is_not_in_its_requests_is_not_run_again(status):
+    played = Played()
+
+    def fail(signature: str, feed: list[np.ndarray], deadline: float) -> list[np.ndarray]:
+        played.graph.runs.append(feed[0].tolist())
+        raise ModelError("the device has gone", status)
+
+    played.graph.run = fail
+    assert [answer.status for answer in played.answer(*map(rows, range(8)))] == [status] * 8
+    assert played.graph.runs == [list(range(8))]
+
+
+@pytest.mark.parametrize("kind", ["mutates_state", "runs_python", None])
+def test_what_a_lost_worker_had_runs_again_only_where_it_has_changed_nothing_and_called_nobody(kind):
+    played = Played(batchable=False)
+    if kind:
+        setattr(played.graph.signature, kind, True)
+    [answer] = played.answer(rows(1, is_repeated=True))
+    assert isinstance(answer, WorkerLost) and not played.graph.runs if kind else answer == [2]
 
 
 def test_what_only_the_run_of_a_writing_signature_shows_is_told_as_done():
@@ -213,6 +280,25 @@ def test_rows_that_are_answered_alone_and_refused_together_share_no_runs():
     assert played.answer(rows(1), rows(2)) == [[2], [4]] and played.observed == [("serving_default", False)]
 
 
+def test_a_few_rows_are_tried_both_ways_and_not_those_of_large_requests():
+    played = Played(batchable=False, undecided=True)
+    played.answer(rows(*range(100, 101 + TRIED_ROWS)), *map(rows, range(20, 20 + 2 * TRIED_ROWS)))
+    assert played.graph.runs[-1] == list(range(20, 20 + TRIED_ROWS)) and played.observed == [("serving_default", True)]
+
+
+def test_a_run_of_both_ways_that_fails_for_what_is_not_in_its_requests_speaks_for_nothing():
+    played = Played(batchable=False, undecided=True)
+    run = played.graph.run
+
+    def one_row_alone(signature: str, feed: list[np.ndarray], deadline: float) -> list[np.ndarray]:
+        if len(feed[0]) > 1:
+            raise ModelError("no memory is left", 429)
+        return run(signature, feed, deadline)
+
+    played.graph.run = one_row_alone
+    assert played.answer(rows(1), rows(2)) == [[2], [4]] and played.observed == []
+
+
 def test_a_broken_row_among_those_that_are_run_both_ways_fails_alone():
     played = Played(batchable=False, undecided=True)
     answers = played.answer(rows(1), rows(-1), rows(2))
@@ -232,7 +318,7 @@ def test_what_has_become_late_while_others_of_its_batch_ran_is_not_run(undecided
 @pytest.mark.parametrize("seed", range(300))
 def test_whatever_comes_each_request_is_answered_once_with_what_it_asked_for(seed):
     chance = random.Random(seed)
-    played = Played(batchable=chance.random() < 0.7, undecided=chance.random() < 0.5, now=10.0)
+    played = Played(chance.random() < 0.7, chance.random() < 0.5, now=10.0, group=chance.randint(1, 8))
     requests, expected = [], []
     for _ in range(chance.randint(0, 40)):
         kind = chance.choices(["good", "bad", "odd", "late", "unread", "wide"], [20, 1, 0.3, 1, 1, 1])[0]

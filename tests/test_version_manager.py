@@ -501,7 +501,7 @@ async def test_what_was_seen_of_a_version_does_not_count_when_it_comes_back():
         for _ in range(2):
             loaded = manager.snapshot.versions[key].loaded
             for _ in range(EVIDENCE - 1):
-                manager.observe(key, "serving_default", loaded.weights_id, False)
+                manager.observe(key, loaded.weights_id, "serving_default", False)
             assert manager.snapshot.versions[key].loaded.batchable == ("serving_default",)
             stage.folders["m"] = {2: "files 2"}
             await asyncio.sleep(20)

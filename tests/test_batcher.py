@@ -361,15 +361,6 @@ async def test_what_nobody_waits_for_any_more_takes_up_no_place_and_no_memory_be
     assert await waits == "waitswaits" and stage.is_empty()
 
 
-async def test_what_is_given_up_in_the_moment_in_which_a_batch_is_made_is_not_sent():
-    stage = Stage(workers=0)
-    futures = stage.ask(1, 2, 3)
-    await turn()
-    futures[1].cancel()
-    stage.add_worker(0).answer()
-    assert stage.bodies == [[1, 3]] and [await futures[0], await futures[2]] == [2, 6] and stage.is_empty()
-
-
 async def test_a_signature_that_is_fast_is_known_to_be_so_after_a_hiccup_and_refusals_say_nothing_of_a_slow_one():
     stage = Stage(max_batch=1)
     key, times = None, itertools.cycle([0.005] * 5 + [0.5])
@@ -658,10 +649,10 @@ async def test_opened_again_it_takes_what_comes_and_what_waits_goes_on():
     stage.batcher.close(Unavailable("It is over."))
     [refused] = stage.ask(1)
     assert isinstance(await error_of(refused), Unavailable)
-    stage.batcher.close(None)
+    stage.batcher.reopen()
     [waits] = stage.ask(2)
     await turn()
-    stage.batcher.close(None)  # as at each start of the parameter server
+    stage.batcher.reopen()  # as at each start of the parameter server
     await turn()
     assert not waits.done()
     stage.add_worker(0).answer()

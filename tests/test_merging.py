@@ -63,6 +63,8 @@ yes, no, unknown = Verdict(("s",)), Verdict(), Verdict((), ("s",))
         (lambda x: x[:9], "float32", no, no),
         (lambda x: np.zeros((len(x), 1 + int(abs(x[0]) * 1e6) % 7)), "float32", no, no),
         (lambda x: x * np.nan, "float32", unknown, unknown),
+        (lambda x: 0 * x, "float32", unknown, unknown),
+        (lambda x: 0 * x + (len(x) == 8), "float32", no, no),
         (fail(400), "float32", unknown, unknown),
         (fail(500), "float32", unknown, unknown),
         (lambda x: 3 * x, "int32", yes, yes),
@@ -155,10 +157,29 @@ def test_answers_are_equal_to_rounding_or_to_the_last_bit(a, b, equal, exactly):
     assert (answers_equal(a, b, False), answers_equal(a, b, True)) == (equal, exactly)
 
 
-def test_an_answer_without_a_finite_number_tells_nothing_but_an_empty_one_or_none_of_floats_does():
-    nothing = np.float32([np.nan, np.inf])
-    assert not tells((nothing,)) and tells((nothing, np.float32([1, np.nan]))) and tells((nothing, np.int32([1])))
-    assert tells((np.zeros(0),)) and tells((np.array([b"a"], object),))
+SAME, ONES, WORDS = np.full((2, 3), np.nan), np.ones((2, 3)), np.array([[b"a"], [b"b"]], object)
+
+
+@pytest.mark.parametrize(
+    "answers, telling",
+    [
+        ([(ONES, (None, 3))], False),
+        ([(SAME, (None, 3))], False),
+        ([(-SAME, (None, 3))], False),
+        ([(np.zeros((2, 0)), (None, None))], False),
+        ([(ONES * [[1], [2]], (None, 3))], True),
+        ([(WORDS, (None, 1))], True),
+        ([(WORDS, None)], True),
+        ([(ONES, (None, 3)), (WORDS, (None, 1))], True),  # such as the number of all classes
+        ([(ONES, (None, None)), (WORDS, (None, 1))], False),  # as many as the row of the batch that has most
+        ([(ONES, None), (WORDS, (None, 1))], False),
+        ([(ONES[:1], (None, 3))], False),
+    ],
+)
+def test_that_all_rows_have_the_same_answer_tells_nothing_nor_does_such_an_output_that_may_grow(answers, telling):
+    outputs = {str(i): TensorSpec("float32", shape) for i, (_, shape) in enumerate(answers)}
+    signature = Signature("s", {}, outputs, "", False, False)
+    assert tells(signature, [rows for rows, _ in answers]) == telling
 
 
 @pytest.mark.parametrize(
@@ -188,6 +209,9 @@ def test_sample_rows_are_of_the_declared_shape_and_type_and_unlike_each_other():
     f, i, o, s = sample_rows(Signature("s", specs, {}, "", False, False), 50)
     assert (f.dtype, f.shape, i.dtype, i.shape, o.shape) == (np.float32, (50, 2), np.int8, (50,), (50, 3))
     assert set(i) == {0, 1} and s.shape == () and all(isinstance(word, bytes) for word in o.flat)
-    assert len(np.unique(f)) == 100 and np.abs(f).max() > 1000 * np.abs(f).min() and len(set(o.flat)) > 100
+    numbers = np.abs(f[::2])
+    assert len(np.unique(numbers)) == 50 and numbers.max() > 1000 * numbers.min() and len(set(o.flat)) > 100
+    padded = f[1::2] == 0
+    assert padded[:, 1].any() and not padded.all() and (padded[:, 1] >= padded[:, 0]).all()
     [large] = sample_rows(Signature("s", {"i": specs["i"]}, {}, "", False, False), 50, 60)
     assert large.min() >= 0 and 60 < large.max() < 120

@@ -3,7 +3,6 @@
 import asyncio
 import itertools
 import threading
-import types
 
 import pytest
 
@@ -234,26 +233,6 @@ numbers = itertools.count(1)
 def there(**changes) -> Snapshot:
     """In which the version is loaded, with what is other about it. The next call makes a later one."""
     return Snapshot(next(numbers), {KEY: THERE._replace(loaded=LOADED._replace(**changes))}, frozenset(), {})
-
-
-async def test_what_shares_runs_is_what_the_last_snapshot_says_also_for_a_graph_that_was_built_meanwhile(
-    replica, building
-):
-    replica, (graphs, may_end) = replica(), building
-    graphs.append(graph := PlayedGraph())
-    graph.signatures = {name: types.SimpleNamespace(batchable=False) for name in "ab"}
-    share = lambda: [name for name, signature in graph.signatures.items() if signature.batchable]
-    replica.apply(late := there(batchable=("a",)))
-    await asyncio.sleep(0.05)
-    replica.apply(there(batchable=("b",)))
-    may_end.set()
-    await until(lambda: KEY in replica.graphs)
-    assert share() == ["b"]
-    replica.apply(there(weights_id="other"))
-    assert share() == [] and replica._weights == {KEY: "other"} and not replica._bringing_up, "it has no weights itself"
-    replica.apply(late)
-    assert share() == [] and replica._weights == {KEY: "other"}
-    replica.leave()
 
 
 async def test_when_the_parameter_server_is_gone_that_is_told_once_and_nothing_runs_or_begins(replica, building):

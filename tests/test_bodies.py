@@ -10,7 +10,18 @@ import pytest
 from conftest import in_a_process_of_its_own
 from test_json_codec import refused
 
-from shared_graph.bodies import FREE_BYTES, MAX_BODY_BYTES, MAX_MEMBERS, MAX_RATIO, content_type, is_array_file, unpack
+from shared_graph.bodies import (
+    FREE_BYTES,
+    MAX_BODY_BYTES,
+    MAX_MEMBERS,
+    MAX_PENDING_BYTES,
+    MAX_RATIO,
+    PendingBytes,
+    content_type,
+    is_array_file,
+    unpack,
+)
+from shared_graph.errors import InvalidRequest, Unavailable
 
 DOCUMENT = b'{"instances": [1, 2, 3]}'
 PACKED = gzip.compress(DOCUMENT)
@@ -70,3 +81,35 @@ def test_the_first_bytes_tell_what_a_body_and_an_answer_are():
     for answer, kind in kinds.items():
         assert content_type(answer) == kind
         assert is_array_file(answer) == (kind != "application/json")
+
+
+def test_no_more_bytes_are_kept_than_may_be_but_for_those_of_a_lone_request():
+    pending = PendingBytes()
+    for sizes in ([MAX_PENDING_BYTES - 1, 1], [MAX_PENDING_BYTES + 5]):
+        for size_bytes in sizes:
+            pending.hold(size_bytes)
+        with pytest.raises(Unavailable):
+            pending.hold(1)
+        pending.hold(0)
+        assert pending.count == sum(sizes)
+        for size_bytes in sizes:
+            pending.release(size_bytes)
+        assert pending.count == 0
+
+
+def test_a_body_is_counted_part_by_part_as_it_arrives_and_no_longer_however_that_ends():
+    pending = PendingBytes()
+    with pending.arriving() as hold, pending.arriving() as hold_other:
+        for part in (b"123", b"45"):
+            hold(part)
+        hold_other(bytes(MAX_BODY_BYTES))
+        assert pending.count == 5 + MAX_BODY_BYTES
+    assert pending.count == 0
+    with pytest.raises(InvalidRequest, match="larger than 64 MiB") as caught, pending.arriving() as hold:
+        hold(bytes(MAX_BODY_BYTES - 1))
+        hold(b"12")
+    assert (caught.value.status, pending.count) == (413, 0)
+    pending.hold(MAX_PENDING_BYTES)
+    with pytest.raises(Unavailable), pending.arriving() as hold:
+        hold(b"1")
+    assert pending.count == MAX_PENDING_BYTES, "what was refused is given back"

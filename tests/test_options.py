@@ -314,3 +314,27 @@ def test_a_function_is_named_by_its_module_and_a_parsed_source_stays_as_it_is():
 def test_two_models_of_one_name_are_refused_and_the_adders_is_taken(models, name):
     with pytest.raises(OptionError, match=f"'{name}'.*NAME="):
         Options(model=models)
+
+
+OTHERS = {
+    "workers": 3, "threads": 2, "model": ["m:f"], "parameter_servers": 2, "placement": "mirrored", "max_batch": 8,
+    "exact": True, "checkpoint_dir": "/other"}  # fmt: skip
+THEIR_OWN = {
+    "batch_wait_ms": 5, "max_queue": 7, "timeout_s": 3, "address": "auto", "host": "::1", "port": 1,
+    "allow_origin": ["*"]}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", [*OTHERS, *THEIR_OWN])
+def test_front_ends_of_a_shared_cluster_agree_on_all_but_what_is_their_own(name):
+    ours, others = Options().shared, Options(**{name: (OTHERS | THEIR_OWN)[name]}).shared
+    assert {key for key in ours if ours[key] != others[key]} == (
+        {f"--{name.replace('_', '-')}"} if name in OTHERS else set()
+    )
+    assert (
+        "the code of shared_graph" in ours and OTHERS.keys() | THEIR_OWN.keys() | {"input", "output"} == DEFAULTS.keys()
+    )
+
+
+@pytest.mark.parametrize("threads, compute_threads", [(1, 3), (2, 3), (3, 4), (8, 9)])
+def test_a_server_computes_in_one_thread_more_than_asked_for_and_at_least_in_three(threads, compute_threads):
+    assert Options(threads=threads).compute_threads == compute_threads

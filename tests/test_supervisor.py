@@ -260,6 +260,11 @@ async def test_each_change_of_what_the_parameter_server_serves_is_known_soon_and
         stage.actors["worker 0"].trouble = None
         await asyncio.sleep(20)
         assert stage.handed_out == handed_out + 1 and stage.status.workers[0].trouble is None
+        stage.actors["worker 0"].trouble = "a run does not end"
+        await asyncio.sleep(2 * PING_S)
+        stage.actors["worker 0"].kill()
+        await asyncio.sleep(0.01)
+        assert stage.status.workers[0].trouble is None, "it is over with the process"
 
 
 async def test_what_cannot_start_is_told_once_and_tried_again_with_growing_pauses(caplog):

@@ -104,7 +104,7 @@ class BatchRunner:
 
     def _group_of(self, item: Item) -> Hashable:
         signature = item.signature
-        if not item.feed or signature.name not in (*self._batchable, *self._undecided):
+        if signature.name not in (*self._batchable, *self._undecided):
             return item.index
         rows, parts = item.feed[0].shape[:1], [item.is_json, signature.name]
         for array, spec in zip(item.feed, signature.inputs.values()):

@@ -154,7 +154,7 @@ class Batcher:
         for request in reversed(lost):
             if request.future.done():
                 self.resolve(request, None)
-            elif connection.was_ended or self._closed or request.verb == "add" or request.is_repeated:
+            elif connection.was_ended or request.verb == "add" or request.is_repeated:
                 self.resolve(request, WorkerLost(f"Worker {connection.index} {why}; {MAYBE}."))
             else:
                 request.is_repeated = True

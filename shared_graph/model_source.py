@@ -118,7 +118,11 @@ def model_source(value: object) -> ModelSource:
     if not name or not name.isprintable():
         raise ValueError(f"a folder with NAME= before it, since {name!r} cannot stand in an address")
     source = ModelSource(name, int(base) if is_version else 1 if is_one else None, os.path.abspath(where))
-    if not source.versions():
+    try:
+        versions = source.versions()
+    except OSError as error:
+        raise ValueError(f"a folder that can be read: {error.strerror}") from None
+    if not versions:
         raise ValueError("a folder with a saved_model.pb in it, or in one of its folders that are named by a number")
     return source
 

@@ -1,6 +1,7 @@
 """Options: what each defaults to, where it is read from, which beats which, and what is refused with which words."""
 
 import dataclasses
+import errno
 import os
 import re
 import subprocess
@@ -280,6 +281,15 @@ def test_neither_an_empty_source_nor_a_folder_without_a_model_is_one(tmp_path, s
     for text, message in (("", "^--model : must be "), ("m=", "^--model m=: must be "), (tmp_path, r"saved_model\.pb")):
         with pytest.raises(OptionError, match=message):
             source(text)
+
+
+def test_a_folder_that_may_not_be_read_is_refused_in_a_sentence(tmp_path, monkeypatch):
+    def refuse(path):
+        raise PermissionError(errno.EACCES, "Permission denied", path)
+
+    monkeypatch.setattr(os, "listdir", refuse)
+    with pytest.raises(OptionError, match=r"^--model .*: must be a folder that can be read: Permission denied$"):
+        source(tmp_path)
 
 
 @pytest.mark.parametrize(

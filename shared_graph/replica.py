@@ -41,7 +41,7 @@ class Replica:
         self.shared_runs = collections.Counter[tuple[str, str]]()  # see BatchRunner
         self.is_left = False
         self._incarnation, self._left, self._marks = incarnation, left, LoadMarks(info.folder, f"worker-{index}")
-        self._weights: dict[ModelKey, str] = {}  # the id of those that a graph has
+        self._weights: dict[ModelKey, str] = {}  # of each graph, the id of those that it has
         self._settled: dict[str, int] = {}
         self._bringing_up: set[ModelKey] = set()
         self._changed, self._unreported = asyncio.Event(), asyncio.Event()
@@ -184,8 +184,8 @@ class Replica:
 
     async def _report(self) -> None:
         self._unreported.clear()
-        ready = {key: self._weights[key] for key in self.graphs if key in self._weights}
-        report = WorkerReport(self.index, self._incarnation, dict(self._settled), ready, dict(self.failed))
+        state = dict(self._settled), dict(self._weights), dict(self.failed)
+        report = WorkerReport(self.index, self._incarnation, *state)
         self.apply(await self.server.call("report", self.server_incarnation, report))
 
     async def _keep_reporting(self) -> None:

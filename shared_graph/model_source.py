@@ -15,6 +15,15 @@ ADDER = "adder"
 SAVED_MODEL_FILES = ("saved_model.pb", "saved_model.pbtxt")
 
 
+class Found(NamedTuple):
+    """What lies in a model's folder."""
+
+    versions: dict[int, ModelSource]
+    labels: dict[str, int]
+    files_seen: dict[int, list]  # of each version
+    oddity: str | None = None  # what looks like a version and is left aside
+
+
 class ModelSource(NamedTuple):
     """A SavedModel's folder, or a function that builds a graph."""
 
@@ -25,6 +34,12 @@ class ModelSource(NamedTuple):
 
     def __str__(self) -> str:
         return f"{self.name} ({self.folder or self.function})"
+
+    def look(self) -> Found:
+        """Raises OSError without a folder."""
+        versions = self.versions()
+        files_seen = {number: its.files_seen() for number, its in versions.items()}
+        return Found(versions, self.labels(), files_seen, self.oddity())
 
     def versions(self) -> dict[int, ModelSource]:
         """What can be loaded at the moment. The shorter of 7 and 007 counts. Raises OSError without a folder."""

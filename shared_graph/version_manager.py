@@ -14,25 +14,15 @@ import contextlib
 import dataclasses
 import logging
 from collections.abc import Awaitable, Callable
-from typing import NamedTuple
 
 from shared_graph.errors import Error, ModelError, Unavailable, first_sentence
-from shared_graph.model_source import ModelSource
+from shared_graph.model_source import Found, ModelSource
 from shared_graph.models import LoadedVersion, ModelKey, ModelVersion, Snapshot, WorkerReport, not_found
 
 log = logging.getLogger(__name__)
 
 BRING_UP_LIMIT_S = 150.0  # in which a worker has a new version, or says why not; it has shorter limits of its own
 EVIDENCE = 3  # so many observations decide whether the requests of a signature may share runs
-
-
-class Found(NamedTuple):
-    """What lies in a model's folder."""
-
-    versions: dict[int, ModelSource]
-    labels: dict[str, int]
-    files_seen: dict[int, list]  # of each version
-    oddity: str | None = None  # what looks like a version and is left aside
 
 
 @dataclasses.dataclass(eq=False)
@@ -127,49 +117,11 @@ class VersionManager:
         there any more, or has become another, and says so. Returns what is odd in the folder; raises Unavailable when
         that cannot be read."""
         async with self._turns[name]:
-            try:
-                found = await self._look(self.sources[name])
-            except OSError as error:
-                why = f"The folder of model {name} cannot be read: {error.strerror or error}"
-                for version in self._loaded(name):
-                    version.error = why
-                self._loading.discard(name)  # nobody is to wait for it
-                self._update()
-                raise Unavailable(why) from None
-            before, self._files_seen[name] = self._files_seen.get(name, {}), found.files_seen
-            at_rest = {number for number, files in found.files_seen.items() if before.get(number) == files}
-            for version in self._loaded(name):
-                failures = self._failures(version.key)
-                if not version.was_ready and failures and len(failures) == len(self._all()):
-                    number, pointers = version.source.version, self._pointers[name]
-                    # who asks waits for another one
-                    self._pointers[name] = {choice: None if n == number else n for choice, n in pointers.items()}
-                    await self._fail(version, ModelError(failures[0]))
-            pointers, loaded = self._pointers[name], {version.source.version for version in self._loaded(name)}
-            aspired = {choice: pointers[choice] for choice in [None, *found.labels] if pointers.get(choice) in loaded}
-            for version in sorted(found.versions, reverse=True):
-                if await self._ensure_loaded(found, version, version in at_rest, at_once):
-                    aspired[None] = version
-                    break
-            for label, version in sorted(found.labels.items()):
-                if version in found.versions:
-                    if await self._ensure_loaded(found, version, version in at_rest, at_once):
-                        aspired[label] = version
-                elif ModelKey(name, version) not in self._versions:
-                    why = f"The label {label!r} of model {name} stands for version {version}, which is not there."
-                    source = self.sources[name]._replace(version=version)
-                    self._versions[ModelKey(name, version)] = Version(source, [], "END", why)
-                    self._update()
-            await self._switch(name, aspired)
+            found = await self._look_at(name)
+            await self._end_what_fails_everywhere(name)
+            await self._switch(name, await self._load_aspired(name, found, at_once))
             self._loading.discard(name)
-            for version in self._loaded(name):
-                version.error = version.what_is_odd(found) if version.source.version in aspired.values() else None
-            self._update()
-            for version in [v for v in self._versions.values() if v.source.name == name]:
-                if version.loaded and version.source.version not in aspired.values():
-                    await self._drop(version, "UNLOADING")
-                if not version.loaded and version.source.version not in {*found.versions, *found.labels.values()}:
-                    self._forget(version)
+            await self._leave_unused(name, found)
             return found.oddity
 
     async def change_weights(self, key: ModelKey, change: Callable[[LoadedVersion], Awaitable[LoadedVersion]]) -> None:
@@ -193,8 +145,63 @@ class VersionManager:
                 version.evidence.clear()
                 self._update()
             await self._until_settled(key.name)
-            await self._until(lambda: all(r.ready.get(key) in (None, version.loaded.weights_id) for r in self._all()))
+            its = (None, version.loaded.weights_id)
+            await self._until(lambda: all(r.ready.get(key) in its for r in self._reports.values()))
             version.weights_ids = {version.loaded.weights_id}
+
+    async def _look_at(self, name: str) -> Found:
+        try:
+            return await self._look(self.sources[name])
+        except OSError as error:
+            why = f"The folder of model {name} cannot be read: {error.strerror or error}"
+        for version in self._loaded(name):
+            version.error = why
+        self._loading.discard(name)  # nobody is to wait for it
+        self._update()
+        raise Unavailable(why)
+
+    async def _end_what_fails_everywhere(self, name: str) -> None:
+        """Versions that were loaded when there were no workers yet, and that none of them can have."""
+        for version in self._loaded(name):
+            failures = self._failures(version)
+            if not version.was_ready and failures and len(failures) == len(self._reports):
+                number, pointers = version.source.version, self._pointers[name].items()
+                self._pointers[name] = {choice: None if n == number else n for choice, n in pointers}  # who asks waits
+                await self._fail(version, ModelError(failures[0]))
+
+    async def _load_aspired(self, name: str, found: Found, at_once: bool) -> dict[str | None, int]:
+        """What the latest and the labels are to stand for: what the folder says, where that can be loaded, else what
+        they stand for already."""
+        before, self._files_seen[name] = self._files_seen.get(name, {}), found.files_seen
+        at_rest = {number for number, files in found.files_seen.items() if before.get(number) == files}
+        pointers, loaded = self._pointers[name], {version.source.version for version in self._loaded(name)}
+        aspired = {choice: pointers[choice] for choice in [None, *found.labels] if pointers.get(choice) in loaded}
+        for number in sorted(found.versions, reverse=True):
+            if await self._ensure_loaded(found, number, number in at_rest, at_once):
+                aspired[None] = number
+                break
+        for label, number in sorted(found.labels.items()):
+            if number in found.versions:
+                if await self._ensure_loaded(found, number, number in at_rest, at_once):
+                    aspired[label] = number
+            elif ModelKey(name, number) not in self._versions:
+                why = f"The label {label!r} of model {name} stands for version {number}, which is not there."
+                source = self.sources[name]._replace(version=number)
+                self._versions[ModelKey(name, number)] = Version(source, [], "END", why)
+                self._update()
+        return aspired
+
+    async def _leave_unused(self, name: str, found: Found) -> None:
+        """Unload what nothing stands for any more; of the rest tell what is odd."""
+        in_use = self._pointers[name].values()
+        for version in self._loaded(name):
+            version.error = version.what_is_odd(found) if version.source.version in in_use else None
+        self._update()
+        for version in [v for v in self._versions.values() if v.source.name == name]:
+            if version.loaded and version.source.version not in in_use:
+                await self._drop(version, "UNLOADING")
+            if not version.loaded and version.source.version not in {*found.versions, *found.labels.values()}:
+                self._forget(version)
 
     async def _ensure_loaded(self, found: Found, number: int, is_at_rest: bool, at_once: bool) -> bool:
         """Is this version loaded? If not it is tried, unless its files still change, or have failed as they are."""
@@ -227,12 +234,11 @@ class VersionManager:
 
     async def _until_brought_up(self, version: Version) -> None:
         """Raises ModelError with what a worker says that could not."""
-        key = version.key
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(BRING_UP_LIMIT_S):
-                await self._until(lambda: self._failures(key) or not self._lacking(version))
+                await self._until(lambda: self._failures(version) or not self._lacking(version))
         missing = [f"worker {index} does not have it" for index in self._lacking(version)]
-        if why := self._failures(key) or missing:
+        if why := self._failures(version) or missing:
             raise ModelError(why[0])
 
     async def _switch(self, name: str, aspired: dict[str | None, int]) -> None:
@@ -251,7 +257,7 @@ class VersionManager:
         version.state, version.error, version.loaded = state, error, None
         self._update()
         await self._until_settled(version.source.name)
-        await self._until(lambda: not any(version.key in report.ready for report in self._all()))
+        await self._until(lambda: not any(version.key in report.ready for report in self._reports.values()))
         try:
             await self._unload(version.key)
         except Exception as failure:  # it must not hide why it was dropped
@@ -268,14 +274,12 @@ class VersionManager:
     def _loaded(self, name: str) -> list[Version]:
         return [version for version in self._versions.values() if version.source.name == name and version.loaded]
 
-    def _failures(self, key: ModelKey) -> list[str]:
-        return [f"worker {report.index}: {report.failed[key]}" for report in self._all() if key in report.failed]
+    def _failures(self, version: Version) -> list[str]:
+        failed = {report.index: report.failed.get(version.key) for report in self._reports.values()}
+        return [f"worker {index}: {why}" for index, why in failed.items() if why is not None]
 
     def _lacking(self, version: Version) -> tuple[int, ...]:
-        return tuple(sorted(report.index for report in self._all() if not version.is_ready_in(report)))
-
-    def _all(self) -> list[WorkerReport]:
-        return list(self._reports.values())
+        return tuple(sorted(report.index for report in self._reports.values() if not version.is_ready_in(report)))
 
     def _update(self) -> None:
         """Publish what there is now, if that is something else than before; and look again at what is waited for."""
@@ -292,7 +296,7 @@ class VersionManager:
         if version.loaded is None:
             return ModelVersion(version.source, version.state, version.error)
         missing = self._lacking(version)
-        failed = [f"Model {version.key}: {why}" for why in self._failures(version.key)]
+        failed = [f"Model {version.key}: {why}" for why in self._failures(version)]
         version.state = "LOADING" if missing else "AVAILABLE"
         return ModelVersion(version.source, version.state, next(iter(failed), version.error), version.loaded, missing)
 
@@ -303,7 +307,7 @@ class VersionManager:
     async def _until_settled(self, name: str) -> None:
         """Until each worker has done for this model what the last snapshot wants, or is gone."""
         wanted = self.snapshot.snapshot_id
-        await self._until(lambda: all(report.settled.get(name, 0) >= wanted for report in self._all()))
+        await self._until(lambda: all(report.settled.get(name, 0) >= wanted for report in self._reports.values()))
 
     def latest(self, name: str) -> ModelKey:
         """Raises InvalidRequest, or Unavailable while it is being loaded or another one takes its place."""

@@ -12,9 +12,9 @@ from collections.abc import Callable
 import pytest
 
 from shared_graph.errors import InvalidRequest, ModelError, Unavailable
-from shared_graph.model_source import ModelSource
+from shared_graph.model_source import Found, ModelSource
 from shared_graph.models import LoadedVersion, ModelKey, Snapshot, WorkerReport
-from shared_graph.version_manager import BRING_UP_LIMIT_S, EVIDENCE, Found, VersionManager
+from shared_graph.version_manager import BRING_UP_LIMIT_S, EVIDENCE, VersionManager
 
 pytestmark = pytest.mark.simulated
 

@@ -103,10 +103,10 @@ class BatchRunner:
             self._answer_group(group)
 
     def _group_of(self, item: Item) -> Hashable:
-        signature = item.signature
-        if signature.name not in (*self._batchable, *self._undecided):
+        signature, name = item.signature, item.signature.name
+        if not (name in self._batchable or name in self._undecided):
             return item.index
-        rows, parts = item.feed[0].shape[:1], [item.is_json, signature.name]
+        rows, parts = item.feed[0].shape[:1], [item.is_json, name]
         for array, spec in zip(item.feed, signature.inputs.values()):
             shape = array.shape
             if shape[:1] != rows or not (0,) <= rows <= (MAX_SHARED_ROWS,) or not spec.has(shape):

@@ -92,6 +92,9 @@ class Replica:
         for key, version in snapshot.versions.items():
             if version.loaded is None:
                 continue
+            if key in self.graphs and self.graphs[key].fingerprint != version.loaded.fingerprint:
+                self.graphs.pop(key).disconnect()  # of other files: it was replaced before anybody had heard of it
+                self._weights.pop(key, None)
             if key in self.graphs and not is_mirrored(self.options, version.source):
                 self._weights[key] = version.loaded.weights_id
             if key not in self._bringing_up and self._weights.get(key) != version.loaded.weights_id:

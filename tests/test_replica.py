@@ -94,6 +94,21 @@ async def test_a_version_that_is_given_up_while_it_is_built_is_not_kept(replica,
     replica.leave()
 
 
+async def test_a_graph_of_files_that_were_replaced_before_it_was_reported_is_built_anew(replica, building):
+    replica, (graphs, may_end) = replica(), building
+    graphs.append(before := PlayedGraph())
+    may_end.set()
+    replica.apply(Snapshot(1, {KEY: THERE}, frozenset(), {}))
+    await until(lambda: replica.graphs == {KEY: before})
+    graphs.append(after := PlayedGraph())
+    after.fingerprint = "of other files"
+    loaded = LOADED._replace(fingerprint=after.fingerprint, weights_id="others")
+    replica.apply(Snapshot(3, {KEY: THERE._replace(loaded=loaded)}, frozenset(), {}))
+    assert replica.graphs == {} and not before.is_connected
+    await until(lambda: replica.graphs == {KEY: after} and replica._weights == {KEY: "others"})
+    replica.leave()
+
+
 async def test_a_worker_that_catches_up_when_the_parameter_server_dies_says_so_and_reports_to_no_other_life(
     replica, building
 ):

@@ -22,7 +22,7 @@ from shared_graph.models import ModelVersion, VersionChoice
 from shared_graph.options import MAX_BATCHES_IN_FLIGHT, Options
 from shared_graph.pace import Pace
 from shared_graph.slots import Recent
-from shared_graph.wire import Answers
+from shared_graph.wire import Answers, WorkerInfo
 
 MAX_BATCH_BYTES = 2**25  # of requests that travel together
 SLOW_S = 0.03  # a batch that takes longer may hold up others in the parameter server
@@ -286,3 +286,12 @@ class Batcher:
         """The queues of batches that are not answered yet, of models that run Python or of the others."""
         firsts = [(k, next(iter(b.values()))) for c in self.connections for k, b in c.in_flight.values() if b]
         return [k for k, request in firsts if request.version.loaded.runs_python == runs_python]
+
+
+async def connect_worker(batcher: Batcher, index: int, info: WorkerInfo) -> WorkerConnection:
+    async with asyncio.timeout(10):
+        reader, writer = await asyncio.open_connection(*info.address, limit=2**24)
+    writer.write(info.authkey)
+    connection = WorkerConnection(index, reader, writer, batcher.receive, batcher.remove)
+    batcher.add(connection)
+    return connection

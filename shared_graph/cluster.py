@@ -6,17 +6,18 @@ import asyncio
 import atexit
 import concurrent.futures
 import contextlib
+import copy
 import dataclasses
 import functools
 import logging
+import operator
 import secrets
 from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterable, Iterator
 from typing import Any
 
 from shared_graph.actors import create_actor
 from shared_graph.adder import require_finite
-from shared_graph.batcher import Batcher
-from shared_graph.connection import WorkerConnection
+from shared_graph.batcher import connect_worker
 from shared_graph.errors import (
     ActorUnavailable,
     Error,
@@ -37,7 +38,6 @@ from shared_graph.ray_runtime import kill_process, ray_runtime, watch_ray
 from shared_graph.status import CLOSED, Status
 from shared_graph.supervisor import Supervisor
 from shared_graph.threads import check_threads, in_own_thread
-from shared_graph.wire import WorkerInfo
 
 log = logging.getLogger(__name__)
 
@@ -157,7 +157,7 @@ class Cluster:
     async def predict_async(
         self, inputs: Any, model: str, signature: str = "serving_default", version: VersionChoice = None
     ) -> Arrays:
-        """As ``predict``, awaitable."""
+        """As ``predict``, awaitable; ``inputs`` must not change before it returns."""
         return await self.request_async(model, "arrays", (str(signature), as_feed(inputs)), version)
 
     def get_weights(self, model: str) -> Arrays:
@@ -206,8 +206,8 @@ class Cluster:
         """
 
         def submit(batch: Any) -> concurrent.futures.Future:
-            request = self._request(model, "arrays", (str(signature), as_feed(batch)), version, is_patient=True)
-            return self._home.run(request)
+            feed = copy.deepcopy(as_feed(batch))  # who makes the batches may use one buffer for all
+            return self._home.run(self._request(model, "arrays", (str(signature), feed), version, is_patient=True))
 
         return map_batches(batches, submit, self.options, ordered)
 
@@ -246,6 +246,7 @@ class Cluster:
         if worker is not None and worker not in range(self.options.workers):
             workers = counted(self.options.workers, "worker")
             raise InvalidRequest(f"There is no worker {worker!r:.100}: there are {workers}, counted from 0")
+        choice = operator.index(choice) if hasattr(choice, "__index__") else choice  # such as numpy's
         version = self.status.get_model(model, choice)
         return await self.status.batcher.submit(model, choice, version, verb, body, worker, is_patient)
 
@@ -307,12 +308,3 @@ class Cluster:
         if not self.options.address and not ray_ended.done():
             await supervisor.end_actors()
         ray_ended.cancel()
-
-
-async def connect_worker(batcher: Batcher, index: int, info: WorkerInfo) -> WorkerConnection:
-    async with asyncio.timeout(10):
-        reader, writer = await asyncio.open_connection(*info.address, limit=2**24)
-    writer.write(info.authkey)
-    connection = WorkerConnection(index, reader, writer, batcher.receive, batcher.remove)
-    batcher.add(connection)
-    return connection

@@ -69,7 +69,8 @@ class ModelError(Error):
 
 
 NOISE = re.compile(
-    r'From /job:|\[\[|Graph execution error:|Detected at node|Node:|Traceback|File "|Original stack|\d+ root error\(s\)'
+    r'([A-Z_]+: )?From /job:|=+$|\[\[|Graph execution error:|Detected at node|Node:|Traceback|File "|Original stack'
+    r"|\d+ root error\(s\)"
 )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import hashlib
 import importlib
@@ -17,7 +18,6 @@ import numpy as np
 from shared_graph.errors import ModelError, first_sentence
 from shared_graph.graph_definition import (
     ITERATOR,
-    KERAS,
     check_keras,
     check_signatures,
     describe_signature,
@@ -29,6 +29,7 @@ from shared_graph.graph_definition import (
     operations_behind,
     prepare_nodes,
     probes,
+    tensor_info,
 )
 from shared_graph.model_source import ADDER, ADDER_SOURCE, ModelSource
 from shared_graph.models import Arrays, array_of
@@ -143,8 +144,8 @@ class Graph:
         self._config = session_config(tf, addresses) if addresses else server_config(tf, options, self.runs_python)
         self._open_session()
 
-    def _open_session(self) -> None:
-        """And make a callable for each signature."""
+    def _open_session(self) -> threading.Thread:
+        """And make a callable for each signature. Returns what ``disconnect`` does, of the session before."""
         from tensorflow.core.protobuf.config_pb2 import CallableOptions
 
         session = self._tf.Session(self._target, self.graph, self._config)
@@ -153,7 +154,7 @@ class Graph:
             name: session._make_callable_from_options(CallableOptions(feed=feeds, fetch=fetches))
             for name, (feeds, fetches) in self._feeds_and_fetches.items()
         }
-        self._use(session, callables)
+        return self._use(session, callables)
 
     def disconnect(self) -> threading.Thread:
         """Returns the thread in which the session ends, since that may wait for a server that is gone."""
@@ -163,16 +164,14 @@ class Graph:
         left = [self.session, self._callables]
         self.session, self._callables = session, callables
         self.variables.set_session(session)
-        ending = threading.Thread(target=left.clear, daemon=True)
+        ending = threading.Thread(target=end_session, args=[left], daemon=True)
         ending.start()
         return ending
 
     def cancel_runs(self) -> None:
         """End what runs, as far as its kernels let themselves be ended, and go on in another session; there what may
         still be in time begins anew."""
-        session = self.session
-        self._open_session()
-        session.close()
+        self._open_session().join()
 
     def free(self) -> threading.Thread:
         """Give the memory of the variables and tables back; returns what ``disconnect`` does."""
@@ -263,20 +262,13 @@ class Graph:
         return metadata_of(self._definitions)
 
 
-def tensor_info(tf, what: str, value):
-    """Of a variable: its value."""
-    kind = type(value).__name__
-    if kind in ("SparseTensor", "SparseTensorValue"):
-        raise ModelError(f"{what} is a SparseTensor; give its indices, values and dense_shape")
-    if kind == "KerasTensor":
-        raise ModelError(f"{what} is Keras's: {KERAS}")
-    if "RaggedTensor" in kind:
-        raise ModelError(f"{what} is a RaggedTensor; give its flat_values and row_splits, or to_tensor() of it")
-    try:
-        tensor = tf.convert_to_tensor(value)
-    except (TypeError, ValueError) as error:
-        raise ModelError(f"{what} is no tensor: {first_sentence(error)}") from None
-    return tf.saved_model.build_tensor_info(tensor)
+def end_session(left: list) -> None:
+    """``left`` holds it, and its callables. One that is closed asks its server nothing more when they go: that would
+    wait for a server that is gone, in whatever thread Python's garbage collector lets go of the last of them."""
+    with contextlib.suppress(Exception):
+        if left[0] is not None:
+            left[0].close()
+    left.clear()
 
 
 # tensorflow::error::Code to HTTP status, as TensorFlow Serving has it; any other is 500

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from shared_graph.errors import ModelError
+from shared_graph.errors import ModelError, first_sentence
 from shared_graph.models import Signature, TensorSpec
 
 # Operations that change what a later run sees
@@ -123,6 +123,22 @@ def check_signatures(name: str, returned: Any) -> None:
     are_sides = [isinstance(pair, (tuple, list)) and [isinstance(side, dict) for side in pair] for pair in pairs]
     if not pairs or any(kinds != [True, True] for kinds in are_sides):
         raise ModelError(f"{name} returned {returned!r:.100}, not a dict of signatures: (inputs, outputs), both dicts")
+
+
+def tensor_info(tf, what: str, value):
+    """Of a variable: its value."""
+    kind = type(value).__name__
+    if kind in ("SparseTensor", "SparseTensorValue"):
+        raise ModelError(f"{what} is a SparseTensor; give its indices, values and dense_shape")
+    if kind == "KerasTensor":
+        raise ModelError(f"{what} is Keras's: {KERAS}")
+    if "RaggedTensor" in kind:
+        raise ModelError(f"{what} is a RaggedTensor; give its flat_values and row_splits, or to_tensor() of it")
+    try:
+        tensor = tf.convert_to_tensor(value)
+    except (TypeError, ValueError) as error:
+        raise ModelError(f"{what} is no tensor: {first_sentence(error)}") from None
+    return tf.saved_model.build_tensor_info(tensor)
 
 
 def check_keras(graph, initializers: list) -> None:

@@ -188,7 +188,6 @@ class VersionManager:
                 why = f"The label {label!r} of model {name} stands for version {number}, which is not there."
                 source = self.sources[name]._replace(version=number)
                 self._versions[ModelKey(name, number)] = Version(source, [], "END", why)
-                self._update()
         return aspired
 
     async def _leave_unused(self, name: str, found: Found) -> None:

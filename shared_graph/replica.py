@@ -43,6 +43,7 @@ class Replica:
         self._incarnation, self._left, self._marks = incarnation, left, LoadMarks(info.folder, f"worker-{index}")
         self._weights: dict[ModelKey, str] = {}  # of each graph, the id of those that it has
         self._settled: dict[str, int] = {}
+        self._turns: dict[str, asyncio.Lock] = collections.defaultdict(asyncio.Lock)  # one snapshot after another
         self._bringing_up: set[ModelKey] = set()
         self._changed, self._unreported = asyncio.Event(), asyncio.Event()
         self._tasks: set[asyncio.Task] = set()
@@ -101,22 +102,22 @@ class Replica:
                 self._bringing_up.add(key)
                 keep_task(self._tasks, self._bring_up(key))
         for name in {key.name for key in [*before.versions, *snapshot.versions, *self.graphs]}:
-            keep_task(self._tasks, self._settle(name, snapshot, list(self.runs[name])))
+            keep_task(self._tasks, self._settle(name, snapshot, part_of(name, before) != part_of(name, snapshot)))
         self.failed = {key: why for key, why in self.failed.items() if self._wanted(key)}
         self._notify()
 
-    async def _settle(self, name: str, snapshot: Snapshot, runs: list[asyncio.Future]) -> None:
-        """Wait for what ran when it came, and so by the rules of before; then drop what is no longer served."""
-        if runs:
-            await asyncio.wait(runs)
-        known = [*snapshot.versions.items(), *self.snapshot.versions.items()]  # a later one may have loaded it anew
-        loaded = {key for key, version in known if version.loaded is not None}
-        dropped = [key for key in self.graphs if key.name == name and key not in loaded]
-        endings = [self.graphs.pop(key).disconnect() for key in dropped]
-        for key in dropped:
-            self._weights.pop(key, None)
-        self._settled[name] = max(snapshot.snapshot_id, self._settled.get(name, 0))
-        self._notify()
+    async def _settle(self, name: str, snapshot: Snapshot, is_other: bool) -> None:
+        """Wait for what runs by the rules of before; then drop what is no longer served."""
+        async with self._turns[name]:
+            if is_other and (runs := list(self.runs[name])):
+                await asyncio.wait(runs)
+            loaded = {key for key, version in snapshot.versions.items() if version.loaded is not None}
+            dropped = [key for key in self.graphs if key.name == name and key not in loaded]
+            endings = [self.graphs.pop(key).disconnect() for key in dropped]
+            for key in dropped:
+                self._weights.pop(key, None)
+            self._settled[name] = snapshot.snapshot_id
+            self._notify()
         if dropped:
             await in_own_thread(free_garbage, endings)
 
@@ -209,3 +210,13 @@ class Replica:
     async def _watch_server(self) -> None:
         await watch_death(self.server)
         self.leave()
+
+
+def part_of(name: str, snapshot: Snapshot) -> tuple[dict, dict]:
+    """What of a snapshot says how requests for a model are answered."""
+    versions = {
+        key: (version.loaded.batchable, version.loaded.undecided)
+        for key, version in snapshot.versions.items()
+        if key.name == name and version.loaded is not None
+    }
+    return versions, {pointer: version for pointer, version in snapshot.pointers.items() if pointer[0] == name}

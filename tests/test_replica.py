@@ -230,10 +230,10 @@ async def test_a_version_that_is_dropped_is_kept_for_what_runs_on_it_whatever_co
     run = asyncio.get_running_loop().create_future()
     replica.runs["a"].add(run)
     assert await settled(2, {KEY: THERE}, {}) == 1
-    replica.runs["a"].add(begun_since := asyncio.get_running_loop().create_future())
     assert await settled(3, {KEY: LEAVING}, {}) == 1
     assert await settled(4, {KEY: LEAVING, OTHER: ModelVersion(SOURCES["b"], "LOADING")}, {}) == 1
     assert graph.is_connected
+    replica.runs["a"] = {begun_since := asyncio.get_running_loop().create_future()}
     run.set_result(None)
     await asyncio.sleep(0.01)
     assert replica._settled["a"] == 2 and graph.is_connected

@@ -110,4 +110,4 @@ def make_server(options: Options, on_failure: Callable[[Error], object]) -> Serv
 
 
 if __name__ == "__main__":
-    run_front_end(__doc__.partition("\n")[0], make_server)
+    run_front_end(__doc__, make_server)

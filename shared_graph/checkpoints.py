@@ -52,11 +52,13 @@ class Checkpoints:
         name = "adder.sum" if source == ADDER_SOURCE else f"{source.name}.{source.version}.npz"
         return os.path.join(self.folder, name)
 
-    def save(self, source: ModelSource, weights: Arrays) -> None:
+    def save(self, source: ModelSource, weights: Arrays, graph: str = "") -> None:
+        """``graph``: its fingerprint, where the weights are of no use to another one."""
         arrays = {
             f"variables/{name}": value if value.dtype != object else np.array(value + b".", "S")
             for name, value in weights.items()
         }  # numpy strips zeros from the end of a string
+        arrays |= {f"graph/{graph}": np.zeros(0)} if graph else {}
         self._write_first(self.path(source), lambda file: np.savez(file, **arrays))
 
     def save_sum(self, total: float) -> None:
@@ -78,22 +80,18 @@ class Checkpoints:
             if self.durable:
                 os.fdatasync(self._sum_file)
 
-    def load(self, source: ModelSource) -> Arrays:
-        """What was kept last, if anything was. Raises ModelError when it is damaged, or has gone since."""
+    def load(self, source: ModelSource, graph: str = "") -> Arrays:
+        """What was kept last, if anything was. Raises ModelError when it is damaged, of another graph, or has gone
+        since."""
         path = self.path(source)
         try:
             with open(path, "rb") as file:
-                if source != ADDER_SOURCE:
-                    return {
-                        name.removeprefix("variables/"): array
-                        if array.dtype.kind != "S"
-                        else object_array(text[:-1] for text in array.flat).reshape(array.shape)
-                        for name, array in np.load(file).items()
-                    }
-                record = file.read()
-                if len(record) != 16 or record[:8] != record[8:]:
-                    raise ValueError("it is not one number twice")
-                return {"sum": np.frombuffer(record)[0]}
+                if source == ADDER_SOURCE:
+                    record = file.read()
+                    if len(record) != 16 or record[:8] != record[8:]:
+                        raise ValueError("it is not one number twice")
+                    return {"sum": np.frombuffer(record)[0]}
+                arrays = dict(np.load(file).items())
         except Exception as error:  # there is no end to what numpy and zipfile raise
             if isinstance(error, FileNotFoundError) and os.path.basename(path) not in self._checkpointed:
                 return {}
@@ -101,6 +99,15 @@ class Checkpoints:
                 f"The checkpoint {path} is damaged or gone ({first_sentence(error)}): put a good one"
                 " there, or remove it and start the program anew."
             ) from None
+        if any(name.startswith("graph/") and name != f"graph/{graph}" for name in arrays):
+            raise ModelError(f"The checkpoint {path} is not of this model: it was saved for another graph")
+        return {
+            name.removeprefix("variables/"): array
+            if array.dtype.kind != "S"
+            else object_array(text[:-1] for text in array.flat).reshape(array.shape)
+            for name, array in arrays.items()
+            if not name.startswith("graph/")
+        }
 
     def stamp(self, source: ModelSource) -> str:
         """Another one when other weights have been saved."""

@@ -62,11 +62,11 @@ class Server(uvicorn.Server):
         await super().shutdown(sockets)
 
 
-def run_front_end(description: str, make_server: Callable[[Options, Callable[[Error], None]], Server]) -> None:
+def run_front_end(document: str | None, make_server: Callable[[Options, Callable[[Error], None]], Server]) -> None:
     """The program that a front end is, until it is told to end, or until nothing will be served any more: then its
     status is 1. ``make_server`` is given the options of the command line, and what is to be called with such a failure.
     """
-    options = Options.from_command_line(description, FRONT_END)
+    options = Options.from_command_line((document or "").partition("\n")[0], FRONT_END)  # python -OO has none
     start_program()
     failures: list[Error] = []
 

@@ -119,7 +119,6 @@ class Loader:
 
     def _build_and_restore(self, key: ModelKey, source: ModelSource) -> Graph:
         """In a thread of its own, which may take long."""
-        weights = self._checkpoints.load(source)
         with contextlib.ExitStack() as stack:
             if source.folder:
                 self.bundles[key] = stack.enter_context(bundled(source, is_mirrored(self._options, source)))
@@ -130,7 +129,7 @@ class Loader:
             self._graphs[key] = graph
             graph.connect(self.addresses, self._options)
             try:
-                graph.restore(weights)
+                graph.restore(self._checkpoints.load(source, graph.fingerprint if source.folder else ""))
             except InvalidRequest as error:
                 why = f"The checkpoint {self._checkpoints.path(source)} is not of this model: {error}"
                 raise ModelError(why) from None
@@ -178,7 +177,8 @@ class Loader:
         weights = graph.variables.get_weights()
         fingerprint = fingerprint_of(weights)
         if graph.checkpointed != fingerprint:
-            self._checkpoints.save(graph.source, weights)
+            # a function may be edited, and go on with what it has learnt
+            self._checkpoints.save(graph.source, weights, graph.fingerprint if graph.source.folder else "")
             graph.checkpointed = fingerprint
 
 

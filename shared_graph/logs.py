@@ -47,7 +47,8 @@ def listen(host: str, port: int) -> socket.socket:
     """A socket that listens, so that a busy port is told before anything starts. Raises OptionError."""
     try:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0][0]
-        listener = socket.create_server((host, port), family=family, backlog=BACKLOG)
+        is_dual = host == "::" and socket.has_dualstack_ipv6()  # any address is one of the older kind, too
+        listener = socket.create_server((host, port), family=family, backlog=BACKLOG, dualstack_ipv6=is_dual)
     except (OSError, UnicodeError) as error:
         number = getattr(error, "errno", None) or 0
         what = os.strerror(number) if number > 0 else getattr(error, "strerror", None) or str(error)

@@ -13,6 +13,7 @@ import os
 import secrets
 import shutil
 import signal
+import socket
 import sys
 import tempfile
 import threading
@@ -198,6 +199,7 @@ def variables_of_actors() -> dict[str, str]:
 def joined_ray(options: Options) -> Iterator[None]:
     """A connection to the Ray cluster at ``options.address``."""
     try:
+        check_address(options.address)
         start_ray(address=options.address, runtime_env={"env_vars": variables_of_actors()})
         yield
     except ConnectionError as error:
@@ -207,11 +209,22 @@ def joined_ray(options: Options) -> Iterator[None]:
         ray.shutdown()
 
 
+def check_address(address: str) -> None:
+    """Raises ConnectionError where nobody listens: Ray would try for a quarter of an hour, and nothing would end it."""
+    host, _, port = address.rpartition(":")
+    if host and "/" not in host and port.isdecimal():  # else it is "auto", or Ray's client, which give up by themselves
+        try:
+            socket.create_connection((host.strip("[]"), int(port)), timeout=5).close()
+        except OSError as error:
+            raise ConnectionError(error.strerror or str(error)) from None
+
+
 @contextlib.contextmanager
 def local_ray(options: Options) -> Iterator[None]:
     """A Ray of our own that listens on 127.0.0.1 alone and leaves no process and no file behind."""
     temporary, is_clustered = tempfile.gettempdir(), ray_constants.ENABLE_RAY_CLUSTER
-    folder = tempfile.mkdtemp(prefix="ray_tensorflow_", dir=temporary if len(os.fsencode(temporary)) < 18 else "/tmp")
+    is_short = temporary.isascii() and len(temporary) < 18  # as Ray's sockets need it
+    folder = tempfile.mkdtemp(prefix="ray_tensorflow_", dir=temporary if is_short else "/tmp")
     try:
         if shutil.disk_usage(folder).free < 2**20:  # Ray would try for ever
             raise Unavailable(f"Less than 1 MiB is free in {os.path.dirname(folder)}: make room, or set TMPDIR.")

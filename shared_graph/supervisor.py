@@ -31,6 +31,7 @@ SUSPECT_S = 1.5  # a worker that has not answered for so long gets no new work
 PATIENCE_S = {"worker": 4.0, "parameter server": 30.0}  # an actor that has not answered for so long is ended
 START_PATIENCE_S = 30.0  # and one that does so while it starts
 NO_PLACE = f"it has not begun to run for {START_PATIENCE_S:g} s: has Ray a node with a free CPU, or GPU, for it?"
+DIES = f"it is lost again and again for {START_PATIENCE_S:g} s: are there memory and processes enough for it?"
 FIRST_WORKER_S = 30.0  # so long the other workers wait for the first one
 LONGEST_PAUSE_S = 30.0  # between two attempts to start what cannot start
 
@@ -65,14 +66,14 @@ class Supervisor:
             with contextlib.suppress(TimeoutError):  # one that serves comes first
                 async with asyncio.timeout(FIRST_WORKER_S if actor.index else None):
                     await (self._worker_ready if actor.index else self._server_ready).wait()
-        loop, pause_s, told = asyncio.get_running_loop(), PING_S, None
+        loop, pause_s, told, lost_since = asyncio.get_running_loop(), PING_S, None, None
         while True:
             started = loop.time()
             try:
                 await self._start(actor)
                 log.info("%s ready  pid %d  %.1f s", actor, actor.process.pid, loop.time() - started)
                 self._status.tell_when_ready()
-                pause_s, told = PING_S, None
+                pause_s, told, lost_since = PING_S, None, None
                 log.warning("%s lost  pid %d  %s", actor, actor.process.pid, await self.wait_until_lost(actor))
             except OptionError as error:
                 self.remove_folder(is_unused=True)
@@ -81,15 +82,22 @@ class Supervisor:
                 is_gone = isinstance(error, ActorUnavailable)
                 if is_gone and error.is_final:  # a shared cluster that had ended, or what cannot be made at all
                     actor.actor = None
-                if not is_gone or error.is_final:  # else Ray is starting it anew
-                    if (why := first_sentence(error)) != told:
-                        log.warning("%s could not start: %s", actor, why)
-                    told, pause_s = why, min(2 * pause_s, LONGEST_PAUSE_S)
+                why = first_sentence(error)
+                if is_gone and not error.is_final:  # Ray is starting it anew
+                    if lost_since is None or (actor is not self._primary and self._primary.state != "ready"):
+                        lost_since = loop.time()
+                    why = DIES if loop.time() > lost_since + START_PATIENCE_S else None
+                else:
+                    pause_s, lost_since = min(2 * pause_s, LONGEST_PAUSE_S), None
+                if why and why != told:
+                    log.warning("%s could not start: %s", actor, why)
+                told = why
                 if isinstance(error, Error) and not is_gone and actor is self._primary:
                     self._status.fail(error, is_over=not self._server_ready.is_set())
                     if self._status.is_over:
                         return
             self.mark_lost(actor)
+            actor.trouble = told
             await asyncio.sleep(pause_s)
 
     async def _start(self, actor: ActorStatus) -> None:

@@ -135,6 +135,15 @@ def test_strings_come_back_as_they_were_with_zeros_at_their_ends(checkpoints):
     assert (back["w"].dtype, back["w"].tolist()) == (np.float32, [1, 1])
 
 
+def test_weights_of_another_graph_are_refused_and_those_that_do_not_say_of_which_they_are_taken(checkpoints):
+    checkpoints.save(MODEL, {"w": np.float32(1)}, graph="one")
+    assert checkpoints.load(MODEL, graph="one") == {"w": 1}
+    with pytest.raises(ModelError, match=f"{checkpoints.path(MODEL)} is not of this model"):
+        checkpoints.load(MODEL, graph="other")
+    checkpoints.save(MODEL, {"w": np.float32(2)})
+    assert checkpoints.load(MODEL, graph="other") == checkpoints.load(MODEL) == {"w": 2}
+
+
 def test_a_folder_is_one_programs_at_a_time(checkpoints):
     with pytest.raises(Unavailable, match=f"{checkpoints.folder} is in use by another program"):
         Checkpoints(checkpoints.folder, run_id="1", durable=True)

@@ -194,6 +194,51 @@ def test_one_of_several_processes_behind_a_port_is_told_and_shown_alone(page):
     assert page.text("#about").split()[1] in shown and not page.evaluate("document.getElementById('several').hidden")
 
 
+def test_a_process_of_the_same_number_is_another_one_if_it_was_started_at_another_time(page):
+    """As there are in containers, each of which counts from 1."""
+    page.wait_for("past.length > 0")
+    pid = page.text("#about").split()[1]
+    text = rf"""'ray_tensorflow_process_info{{pid="{pid}"}} 1\nprocess_start_time_seconds 5\n'"""
+    page.evaluate(f"learnMetrics(parseMetrics({text}), performance.now() / 1000)")
+    assert f"those of process {pid}; {pid} answered too" in page.text("#several")
+
+
+def test_when_the_server_is_back_the_sum_and_the_errors_of_before_are_forgotten(server, page):
+    metrics = r"""
+        isAsking = true;  // nobody else does from now on
+        const told = (started, errors, more) => learnMetrics(parseMetrics(`ray_tensorflow_process_info{pid="1"} 1
+process_start_time_seconds ${started}
+ray_tensorflow_errors_total{code="404",model="",kind=""} ${errors}
+${more}`), performance.now() / 1000);
+        const errors = () => [...document.querySelector("#errors tr").cells].map(cell => cell.textContent);
+        [shownPid, recent, past] = [null, [], []];
+        told(1, 40, "ray_tensorflow_sum 100");
+        told(1, 50, "ray_tensorflow_sum 100");
+        const found = [errors(), document.getElementById("sum").textContent];
+        heardAt = -Infinity;  // as where it does not answer for a while
+        told(2, 1, "");
+        return [...found, errors(), document.getElementById("sum").textContent]"""
+    before, total, after, nothing = page.evaluate(f"(() => {{{metrics}}})()")
+    assert before == ["404", "no model", "0", "50"] and total == "100"
+    assert after == ["404", "no model", "1", "1"] and nothing == "\N{EN DASH}"
+
+
+def test_a_version_of_nanoseconds_is_shown_and_asked_for_to_the_last_digit(page):
+    version = 1764243389123456789
+    model = f'{{"version": {version}, "labels": {{"new": {version}}}, "merged": []}}'
+    health = f'{{"status": "ready", "workers": [], "parameter_servers": [], "models": {{"ns": {model}}}}}'
+    page.evaluate(f"get = async path => [{{ok: false}}, path === 'health' ? '{health}' : '']; askHealth()")
+    page.wait_for("document.querySelector('.model[data-model=ns]') !== null")
+    assert str(version) in page.text(".model[data-model=ns]")
+    options = page.evaluate("[...document.getElementById('try-version').options].map(its => its.value)")
+    assert options == ["", "/labels/new", f"/versions/{version}"]
+    asked = []
+    for option in options:
+        page.type("#try-version", option)
+        asked.append(page.evaluate("[choice().path, keyOf('ns', choice().version)]"))
+    assert asked == [[f"v1/models/ns{option}", f'["ns","{version}"]'] for option in options]
+
+
 def test_everything_from_elsewhere_is_forbidden(server, page):
     policy = server.get("/dashboard").headers["Content-Security-Policy"]
     assert "default-src 'none'" in policy and "unsafe" not in policy and "*" not in policy

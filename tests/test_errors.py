@@ -34,6 +34,10 @@ Original stack trace for 'dense/MatMul':
             "/words; No such",
         ),
         ("From /job:ps/replica:0/task:0:\nassertion failed: [x]\n\t [[{{node Assert}}]]", "assertion failed: [x]"),
+        (
+            "\n========\nINVALID_ARGUMENT: From /job:ps/replica:0/task:1:\nindices[0] = -1 is not in [0, 5)",
+            "indices[0] = -1 is not in [0, 5)",
+        ),
         ("2 root error(s) found.\n  (0) NOT_FOUND: /words\n\t [[{{node a}}]]\n  (1) CANCELLED: b", "/words"),
         ("{{function_node __inference_f_3}} {{function_node __inference_g_4}} no [[{{node a}}]]", "no"),
         ("No OpKernel was registered to support Op 'A' used by {{node b/c}}", NO_KERNEL),

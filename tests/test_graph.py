@@ -16,7 +16,7 @@ import pytest
 from conftest import HERE, REPOSITORY, one, wait_until
 
 from shared_graph.errors import ModelError
-from shared_graph.graph import Graph, build_graph, failure_of
+from shared_graph.graph import Graph, build_graph, end_session, failure_of
 from shared_graph.graph_definition import STATE_CHANGING
 from shared_graph.merging import find_batchable
 from shared_graph.model_source import ADDER_SOURCE, ModelSource
@@ -603,3 +603,21 @@ def test_functions_of_the_same_operations_that_are_wired_otherwise_have_other_fi
         monkeypatch.setattr("test_graph.edited", lambda tf, how=how: wired(tf, how), raising=False)
         fingerprints.add(Graph(tf, ModelSource("m", 1, function="test_graph:edited")).fingerprint)
     assert len(fingerprints) == len(ways)
+
+
+def test_a_session_is_closed_before_what_calls_it_goes_since_each_would_ask_its_server_to_forget_it():
+    events = []
+
+    class Called:
+        def __del__(self):
+            events.append("gone")
+
+    class Session:
+        def close(self):
+            events.append("closed")
+            raise RuntimeError("there is no server any more")
+
+    left = [Session(), {"serving_default": Called()}]
+    end_session(left)
+    assert events == ["closed", "gone"] and left == []
+    end_session([None, None])

@@ -62,6 +62,22 @@ def test_any_iterable_is_mapped_whole_and_in_order(cluster, blocking, kind, orde
     consume(cluster, blocking, kind([]), lambda result: pytest.fail("a result of nothing"), ordered=ordered)
 
 
+@BOTH
+@pytest.mark.parametrize("kind", [lambda array: array, lambda array: {"x": array}], ids=["array", "by name"])
+def test_an_iterable_may_have_one_buffer_for_all_of_its_batches(cluster, blocking, kind):
+    """As those have that read a camera, or a file."""
+
+    def batches():
+        buffer = np.empty(3, np.float32)
+        for i in range(100):
+            buffer[:] = i
+            yield kind(buffer)
+
+    found = []
+    consume(cluster, blocking, batches(), lambda result: found.append(result["y"].tolist()) or True)
+    assert found == [[i / 2] * 3 for i in range(100)]
+
+
 def test_as_they_finish_a_long_batch_holds_up_no_short_ones(cluster):
     batches = [np.zeros(4_000_000, np.float32), *[np.zeros(1, np.float32)] * AHEAD]
     sizes = [len(result["y"]) for result in cluster.map(batches, "picky", ordered=False)]

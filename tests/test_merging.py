@@ -58,6 +58,7 @@ yes, no, unknown = Verdict(("s",)), Verdict(), Verdict((), ("s",))
         (lambda x: x * np.float32(1 + (len(x) == 13) * 1e-6), "float32", yes, no),
         (lambda x: x * np.float32(1 + (len(x) > 1) * 1e-4), "float32", no, no),
         (lambda x: x[::-1], "float32", no, no),
+        (lambda x: np.where(np.arange(len(x)) < 8, x, 0), "float32", no, no),  # there is room for eight
         (lambda x: np.append(x, x[:1] * 0), "float32", no, no),
         (lambda x: x[:1], "float32", no, no),
         (lambda x: x[:9], "float32", no, no),

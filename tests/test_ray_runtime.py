@@ -2,13 +2,14 @@
 
 import asyncio
 import os
+import socket
 import tempfile
 
 import pytest
 import ray
 
 from shared_graph import ray_runtime
-from shared_graph.errors import ActorUnavailable
+from shared_graph.errors import ActorUnavailable, Unavailable
 from shared_graph.options import Options
 
 TRACE = """Traceback (most recent call last):
@@ -42,6 +43,20 @@ def test_of_an_actor_that_cannot_be_made_the_reason_is_told(monkeypatch, error, 
     assert "\n" not in str(caught.value) and "\x1b" not in str(caught.value)
 
 
+@pytest.mark.parametrize("address", ["127.0.0.1:PORT", "localhost:PORT", "[::1]:PORT", "no-such-host.invalid:PORT"])
+def test_where_nobody_listens_no_ray_is_looked_for(address):
+    """It would be for a quarter of an hour, and nothing would end that."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        free = listener.getsockname()[1]
+    options = Options(address=address.replace("PORT", str(free)))
+    with pytest.raises(Unavailable, match="No Ray cluster answers at"), ray_runtime.ray_runtime(options):
+        pytest.fail("it has joined something")
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        ray_runtime.check_address(f"127.0.0.1:{listener.getsockname()[1]}")
+    for other in ("auto", "ray://127.0.0.1:1", "local"):
+        ray_runtime.check_address(other)
+
+
 def test_where_no_process_can_be_watched_it_is_served_all_the_same(monkeypatch):
     async def scenario():
         ended = ray_runtime.watch_ray()
@@ -57,7 +72,9 @@ def test_where_no_process_can_be_watched_it_is_served_all_the_same(monkeypatch):
     asyncio.run(scenario())
 
 
-@pytest.mark.parametrize("folder", ["/tmp", "/tmp/a/long/way/down", "/tmp/\u00fc\u00fc\u00fc\u00fc\u00fc\u00fc\u00fc"])
+@pytest.mark.parametrize(
+    "folder", ["/tmp", "/tmp/a/long/way/down", "/tmp/\u00fc", "/tmp/\u00fc\u00fc\u00fc\u00fc\u00fc\u00fc\u00fc"]
+)
 def test_the_folder_is_short_enough_for_the_sockets_that_ray_makes_in_it(monkeypatch, tmp_path, folder):
     made = []
 
@@ -68,5 +85,5 @@ def test_the_folder_is_short_enough_for_the_sockets_that_ray_makes_in_it(monkeyp
     monkeypatch.setattr(ray_runtime, "start_ray", start)
     with ray_runtime.local_ray(Options()):
         assert os.path.isdir(os.path.dirname(made[0]))
-    socket = f"{made[0]}/session_2026-11-27_11-35-39_123456_{2**22}/sockets/plasma_store"
-    assert len(os.fsencode(socket)) <= 107 and not os.path.exists(os.path.dirname(made[0]))
+    path = f"{made[0]}/session_2026-11-27_11-35-39_123456_{2**22}/sockets/plasma_store"
+    assert path.isascii() and len(path) <= 107 and not os.path.exists(os.path.dirname(made[0]))

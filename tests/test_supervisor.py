@@ -12,7 +12,7 @@ from shared_graph.errors import ActorUnavailable, Error, ModelError, OptionError
 from shared_graph.models import ServerInfo, Snapshot
 from shared_graph.options import Options
 from shared_graph.status import Status
-from shared_graph.supervisor import NO_PLACE, PATIENCE_S, PING_S, START_PATIENCE_S, SUSPECT_S, Supervisor
+from shared_graph.supervisor import DIES, NO_PLACE, PATIENCE_S, PING_S, START_PATIENCE_S, SUSPECT_S, Supervisor
 from shared_graph.wire import ProcessInfo, WorkerInfo
 
 pytestmark = pytest.mark.simulated
@@ -179,6 +179,35 @@ async def test_of_an_actor_for_which_ray_has_no_place_that_is_told_and_nothing_i
         stage.actors["worker 1"].is_stopped = False
         await asyncio.sleep(10)
         assert stage.states() == ["ready"] * 3 and waiting.trouble is None
+
+
+@pytest.mark.parametrize("name", ["worker 0", "worker 1", "parameter server 0"])
+async def test_of_an_actor_that_dies_each_time_while_it_starts_that_is_told_once(name, caplog):
+    """As where there is too little memory: Ray makes it anew, and the system ends it."""
+    async with playing(workers=2) as stage:
+        create = stage.supervisor._create
+
+        async def too_large(kind, index, *arguments):
+            actor = await create(kind, index, *arguments)
+
+            async def dies(*arguments):
+                asyncio.get_running_loop().call_later(1, actor.kill)
+                await asyncio.sleep(60)
+
+            if f"{kind} {index}" == name:
+                actor.start = dies
+            return actor
+
+        stage.supervisor._create = too_large
+        await asyncio.sleep(20)
+        told = lambda: [record.message for record in caplog.records if DIES in record.message]
+        found = next(a for a in stage.status.servers + stage.status.workers if str(a) == name)
+        assert told() == [] and found.trouble is None
+        await asyncio.sleep(100)
+        assert told() == [f"{name} could not start: {DIES}"] and found.as_json()["trouble"] == DIES
+        del stage.actors[name].start
+        await asyncio.sleep(60)
+        assert stage.states() == ["ready"] * 3 and found.trouble is None
 
 
 @pytest.mark.parametrize("name", ["worker 0", "worker 1", "parameter server 0"])

@@ -71,8 +71,9 @@ def path_below(prefix: str, sent: str | None, path: str) -> str:
     if not sent:  # the server does not tell
         return urllib.parse.quote(path or "/", safe="/:!$&'()*+,;=@~")
     sent = sent.partition("?")[0]
-    sent = re.sub(r"^\w+://[^/]*", "", sent)  # http://host/path, as proxies are asked
-    sent = sent if sent.startswith("/") else f"/{sent}"
+    if not sent.startswith("/"):
+        sent = re.sub(r"^\w+://[^/]*", "", sent)  # http://host/path, as proxies are asked
+        sent = sent if sent.startswith("/") else f"/{sent}"
     if not (prefix := prefix.rstrip("/")):
         return sent
     parts, count = sent.split("/"), 1 + prefix.count("/")

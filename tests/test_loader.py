@@ -3,6 +3,7 @@
 import asyncio
 import os
 import pickle
+import shutil
 import subprocess
 import sys
 import threading
@@ -169,6 +170,31 @@ def save_local(tf, folder: str) -> None:
 def local(tf):
     x, w = tf.placeholder(tf.float32, [None], name="x"), tf.get_variable("w", initializer=2.0)
     return {"serving_default": ({"x": x}, {"y": w * x + tf.get_local_variable("b", initializer=1.0)})}
+
+
+async def test_weights_are_not_those_of_another_saved_model_that_has_taken_its_place(tf, address, tmp_path):
+    """Its variables have the same names and shapes, as those of a network that was trained anew."""
+    folder = tmp_path / "m" / "1"
+
+    def export(k: float) -> None:
+        shutil.rmtree(folder, ignore_errors=True)
+        with tf.Graph().as_default(), tf.Session() as session:
+            x, w = tf.placeholder(tf.float32, [None], name="x"), tf.get_variable("w", initializer=2.0)
+            session.run(w.initializer)
+            tf.saved_model.simple_save(session, str(folder), {"x": x}, {"y": w * x + k})
+
+    source, key = ModelSource("m", 1, str(folder)), ModelKey("m", 1)
+    export(k=0)
+    own = await a_life(address, tmp_path, source)
+    own._set_and_save(own._graph(key), {"w": np.float32(5)})
+    own = await a_life(address, tmp_path, source, before=own)
+    assert one(own._graph(key), np.float32([1])) == [5]
+    export(k=100)
+    own._checkpoints._lock.close()
+    _, manager = a_loader(address, tmp_path, source)
+    await manager.reconcile("m", at_once=True)
+    version = manager.snapshot.versions[key]
+    assert version.state == "END" and f"{tmp_path}/m.1.npz is not of this model" in version.error
 
 
 @pytest.mark.parametrize("kind", ["function", "folder"])

@@ -212,6 +212,11 @@ def test_each_script_helps_and_ends_at_once_with_one_sentence_about_what_is_wron
     assert {"4", "64", "1024", "30.0", "0.0", "shared", "off", "none"} <= set(shown)
 
 
+@pytest.mark.parametrize("script", ["ray_tensorflow.py", "ray_tensorflow_flask.py", "ray_tensorflow_starlette.py"])
+def test_each_script_helps_where_python_leaves_docstrings_out(script):
+    assert run_script(script, "--help", PYTHONOPTIMIZE="2").returncode == 0
+
+
 def test_the_address_that_kubernetes_gives_of_a_service_called_ray_tensorflow_is_no_port(monkeypatch):
     monkeypatch.setenv("RAY_TENSORFLOW_PORT", "tcp://10.3.240.1:80")
     assert Options.from_environment().port == 8080

@@ -42,7 +42,7 @@ def test_from_python(folder, placement):
             statuses = cluster.status.version_status("m", version)["model_version_status"]
             return [(one["version"], one["state"], one["status"]["error_code"]) for one in statuses]
 
-        assert predict() == predict(1) == 1
+        assert predict() == predict(1) == predict(np.int64(1)) == 1
         cluster.add(5)
         cluster.set_weights("m", {"number": np.float32(1.5)})
         assert cluster.get_weights("m")["number"] == 1.5

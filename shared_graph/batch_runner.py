@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import collections
 import itertools
+import math
 import time
 from collections.abc import Callable, Hashable
 from typing import Any, NamedTuple
@@ -26,7 +27,7 @@ from shared_graph.wire import WireRequest
 
 MAX_SHARED_ROWS = 4096  # of one request: more of them gain nothing by company, which would have to wait for them
 TRIED_ROWS = 16  # of a group that is run both ways
-AUDITED = 4  # requests of a group that shares a run, when it is looked at whether it may
+AUDITED, AUDIT_S = 4, 1.0  # how many requests of a group are run alone to see whether it may share a run, in what time
 MAX_DECODED_BYTES = 64 * 2**20  # of arrays that wait for their run: small bodies may become large ones
 LATE = "The deadline passed in the worker"
 NOT_HALVED = (499, 502, 503, 504)  # a run that failed so would do so again for reasons that are not in the requests
@@ -115,9 +116,8 @@ class BatchRunner:
         return tuple(parts)
 
     def _answer_group(self, group: list[Item]) -> None:
-        if len(group) > 1 and (count := self._tried_first(group)):
-            may_share = self._answer_both_ways(group[:count])
-            group = group[count:]
+        if len(group) > 1:
+            may_share, group = self._answer_both_ways(group, *self._tried_first(group[0].signature.name, len(group)))
             if not may_share:
                 return self._answer_each(group)
         self._answer_part(group)
@@ -136,16 +136,16 @@ class BatchRunner:
         for item in group:
             self._answer_alone(item)
 
-    def _tried_first(self, group: list[Item]) -> int:
-        """How many of a group are to be run both ways before it is known whether the others may share a run."""
-        name = group[0].signature.name
+    def _tried_first(self, name: str, count: int) -> tuple[int, float]:
+        """How many of so many requests are to be run both ways, and for how many seconds, before the others share a
+        run."""
         if name in self._undecided:
-            return len(group)
+            return count, math.inf
         if self._graph.mutates_state:  # what others change between two runs would speak against sharing them
-            return 0
+            return 0, 0
         self._shared_runs[self._weights_id, name] += 1
         times = self._shared_runs[self._weights_id, name]
-        return AUDITED if times & (times - 1) == 0 else 0
+        return (0, 0) if times & (times - 1) else (min(count, AUDITED), AUDIT_S)
 
     def _answer_together(self, group: list[Item]) -> None:
         try:
@@ -163,18 +163,23 @@ class BatchRunner:
         for part in (group[:half], group[half:]):
             self._answer_part(part)
 
-    def _answer_both_ways(self, group: list[Item]) -> bool:
-        """Each alone, and then together to compare. May they share a run, as far as that shows it?"""
-        alone, tried, seen = [], [], set()
-        for item in group:
+    def _answer_both_ways(self, group: list[Item], count: int, seconds: float) -> tuple[bool, list[Item]]:
+        """The first ``count`` each alone, and then together to compare. May they share a run, as far as that shows it?
+        And which are left to be answered."""
+        answered, alone, tried, seen, until = 0, [], [], set(), self._clock() + seconds
+        while answered < count and self._clock() < until:
+            item = group[answered]
             outputs = self._answer_alone(item)
+            answered += 1
             fits = outputs is not None and sum(other.rows for other in tried) + item.rows <= TRIED_ROWS
             if fits and (unlike := distinct_rows(item) - seen):  # the same rows go well together, and show nothing
                 seen |= unlike
                 alone.append(outputs)
                 tried.append(item)
-        if len(tried) < 2:
-            return True
+        return len(tried) < 2 or self._agree(tried, alone), group[answered:]
+
+    def _agree(self, tried: list[Item], alone: list[list[np.ndarray]]) -> bool:
+        """Have they together the answers that they have ``alone``? It is told, if it tells anything."""
         signature = tried[0].signature
         try:
             together, expected = self._run(tried), list(map(np.concatenate, zip(*alone)))
@@ -219,8 +224,10 @@ def presentable(item: Item, outputs: list[np.ndarray]) -> list[np.ndarray]:
     return list(map(plain, outputs, item.signature.outputs)) if item.is_json else outputs
 
 
-def distinct_rows(item: Item) -> set[str]:
-    return {repr([array[row : row + 1].tolist() for array in item.feed]) for row in range(item.rows)}
+def distinct_rows(item: Item) -> set[tuple]:
+    """As what can be compared."""
+    columns = (map(repr, a.tolist()) if a.dtype.hasobject else (row.tobytes() for row in a) for a in item.feed)
+    return set(zip(*columns))
 
 
 def joined(group: list[Item]) -> list[np.ndarray]:

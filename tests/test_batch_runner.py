@@ -125,6 +125,12 @@ def test_what_shares_runs_and_gets_other_answers_in_company_is_run_alone_as_soon
     assert played.observed == [("serving_default", False)] * 3
 
 
+def test_where_runs_take_long_one_is_alone_and_the_others_share_theirs_since_they_have_a_deadline():
+    played = Played(group=1, run_s=8)
+    assert played.answer(*map(rows, range(12))) == [[2 * value] for value in range(12)]
+    assert played.graph.runs == [[0], [*range(1, 12)]] and played.observed == []
+
+
 def test_equal_requests_share_runs_all_the_same():
     played = Played(group=1)
     assert played.answer(*[rows(1)] * 64) == [[2]] * 64

@@ -16,6 +16,14 @@ TRACE = """Traceback (most recent call last):
   File "worker.py", line 3, in <module>
 ModuleNotFoundError: No module named 'shared_graph'
 """
+
+
+@pytest.fixture
+def without_ends(monkeypatch):
+    """Ray may run in this process, and is not to be ended."""
+    monkeypatch.setattr(ray, "shutdown", lambda: None)
+
+
 IN_CREATION = ray.exceptions.RayTaskError(
     "Worker.__init__", TRACE, ModuleNotFoundError("No module named 'shared_graph'")
 )
@@ -44,12 +52,12 @@ def test_of_an_actor_that_cannot_be_made_the_reason_is_told(monkeypatch, error, 
 
 
 @pytest.mark.parametrize("address", ["127.0.0.1:PORT", "localhost:PORT", "[::1]:PORT", "no-such-host.invalid:PORT"])
-def test_where_nobody_listens_no_ray_is_looked_for(address):
+def test_where_nobody_listens_no_ray_is_looked_for(without_ends, address):
     """It would be for a quarter of an hour, and nothing would end that."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
         free = listener.getsockname()[1]
     options = Options(address=address.replace("PORT", str(free)))
-    with pytest.raises(Unavailable, match="No Ray cluster answers at"), ray_runtime.ray_runtime(options):
+    with pytest.raises(Unavailable, match="No Ray cluster answers at"), ray_runtime.joined_ray(options):
         pytest.fail("it has joined something")
     with socket.create_server(("127.0.0.1", 0)) as listener:
         ray_runtime.check_address(f"127.0.0.1:{listener.getsockname()[1]}")
@@ -75,7 +83,7 @@ def test_where_no_process_can_be_watched_it_is_served_all_the_same(monkeypatch):
 @pytest.mark.parametrize(
     "folder", ["/tmp", "/tmp/a/long/way/down", "/tmp/\u00fc", "/tmp/\u00fc\u00fc\u00fc\u00fc\u00fc\u00fc\u00fc"]
 )
-def test_the_folder_is_short_enough_for_the_sockets_that_ray_makes_in_it(monkeypatch, tmp_path, folder):
+def test_the_folder_is_short_enough_for_the_sockets_that_ray_makes_in_it(monkeypatch, without_ends, folder):
     made = []
 
     def start(_temp_dir: str, **where) -> None:

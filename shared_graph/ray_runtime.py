@@ -18,6 +18,7 @@ import sys
 import tempfile
 import threading
 from collections.abc import Awaitable, Iterator
+from concurrent.futures import Future
 from typing import Any
 
 import ray
@@ -26,7 +27,6 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from shared_graph.errors import ActorUnavailable, Error, Unavailable, first_sentence
 from shared_graph.options import Options
-from shared_graph.threads import OwnThread
 from shared_graph.wire import ProcessInfo
 
 log = logging.getLogger(__name__)
@@ -132,8 +132,8 @@ RAY_SETTINGS = {
 _lock = threading.Lock()
 _users = 0  # clusters that hold the Ray that we have started
 _address: str | None = None  # of that one
-_owner: OwnThread | None = None  # Ray's processes end with the thread that has started them
-_ray = contextlib.ExitStack()  # entered and left in that
+_ended = threading.Event()  # set when none does any more
+_owner: threading.Thread | None = None  # Ray's processes end with the thread that has started them
 _is_inherited = False  # Ray runs in the process that this one was forked from, and can neither run nor begin here
 
 
@@ -149,7 +149,7 @@ os.register_at_fork(after_in_child=_note_fork)
 def ray_runtime(options: Options) -> Iterator[None]:
     """Ray for as long as the block runs: one that runs in this process already, be it the user's or another cluster's,
     else the cluster at ``options.address``, or a local one of our own. Raises Unavailable."""
-    global _users, _address, _owner
+    global _users, _address, _owner, _ended
     if _is_inherited:
         why = "This process was forked from one in which Ray runs, and so cannot have a cluster"
         raise Unavailable(f"{why}: use multiprocessing's spawn, or fork before the cluster starts.")
@@ -159,8 +159,15 @@ def ray_runtime(options: Options) -> Iterator[None]:
             if _users and options.address not in (None, _address):
                 raise Unavailable(f"This process runs on another Ray already, not on {options.address}.")
             if _users == 0:
-                _address, _owner = options.address, OwnThread()
-                _owner.submit(_enter_ray, options).result()
+                _address = options.address
+                started, _ended = Future(), threading.Event()
+                _owner = threading.Thread(target=_own_ray, args=[options, started, _ended], daemon=True)
+                _owner.start()
+                try:
+                    started.result()
+                except Exception:
+                    _owner.join()
+                    raise
             _users += 1
     try:
         yield
@@ -169,23 +176,21 @@ def ray_runtime(options: Options) -> Iterator[None]:
             with _lock:
                 _users -= 1
                 if _users == 0:
-                    _owner.submit(_leave_ray).result()
+                    _ended.set()
+                    _owner.join()
 
 
-def _enter_ray(options: Options) -> None:
+def _own_ray(options: Options, started: Future, ended: threading.Event) -> None:
     try:
-        _ray.enter_context(joined_ray(options) if options.address else local_ray(options))
-    except Error:
-        raise
+        with joined_ray(options) if options.address else local_ray(options):
+            started.set_result(None)
+            ended.wait()
     except Exception as error:
-        raise Unavailable(f"Ray could not be started: {first_sentence(error)}") from None
-
-
-def _leave_ray() -> None:
-    try:
-        _ray.close()
-    except Exception as error:
-        log.error("Ray did not end in order", exc_info=error)
+        if started.done():
+            log.error("Ray did not end in order", exc_info=error)
+        else:
+            why = f"Ray could not be started: {first_sentence(error)}"
+            started.set_exception(error if isinstance(error, Error) else Unavailable(why))
 
 
 def variables_of_actors() -> dict[str, str]:

@@ -3,10 +3,13 @@
 import asyncio
 import os
 import socket
+import subprocess
+import sys
 import tempfile
 
 import pytest
 import ray
+from conftest import REPOSITORY
 
 from shared_graph import ray_runtime
 from shared_graph.errors import ActorUnavailable, Unavailable
@@ -95,3 +98,31 @@ def test_the_folder_is_short_enough_for_the_sockets_that_ray_makes_in_it(monkeyp
         assert os.path.isdir(os.path.dirname(made[0]))
     path = f"{made[0]}/session_2026-11-27_11-35-39_123456_{2**22}/sockets/plasma_store"
     assert path.isascii() and len(path) <= 107 and not os.path.exists(os.path.dirname(made[0]))
+
+
+FAILS = """
+import ctypes, signal, subprocess
+from shared_graph import errors, options, ray_runtime
+
+children = []
+
+def start(**where):
+    ends_with_the_thread = lambda: ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG, as Ray has it
+    children.append(subprocess.Popen(["sleep", "600"], preexec_fn=ends_with_the_thread))
+    raise Exception("The raylet did not start")
+
+ray_runtime.start_ray = start
+for _ in range(2):
+    try:
+        with ray_runtime.ray_runtime(options.Options()):
+            pass
+    except errors.Unavailable as error:
+        print(error)
+print([child.wait(20) for child in children])
+"""
+
+
+def test_a_start_of_ray_that_fails_half_way_leaves_no_process_of_its_behind():
+    """``ray.shutdown`` does not know of it then."""
+    run = subprocess.run([sys.executable, "-c", FAILS], cwd=REPOSITORY, capture_output=True, text=True, timeout=60)
+    assert run.stdout.splitlines() == ["Ray could not be started: The raylet did not start"] * 2 + ["[-9, -9]"], run

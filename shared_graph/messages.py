@@ -14,8 +14,9 @@ from shared_graph.json_codec import parse_json, shown
 from shared_graph.model_source import ADDER
 
 LARGE_BYTES = 2**16  # a larger message is not parsed in the event loop: parsing one of 64 MiB takes seconds
-ROWS = re.compile(rb'"(instances|inputs|examples)"[ \t\r\n]*:')  # before which a large one has said all else
+BODY_KEYS = ("instances", "inputs", "examples")  # before which a large one has said all else
 TOO_LATE = re.compile(rb'"(id|model|version|label|verb)"[ \t\r\n]*:')
+BLANK = re.compile(r"[ \t\r\n]*")
 VERBS = ("predict", "classify", "regress")
 
 
@@ -76,15 +77,26 @@ def call_of(document: dict[str, Any]) -> Call:
 
 
 def read_head(message: bytes, found: dict[str, Any]) -> None:
-    """Add to ``found`` what a large message says before its rows. Raises InvalidRequest."""
-    if rows := ROWS.search(message, 0, LARGE_BYTES):
-        with contextlib.suppress(InvalidRequest):  # then it is a key inside of something else, or no JSON at all
-            found |= parse_json(message[: rows.start()].rstrip(b", \t\r\n") + b"}")
-        ends = message.rfind(b"]"), message.rfind(b"}", 0, message.rfind(b"}"))  # one of which ends the rows
-        if "model" in found and not TOO_LATE.search(message, max(rows.end(), *ends)):
-            return
+    """Add to ``found`` what a large message says before the first of BODY_KEYS. Raises InvalidRequest."""
+    text, decoder = message[:LARGE_BYTES].decode("utf-8-sig", "replace"), json.JSONDecoder()
+    place, expected = BLANK.match(text).end(), "{"
+    try:
+        while text[place] == expected:
+            key, place = decoder.raw_decode(text, BLANK.match(text, place + 1).end())
+            place = BLANK.match(text, place).end()
+            if not isinstance(key, str) or text[place] != ":":
+                break
+            if key in BODY_KEYS and "model" in found:
+                ends = message.rfind(b"]"), message.rfind(b"}", 0, message.rfind(b"}"))  # one of which ends the body
+                if TOO_LATE.search(message, max(len(text[:place].encode()), *ends)):
+                    break
+                return
+            found[key], place = decoder.raw_decode(text, BLANK.match(text, place + 1).end())
+            place, expected = BLANK.match(text, place).end(), ","
+    except (ValueError, IndexError, RecursionError):
+        pass
     what = f"A message of more than {LARGE_BYTES // 1024} KiB must be a JSON object"
-    raise InvalidRequest(f"{what} that has id, model, version, label and verb before instances, inputs, examples")
+    raise InvalidRequest(f"{what} that has id, model, version, label and verb before {', '.join(BODY_KEYS)}")
 
 
 def result_text(identity: str, result: Any) -> str:

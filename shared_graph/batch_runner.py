@@ -117,7 +117,8 @@ class BatchRunner:
 
     def _answer_group(self, group: list[Item]) -> None:
         if len(group) > 1:
-            may_share, group = self._answer_both_ways(group, *self._tried_first(group[0].signature.name, len(group)))
+            limits = self._tried_first(group[0].signature.name, len(group))
+            may_share, group = self._answer_both_ways(group, *limits)
             if not may_share:
                 return self._answer_each(group)
         self._answer_part(group)
@@ -136,16 +137,16 @@ class BatchRunner:
         for item in group:
             self._answer_alone(item)
 
-    def _tried_first(self, name: str, count: int) -> tuple[int, float]:
-        """How many of so many requests are to be run both ways, and for how many seconds, before the others share a
-        run."""
+    def _tried_first(self, name: str, count: int) -> tuple[int, float, float]:
+        """How many of so many requests are to be run both ways, for how many seconds and with how many rows, before the
+        others share a run."""
         if name in self._undecided:
-            return count, math.inf
+            return count, math.inf, TRIED_ROWS
         if self._graph.mutates_state:  # what others change between two runs would speak against sharing them
-            return 0, 0
+            return 0, 0, 0
         self._shared_runs[self._weights_id, name] += 1
         times = self._shared_runs[self._weights_id, name]
-        return (0, 0) if times & (times - 1) else (min(count, AUDITED), AUDIT_S)
+        return (0, 0, 0) if times & (times - 1) else (min(count, AUDITED), AUDIT_S, math.inf)
 
     def _answer_together(self, group: list[Item]) -> None:
         try:
@@ -163,7 +164,7 @@ class BatchRunner:
         for part in (group[:half], group[half:]):
             self._answer_part(part)
 
-    def _answer_both_ways(self, group: list[Item], count: int, seconds: float) -> tuple[bool, list[Item]]:
+    def _answer_both_ways(self, group: list[Item], count: int, seconds: float, rows: float) -> tuple[bool, list[Item]]:
         """The first ``count`` each alone, and then together to compare. May they share a run, as far as that shows it?
         And which are left to be answered."""
         answered, alone, tried, seen, until = 0, [], [], set(), self._clock() + seconds
@@ -171,7 +172,7 @@ class BatchRunner:
             item = group[answered]
             outputs = self._answer_alone(item)
             answered += 1
-            fits = outputs is not None and sum(other.rows for other in tried) + item.rows <= TRIED_ROWS
+            fits = outputs is not None and sum(other.rows for other in tried) + item.rows <= rows
             if fits and (unlike := distinct_rows(item) - seen):  # the same rows go well together, and show nothing
                 seen |= unlike
                 alone.append(outputs)

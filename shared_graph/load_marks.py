@@ -41,7 +41,6 @@ class LoadMarks:
             try:
                 yield
             finally:
-                self._found.pop(path, None)
                 with contextlib.suppress(OSError):
                     os.remove(path)
 

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from shared_graph.errors import InvalidRequest
+from shared_graph.errors import InvalidRequest, Unavailable
 from shared_graph.model_source import ModelSource
 from shared_graph.wire import ProcessInfo
 
@@ -105,6 +105,14 @@ class Snapshot(NamedTuple):
     def is_moving(self, name: str, choice: VersionChoice) -> bool:
         """Will it be known in a moment what is asked for?"""
         return name in self.loading or (not isinstance(choice, int) and self.pointers.get((name, choice), 0) is None)
+
+    def latest(self, name: str) -> ModelKey:
+        """Raises InvalidRequest, or Unavailable while it is being loaded or another one takes its place."""
+        if self.is_moving(name, None):
+            raise Unavailable(f"A version of model {name} is just being taken into use; try again.")
+        if (version := self.find(name, None)) is None:
+            raise not_found(name, None)
+        return version.key
 
 
 class WorkerReport(NamedTuple):

@@ -88,13 +88,13 @@ class ParameterServer:
 
     async def get_weights(self, model: str, version: int | None = None) -> Arrays:
         await self.start()  # should this be a new life that nobody has called yet
-        key = self.manager.latest(model) if version is None else ModelKey(model, version)
+        key = self.manager.snapshot.latest(model) if version is None else ModelKey(model, version)
         return await self.loader.get_weights(key)
 
     async def set_weights(self, model: str, weights: Arrays) -> None:
         """They are saved when this returns, and every worker has them, or is dead."""
         await self.start()
-        key = self.manager.latest(model)
+        key = self.manager.snapshot.latest(model)
         await self.manager.change_weights(key, lambda loaded: self.loader.set_weights(key, loaded, weights))
 
     async def reload(self, model: str) -> Snapshot:

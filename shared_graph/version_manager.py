@@ -99,6 +99,8 @@ class VersionManager:
             return
         loaded, is_undecided = version.loaded, signature in version.loaded.undecided
         if not is_undecided and (agrees or signature not in loaded.batchable):
+            if agrees and version.evidence[signature, False]:  # that was an accident, such as of rounding near zero
+                version.evidence[signature, False] -= 1
             return
         version.evidence[signature, agrees] += 1
         if version.evidence[signature, agrees] < EVIDENCE and (agrees or not is_undecided):
@@ -307,11 +309,3 @@ class VersionManager:
         """Until each worker has done for this model what the last snapshot wants, or is gone."""
         wanted = self.snapshot.snapshot_id
         await self._until(lambda: all(report.settled.get(name, 0) >= wanted for report in self._reports.values()))
-
-    def latest(self, name: str) -> ModelKey:
-        """Raises InvalidRequest, or Unavailable while it is being loaded or another one takes its place."""
-        if self.snapshot.is_moving(name, None):
-            raise Unavailable(f"A version of model {name} is just being taken into use; try again.")
-        if (version := self.snapshot.find(name, None)) is None:
-            raise not_found(name, None)
-        return version.key

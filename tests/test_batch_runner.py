@@ -125,6 +125,14 @@ def test_what_shares_runs_and_gets_other_answers_in_company_is_run_alone_as_soon
     assert played.observed == [("serving_default", False)] * 3
 
 
+@pytest.mark.parametrize("count", [1, 9, 40])
+def test_large_requests_that_share_a_run_are_looked_at_as_well(count):
+    played = Played(looks_across=1, group=1)
+    requests = [rows(*[20 + place] * count) for place in range(6)]
+    assert played.answer(*requests) == [[2 * (20 + place) + count] * count for place in range(6)]
+    assert played.observed == [("serving_default", False)]
+
+
 def test_where_runs_take_long_one_is_alone_and_the_others_share_theirs_since_they_have_a_deadline():
     played = Played(group=1, run_s=8)
     assert played.answer(*map(rows, range(12))) == [[2 * value] for value in range(12)]

@@ -52,6 +52,28 @@ def test_a_model_that_always_ends_its_process_is_not_tried_again_until_its_files
     assert live(tmp_path, bad=()) == dict.fromkeys(MODELS, "loaded"), "nothing is held against it any more"
 
 
+def test_a_function_whose_graph_can_be_built_and_that_ends_its_process_when_it_is_loaded_is_found_out(tmp_path):
+    """It is marked twice in each life: see ``Loader.build_functions``."""
+    twice = LIFE.replace("gather(*map(load, models))", "gather(built())").replace("async def main", BUILT)
+    lives = []
+    for _ in range(4):
+        command = [sys.executable, "-c", twice, json.dumps([str(tmp_path), ["bad"], ["bad"], []])]
+        lives.append(subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=60))
+    assert [life.returncode for life in lives] == [7, 7, 7, 0]
+    assert json.loads(lives[3].stdout) == {"bad": ENDED}
+
+
+BUILT = """async def built():
+    try:
+        async with marks.loading(ModelKey("bad", 1), files):
+            pass
+    except ModelError:
+        pass
+    return await load("bad")
+
+async def main"""
+
+
 def test_a_model_that_has_ended_its_process_once_is_loaded_the_next_time(tmp_path):
     assert live(tmp_path, models=["bad"]) is None
     assert live(tmp_path, bad=()) == dict.fromkeys(MODELS, "loaded")

@@ -100,7 +100,8 @@ class Checkpoints:
                 " there, or remove it and start the program anew."
             ) from None
         if any(name.startswith("graph/") and name != f"graph/{graph}" for name in arrays):
-            raise ModelError(f"The checkpoint {path} is not of this model: it was saved for another graph")
+            why = "it was saved for another graph: remove it and start the program anew"
+            raise ModelError(f"The checkpoint {path} is not of this model, {why}.")
         return {
             name.removeprefix("variables/"): array
             if array.dtype.kind != "S"

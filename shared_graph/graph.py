@@ -66,6 +66,7 @@ class Graph:
         self.checkpointed: int | None = None  # a fingerprint of its variables when they were written last
         self._loader = loader_impl.SavedModelLoader(folder or source.folder) if source.folder else None
         meta_graph = self._loader.get_meta_graph_def_from_tags(["serve"]) if self._loader else self._build(tf)
+        read = hashlib.sha256(meta_graph.SerializeToString(deterministic=True)) if self._loader else None
         prepare_nodes(meta_graph, container=f"{source.name}/{source.version}".encode().hex())
         self.tokens = name_python_functions(meta_graph.graph_def, tokens)
         self._definitions = copy.deepcopy(dict(sorted(meta_graph.signature_def.items())))  # a part would hold all of it
@@ -86,7 +87,7 @@ class Graph:
         self.graph.finalize()
         self._memory = memory_graph(tf, self.graph, device)
         self._outputs = [tensor.op for tensor in outputs]
-        self.fingerprint = self._fingerprint(tf, meta_graph)
+        self.fingerprint = read.hexdigest() if read else self._fingerprint(tf, meta_graph.graph_def)
         self.mutates_state = any(signature.mutates_state for signature in self.signatures.values())
         self.runs_python = any(signature.runs_python for signature in self.signatures.values())
 
@@ -129,12 +130,10 @@ class Graph:
             meta_graph.graph_def.CopyFrom(self._builder.as_graph_def())
         return meta_graph
 
-    def _fingerprint(self, tf, meta_graph) -> str:
-        """Of the graph that answers; of a function's not what only initializes, which may be random."""
-        if self._loader:
-            return hashlib.sha256(meta_graph.SerializeToString(deterministic=True)).hexdigest()
+    def _fingerprint(self, tf, graph_def) -> str:
+        """Of what answers in a function's graph, and not of what only initializes, which may be random."""
         names = sorted({operation.name for operation in self._outputs})
-        parts = ingredients(tf.graph_util.extract_sub_graph(meta_graph.graph_def, names), self._definitions)
+        parts = ingredients(tf.graph_util.extract_sub_graph(graph_def, names), self._definitions)
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
     def connect(self, addresses: list[str], options: Options) -> None:

@@ -99,9 +99,13 @@ def _try(graph: Graph, signature: Signature, sample: list[np.ndarray], sizes: li
 
 def tells(signature: Signature, outputs: list[np.ndarray]) -> bool:
     """Would it be seen if rows had other answers in company? Where all have the same one it would not: no number, only
-    unknown words, nothing found; nor in outputs that may grow with the batch, if it is so there."""
-    varies = [any(not answers_equal(rows[:1], rows[i : i + 1], False) for i in range(1, len(rows))) for rows in outputs]
-    may_grow = [spec.shape is None or None in spec.shape[1:] for spec in signature.outputs.values()]
+    unknown words, nothing found; nor in outputs that may grow with the batch, if it is so there, but for those that
+    list something, such as the names of all classes."""
+    varies = [not answers_equal(np.broadcast_to(rows[:1], rows.shape), rows, False) for rows in outputs]
+    may_grow = [
+        (spec.shape is None or None in spec.shape[1:]) and np.unique(rows[:1]).size < 2
+        for rows, spec in zip(outputs, signature.outputs.values())
+    ]
     return any(varies) and all(its or not grows for its, grows in zip(varies, may_grow))
 
 

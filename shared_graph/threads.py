@@ -64,7 +64,7 @@ def _work(inbox: queue.SimpleQueue) -> None:
         result, error = _outcome(work)
         del thread, work  # before what hears of it wants the next one
         with contextlib.suppress(InvalidStateError):  # the wait was cancelled
-            future.set_exception(error) if error else future.set_result(result)
+            future.set_result(result) if error is None else future.set_exception(error)
         del future, result, error
 
 

@@ -211,7 +211,7 @@ class VersionManager:
         version = self._versions.get(key)
         if version and version.loaded:
             return True
-        has_failed = version is not None and version.files == files
+        has_failed = version is not None and version.state == "END" and version.files == files
         if (has_failed or not is_at_rest) and not at_once:
             return False
         version = self._versions[key] = Version(source, files)

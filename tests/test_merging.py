@@ -174,6 +174,8 @@ SAME, ONES, WORDS = np.full((2, 3), np.nan), np.ones((2, 3)), np.array([[b"a"], 
         ([(ONES, (None, 3)), (WORDS, (None, 1))], True),  # such as the number of all classes
         ([(ONES, (None, None)), (WORDS, (None, 1))], False),  # as many as the row of the batch that has most
         ([(ONES, None), (WORDS, (None, 1))], False),
+        ([(SAME, (None, None)), (WORDS, (None, 1))], False),
+        ([(np.array([[b"no", b"yes"]] * 2, object), (None, None)), (WORDS, (None, 1))], True),
         ([(ONES[:1], (None, 3))], False),
     ],
 )

@@ -143,8 +143,8 @@ class Graph:
         self._config = session_config(tf, addresses) if addresses else server_config(tf, options, self.runs_python)
         self._open_session()
 
-    def _open_session(self) -> threading.Thread:
-        """And make a callable for each signature. Returns what ``disconnect`` does, of the session before."""
+    def _open_session(self) -> None:
+        """And make a callable for each signature."""
         from tensorflow.core.protobuf.config_pb2 import CallableOptions
 
         session = self._tf.Session(self._target, self.graph, self._config)
@@ -153,24 +153,26 @@ class Graph:
             name: session._make_callable_from_options(CallableOptions(feed=feeds, fetch=fetches))
             for name, (feeds, fetches) in self._feeds_and_fetches.items()
         }
-        return self._use(session, callables)
+        self._use(session, callables)
 
-    def disconnect(self) -> threading.Thread:
-        """Returns the thread in which the session ends, since that may wait for a server that is gone."""
-        return self._use(None, None)
+    def disconnect(self, is_lost: bool = False) -> threading.Thread:
+        """Returns the thread in which the session ends, since that may wait for a server that ``is_lost``."""
+        return self._use(None, None, is_lost)
 
-    def _use(self, session, callables: dict | None) -> threading.Thread:
+    def _use(self, session, callables: dict | None, is_lost: bool = False) -> threading.Thread:
         left = [self.session, self._callables]
         self.session, self._callables = session, callables
         self.variables.set_session(session)
-        ending = threading.Thread(target=end_session, args=[left], daemon=True)
+        ending = threading.Thread(target=end_session, args=[left, is_lost], daemon=True)
         ending.start()
         return ending
 
     def cancel_runs(self) -> None:
         """End what runs, as far as its kernels let themselves be ended, and go on in another session; there what may
         still be in time begins anew."""
-        self._open_session().join()
+        session = self.session
+        self._open_session()
+        session.close()
 
     def free(self) -> threading.Thread:
         """Give the memory of the variables and tables back; returns what ``disconnect`` does."""
@@ -261,11 +263,11 @@ class Graph:
         return metadata_of(self._definitions)
 
 
-def end_session(left: list) -> None:
-    """``left`` holds it, and its callables. One that is closed asks its server nothing more when they go: that would
-    wait for a server that is gone, in whatever thread Python's garbage collector lets go of the last of them."""
-    with contextlib.suppress(Exception):
-        if left[0] is not None:
+def end_session(left: list, is_lost: bool) -> None:
+    """``left`` holds it and its callables, of which each asks the server to forget it when it goes, in whatever thread
+    that is: not if the session is closed before, as is best where the server is lost and nobody answers."""
+    if is_lost:
+        with contextlib.suppress(Exception):
             left[0].close()
     left.clear()
 

@@ -58,7 +58,7 @@ class Replica:
         if not self.is_left:
             self.is_left = True
             for graph in self.graphs.values():
-                graph.disconnect()
+                graph.disconnect(is_lost=True)
             for task in self._tasks - {asyncio.current_task()}:
                 task.cancel()
             self._notify()

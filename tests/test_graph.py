@@ -605,7 +605,8 @@ def test_functions_of_the_same_operations_that_are_wired_otherwise_have_other_fi
     assert len(fingerprints) == len(ways)
 
 
-def test_a_session_is_closed_before_what_calls_it_goes_since_each_would_ask_its_server_to_forget_it():
+@pytest.mark.parametrize("is_lost", [True, False])
+def test_where_the_server_is_lost_a_session_is_closed_before_its_callables_go_and_else_they_tell_it(is_lost):
     events = []
 
     class Called:
@@ -618,6 +619,6 @@ def test_a_session_is_closed_before_what_calls_it_goes_since_each_would_ask_its_
             raise RuntimeError("there is no server any more")
 
     left = [Session(), {"serving_default": Called()}]
-    end_session(left)
-    assert events == ["closed", "gone"] and left == []
-    end_session([None, None])
+    end_session(left, is_lost)
+    assert events == ["closed", "gone"][not is_lost :] and left == []
+    end_session([None, None], is_lost)

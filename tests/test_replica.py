@@ -39,7 +39,7 @@ class PlayedGraph:
     def connect(self, *arguments):
         pass
 
-    def disconnect(self):
+    def disconnect(self, is_lost: bool = False):
         self.is_connected = False
         ending = threading.Thread()
         ending.start()

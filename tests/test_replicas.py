@@ -140,7 +140,7 @@ class PlayedGraph:
     def set_weights(self, weights: str) -> None:
         self.weights = weights
 
-    def connect(self, *arguments) -> None:
+    def connect(self, *arguments, **kind) -> None:
         """To a server that is played."""
 
     disconnect = connect

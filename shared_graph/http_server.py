@@ -1,4 +1,4 @@
-"""The server of both front ends, uvicorn; and how a WSGI application runs under it, with a thread for each request."""
+"""The program that a front end is, and its server, uvicorn; how a WSGI application runs under it, in threads."""
 
 from __future__ import annotations
 

@@ -281,36 +281,27 @@ def test_rows_of_answers_that_do_not_fit_together_speak_against_sharing_runs_and
     assert played.observed == [("serving_default", False)]
 
 
-def test_rows_that_are_answered_alone_and_refused_together_share_no_runs():
+@pytest.mark.parametrize("why, status, observed", [("one row, please", 400, [False]), ("no memory is left", 429, [])])
+def test_rows_that_are_refused_together_share_no_runs_and_what_fails_for_other_reasons_speaks_for_nothing(
+    why, status, observed
+):
     played = Played(batchable=False, undecided=True)
     run = played.graph.run
 
     def one_row_alone(signature: str, feed: list[np.ndarray], deadline: float) -> list[np.ndarray]:
         if len(feed[0]) > 1:
-            raise ModelError("one row, please", 400)
+            raise ModelError(why, status)
         return run(signature, feed, deadline)
 
     played.graph.run = one_row_alone
-    assert played.answer(rows(1), rows(2)) == [[2], [4]] and played.observed == [("serving_default", False)]
+    assert played.answer(rows(1), rows(2)) == [[2], [4]]
+    assert played.observed == [("serving_default", agrees) for agrees in observed]
 
 
 def test_a_few_rows_are_tried_both_ways_and_not_those_of_large_requests():
     played = Played(batchable=False, undecided=True)
     played.answer(rows(*range(100, 101 + TRIED_ROWS)), *map(rows, range(20, 20 + 2 * TRIED_ROWS)))
     assert played.graph.runs[-1] == list(range(20, 20 + TRIED_ROWS)) and played.observed == [("serving_default", True)]
-
-
-def test_a_run_of_both_ways_that_fails_for_what_is_not_in_its_requests_speaks_for_nothing():
-    played = Played(batchable=False, undecided=True)
-    run = played.graph.run
-
-    def one_row_alone(signature: str, feed: list[np.ndarray], deadline: float) -> list[np.ndarray]:
-        if len(feed[0]) > 1:
-            raise ModelError("no memory is left", 429)
-        return run(signature, feed, deadline)
-
-    played.graph.run = one_row_alone
-    assert played.answer(rows(1), rows(2)) == [[2], [4]] and played.observed == []
 
 
 def test_a_broken_row_among_those_that_are_run_both_ways_fails_alone():

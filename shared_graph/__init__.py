@@ -12,7 +12,7 @@ requests into batches and hands them round-robin to the workers. From the bottom
     logs                                      log lines, open files, the address to listen on
     model_source, models, options             models, their sources and arrays; one dataclass for all options
     ray_runtime, tensorflow_runtime           Ray and TensorFlow, each started in one place
-    adder, checkpoints, bundles, load_marks   the built-in model; variables and graphs in files
+    adder, checkpoints, bundles, load_marks   the built-in model; variables, graphs and marks of loading, in files
     graph_definition, variables, graph        a model's graph in one process, and the variables behind its outputs
     merging                                   which of its signatures may share runs
     bodies, json_codec, npy_codec, rest_api   TensorFlow Serving's REST contract: bodies in, answers out
@@ -21,14 +21,14 @@ requests into batches and hands them round-robin to the workers. From the bottom
     version_manager, loader                   what is served, and how it is loaded
     parameter_server, replica, worker, actors  the two actors, and what a worker has of the parameter server
     pace, connection, batcher                 a front end's requests on their way to the workers
-    metrics, status, supervisor               what its process counts and knows; who of the actors lives
+    metrics, status, supervisor               what a front end's process counts and knows; which actors live
     home_loop, mapping, cluster               the calls, from any thread or event loop
     progress, files                           whole files, and how far they are
     http_api, messages                        what front ends answer, over HTTP and on a WebSocket
-    http_server, web_socket                   the server of both, also under Flask; the WebSocket of Starlette
+    http_server, web_socket                   the program and server of either front end; Starlette's WebSocket
 
-One ring is not seen in the imports: the parameter server calls ``worker.sync``, and the worker its ``report``.
-The process that imports this never imports tensorflow, and nothing starts before a ``Cluster`` does.
+The imports do not show one ring: the parameter server calls a worker's ``sync``, a worker the server's ``report``.
+Neither this import nor a front end imports tensorflow, and nothing starts before a ``Cluster`` does.
 """
 
 import importlib

@@ -2,8 +2,8 @@
 
 Requests for one signature with rows of one shape are one group if they may share a run. A group whose run fails is
 halved until the bad request fails alone. Where it is not known yet whether a signature's requests may share runs, a
-group is run both ways and compared; where it is, some of the first, second, fourth, eighth ... group are, since random
-rows may not have shown it. What that shows is evidence, and others decide what follows from it.
+group is run both ways and compared; where they may, so are some requests of the first, second, fourth, eighth ...
+group, since random rows do not show everything. That is evidence; the version manager decides what follows from it.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ import numpy as np
 
 from shared_graph.errors import DeadlineExceeded, Error, ModelError, WorkerLost
 from shared_graph.graph import Graph
-from shared_graph.json_codec import plain
-from shared_graph.merging import answers_equal, tells
+from shared_graph.json_codec import json_ready
+from shared_graph.merging import answers_equal, is_telling
 from shared_graph.models import LoadedVersion, Signature
 from shared_graph.rest_api import decode
 from shared_graph.wire import WireRequest
@@ -56,7 +56,7 @@ class BatchRunner:
     """Answers a batch. ``reply({index: answer or Error})`` is called as each group is done, for each request once;
     those that came too late are not run. ``observe(signature, agrees)`` is told what a run showed of whether rows that
     share it have the answers that they have alone; ``loaded`` says what is known of that already, and ``shared_runs``,
-    by the id of weights and the signature, how often requests have shared one since the worker was told."""
+    by the weights' id and the signature, how often requests have shared one since the last snapshot or disagreement."""
 
     def __init__(
         self,
@@ -110,20 +110,20 @@ class BatchRunner:
         rows, parts = item.feed[0].shape[:1], [item.is_json, name]
         for array, spec in zip(item.feed, signature.inputs.values()):
             shape = array.shape
-            if shape[:1] != rows or not (0,) <= rows <= (MAX_SHARED_ROWS,) or not spec.has(shape):
+            if shape[:1] != rows or not (0,) <= rows <= (MAX_SHARED_ROWS,) or not spec.declares(shape):
                 return item.index
             parts.append(shape[1:])
         return tuple(parts)
 
     def _answer_group(self, group: list[Item]) -> None:
         if len(group) > 1:
-            limits = self._tried_first(group[0].signature.name, len(group))
+            limits = self._trial_limits(group[0].signature.name, len(group))
             may_share, group = self._answer_both_ways(group, *limits)
             if not may_share:
                 return self._answer_each(group)
-        self._answer_part(group)
+        self._answer_due(group)
 
-    def _answer_part(self, group: list[Item]) -> None:
+    def _answer_due(self, group: list[Item]) -> None:
         now = self._clock()
         due = [item for item in group if now < item.deadline]
         if len(due) < len(group):
@@ -137,7 +137,7 @@ class BatchRunner:
         for item in group:
             self._answer_alone(item)
 
-    def _tried_first(self, name: str, count: int) -> tuple[int, float, float]:
+    def _trial_limits(self, name: str, count: int) -> tuple[int, float, float]:
         """How many of so many requests are to be run both ways, for how many seconds and with how many rows, before the
         others share a run."""
         if name in self._undecided:
@@ -162,11 +162,11 @@ class BatchRunner:
             return self._answer_each(group)
         half = len(group) // 2
         for part in (group[:half], group[half:]):
-            self._answer_part(part)
+            self._answer_due(part)
 
     def _answer_both_ways(self, group: list[Item], count: int, seconds: float, rows: float) -> tuple[bool, list[Item]]:
-        """The first ``count`` each alone, and then together to compare. May they share a run, as far as that shows it?
-        And which are left to be answered."""
+        """Answer the first ``count`` alone, then run them together to compare. Returns whether the group may share a
+        run, as far as that shows it, and the rest of it, to be answered."""
         answered, alone, tried, seen, until = 0, [], [], set(), self._clock() + seconds
         while answered < count and self._clock() < until:
             item = group[answered]
@@ -180,7 +180,7 @@ class BatchRunner:
         return len(tried) < 2 or self._agree(tried, alone), group[answered:]
 
     def _agree(self, tried: list[Item], alone: list[list[np.ndarray]]) -> bool:
-        """Have they together the answers that they have ``alone``? It is told, if it tells anything."""
+        """Have they the same answers together as ``alone``? ``observe`` is told, if that shows anything."""
         signature = tried[0].signature
         try:
             together, expected = self._run(tried), list(map(np.concatenate, zip(*alone)))
@@ -188,7 +188,7 @@ class BatchRunner:
                 len(output) == sum(item.rows for item in tried) and answers_equal(output, wanted, self._exact)
                 for output, wanted in zip(together, expected)
             )
-            if agrees and not tells(signature, expected):
+            if agrees and not is_telling(signature, expected):
                 return True
         except Error as error:
             if error.status != 400:  # which says nothing of whether they go together
@@ -222,7 +222,7 @@ class BatchRunner:
 
 def presentable(item: Item, outputs: list[np.ndarray]) -> list[np.ndarray]:
     """For a whole batch at once, since numpy's calls are dear."""
-    return list(map(plain, outputs, item.signature.outputs)) if item.is_json else outputs
+    return list(map(json_ready, outputs, item.signature.outputs)) if item.is_json else outputs
 
 
 def distinct_rows(item: Item) -> set[tuple]:

@@ -1,8 +1,8 @@
 """Gathers concurrent requests before they travel, and hands them to the workers round-robin. No Ray, no TensorFlow.
 
-Whatever queued up while the last batches ran is the next batch. A queue is that of a signature, as far as it is known
-without reading the body. Queues take turns: one that was served goes behind all others. Lives in one event loop, whose
-time is the only one there is; nothing here waits.
+Whatever queued up while the last batches ran is the next batch. Each signature has a queue, as far as it can be known
+without reading a body. Queues take turns: one that was served goes behind all others. All this lives in one event loop,
+whose time is the only one there is, and waits for nothing.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ MAYBE = "a change that was asked for may or may not have been applied"
 
 class Batcher:
     """Every request is answered once, at the latest when its deadline has passed. What a lost worker had to do runs
-    once more elsewhere, but for adds, and for what the worker may have been lost by."""
+    once more elsewhere, but for adds, and for what may be why the worker was lost."""
 
     def __init__(
         self,
@@ -53,7 +53,7 @@ class Batcher:
         # while one runs, decoding the next one takes processor time from it where there is hardly any to spare
         self.max_concurrent_batches = MAX_BATCHES_IN_FLIGHT if os.cpu_count() > 2 else 1
         self._answered_at = -math.inf  # when a caller last got a result
-        self._is_due, self._closed, self._repeat_at = False, None, -math.inf
+        self._is_scheduled, self._closed, self._repeat_at = False, None, -math.inf
 
     # -- requests ------------------------------------------------------------------------------------------------------
 
@@ -67,8 +67,8 @@ class Batcher:
         worker: int | None = None,
         is_patient: bool = False,
     ) -> Any:
-        """The answer to a request, which waits in its queue first; one that ``is_patient`` has its deadline only from
-        when it is sent. Raises Error."""
+        """The answer to a request, which waits in its queue first. One that ``is_patient`` waits there for as long as
+        others are answered, and then has the deadline from when it is sent. Raises Error."""
         if self._closed:
             raise self._closed.with_traceback(None)
         size_bytes = size_of(body)
@@ -83,8 +83,8 @@ class Batcher:
         self._enqueue(request)
         self._recent.note(key, now)
         self._paces[key].asked(now)
-        if not self._is_due:
-            self._is_due = True
+        if not self._is_scheduled:
+            self._is_scheduled = True
             loop.call_soon(self.dispatch)  # after all that is ready in this turn of the loop
         try:
             return await request.future
@@ -197,7 +197,7 @@ class Batcher:
 
     def dispatch(self) -> None:
         """Send all batches that are due to workers that have a slot. Queues take turns, and so do workers."""
-        self._is_due, is_any_sent = False, True
+        self._is_scheduled, is_any_sent = False, True
         while is_any_sent:
             is_any_sent = False
             for key in list(self._queues):

@@ -20,11 +20,11 @@ from shared_graph.models import Arrays, object_array
 
 
 class Checkpoints:
-    """Variables in files of one folder: ``adder.sum``, and ``<model>.<version>.npz``, written aside and renamed.
+    """Variables in files of one folder: ``<model>.<version>.npz``, written aside and renamed; and ``adder.sum``.
 
-    What is written has survived a killed process; if ``durable``, a power cut as well. Whoever starts a cluster makes
-    the folder, and an empty file ``.run-<run_id>`` in it, to which the names of all files that were kept are written:
-    so neither another machine's folder nor one whose files have gone is taken for a beginning. Methods raise Error.
+    What is written survives a killed process; if ``durable``, a power cut as well. Whoever starts a cluster makes the
+    folder, and an empty file ``.run-<run_id>`` in it, to which the names of all saved files are written: so neither
+    another machine's folder nor one whose files have gone is taken for a beginning. Methods raise Error.
     """
 
     def __init__(self, folder: str, run_id: str, durable: bool):
@@ -59,17 +59,17 @@ class Checkpoints:
             for name, value in weights.items()
         }  # numpy strips zeros from the end of a string
         arrays |= {f"graph/{graph}": np.zeros(0)} if graph else {}
-        self._write_first(self.path(source), lambda file: np.savez(file, **arrays))
+        self._write_and_note(self.path(source), lambda file: np.savez(file, **arrays))
 
     def save_sum(self, total: float) -> None:
-        """The adder's, twice over; for each batch, and so in place once there is a file: that takes a hundredth of the
-        time, and so few bytes are in one sector of the disk, which is written as a whole or not at all."""
+        """The adder's sum, twice over. It is saved for each batch, so in place once there is a file: in a hundredth of
+        the time, and safely, since so few bytes are in one sector, which a disk writes as a whole or not at all."""
         record, path = struct.pack("<dd", total, total), self.path(ADDER_SOURCE)
         if self._sum_file is not None and not os.fstat(self._sum_file).st_nlink:  # removed, or another is in its place
             os.close(self._sum_file)
             self._sum_file = None
         if self._sum_file is None:
-            self._write_first(path, lambda file: file.write(record))
+            self._write_and_note(path, lambda file: file.write(record))
             self._sum_file = os.open(path, os.O_WRONLY)
             return
         with naming_file(path):
@@ -81,8 +81,7 @@ class Checkpoints:
                 os.fdatasync(self._sum_file)
 
     def load(self, source: ModelSource, graph: str = "") -> Arrays:
-        """What was kept last, if anything was. Raises ModelError when it is damaged, of another graph, or has gone
-        since."""
+        """What was saved last, if anything was. Raises ModelError when that is damaged, of another graph, or gone."""
         path = self.path(source)
         try:
             with open(path, "rb") as file:
@@ -135,12 +134,12 @@ class Checkpoints:
             for path in [*others, *glob.glob(os.path.join(here, ".loading-*"))]:
                 os.remove(path)
 
-    def _write_first(self, path: str, write: Callable[[Any], Any]) -> None:
-        """Write it aside; from now on it has to be there when this run's parameter server comes back."""
+    def _write_and_note(self, path: str, write: Callable[[Any], Any]) -> None:
+        """Write a file, and note that it has to be there when this run's parameter server comes back."""
         self._write_atomically(path, write)
         names = list(dict.fromkeys([*self._checkpointed, os.path.basename(path)]))
         if names != self._checkpointed:
-            with contextlib.suppress(Unavailable):  # what has been kept has; the marker is tried again with the next
+            with contextlib.suppress(Unavailable):  # the file itself is saved; the note is tried again with the next
                 self._write_atomically(self._marker, lambda file: file.write("\n".join(names).encode()))
                 self._checkpointed = names
 

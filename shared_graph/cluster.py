@@ -1,4 +1,4 @@
-"""What scripts, notebooks and front ends hold in their hands: the calls, the home loop and its thread."""
+"""What scripts, notebooks and front ends hold in their hands: the calls, and what serves them in the home loop."""
 
 from __future__ import annotations
 
@@ -225,7 +225,7 @@ class Cluster:
     def request(
         self, model: str, verb: str, body: Any, version: VersionChoice = None, worker: int | None = None
     ) -> Any:
-        """What ``rest_api.decode`` says of the verb. Raises Error."""
+        """The answer to one request; ``rest_api.decode`` says what ``body`` is for each verb. Raises Error."""
         return self._home.result(self._request(model, verb, body, version, worker), self.options.timeout_s + 5)
 
     async def request_async(
@@ -252,13 +252,13 @@ class Cluster:
 
     async def _call_server(self, method: str, model: str, *arguments: Any) -> Any:
         """Call the primary parameter server."""
-        if method != "reload" or model not in [source.name for source in self.options.model]:  # it may help others
+        if method != "reload" or model not in [source.name for source in self.options.model]:  # reload may load it
             self.status.get_model(model)
         primary = self.status.servers[0]
         if primary.state == "starting":
             raise Unavailable("The parameter server is being started; try again later.")
         try:
-            return await primary.actor.call(method, model, *arguments)
+            return await primary.handle.call(method, model, *arguments)
         except ActorUnavailable:
             raise WorkerLost("The parameter server was lost; a change may or may not have been applied.") from None
 
@@ -303,7 +303,7 @@ class Cluster:
         supervising.cancel()
         await asyncio.gather(supervising, return_exceptions=True)
         await supervisor.disconnect()
-        # What is made later would start another Ray. At the end of the program executors take nothing any more.
+        # An actor made later would start another Ray. In a thread of its own: executors refuse work as a program ends.
         await in_own_thread(functools.partial(maker.shutdown, cancel_futures=True))
         if not self.options.address and not ray_ended.done():
             await supervisor.end_actors()

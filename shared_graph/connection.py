@@ -47,20 +47,20 @@ class Request:
     timer: asyncio.TimerHandle | None = None  # that ends the wait at the deadline
     is_sent: bool = False
     sent_at: float = 0.0
-    is_repeated: bool = False  # a worker was lost that had it
+    is_repeated: bool = False  # a worker that had it was lost
 
 
 @dataclasses.dataclass(eq=False, slots=True)
 class Queue:
-    """Requests that wait, the first one first, and a timer that calls ``look`` when they may be due."""
+    """Requests that wait, the first one first, and a timer that calls ``dispatch`` when they may be due."""
 
-    look: Callable[[], None]
+    dispatch: Callable[[], None]
     requests: collections.deque[Request] = dataclasses.field(default_factory=collections.deque)
     timer: asyncio.Handle | None = None
     rings_at: float = math.inf
 
     def set_timer(self, when: float) -> None:
-        """Look then, unless that is to happen sooner already."""
+        """Dispatch then, unless that is to happen sooner already."""
         if when < self.rings_at:
             self.stop_timer()
             self.rings_at = when
@@ -72,7 +72,7 @@ class Queue:
             self.timer = loop.call_later(0.001, self._ring)
             return
         self.rings_at = math.inf
-        self.look()
+        self.dispatch()
 
     def stop_timer(self) -> None:
         self.rings_at = math.inf

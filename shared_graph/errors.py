@@ -47,7 +47,7 @@ class Unavailable(Error):
 
 
 class ActorUnavailable(Unavailable):
-    """An actor could not be called. ``is_final``: Ray does not start it anew; else it does."""
+    """An actor could not be called. ``is_final``: it never comes back; else it does, unless Ray itself has ended."""
 
     is_final = False
 
@@ -76,7 +76,7 @@ NOISE = re.compile(
 
 def first_sentence(error: BaseException | str) -> str:
     """A message without what TensorFlow puts around it: "From /job:...", the nodes, the traces."""
-    if isinstance(error, UnicodeDecodeError):  # Python's, of a message of TensorFlow's with bytes of a request in it
+    if isinstance(error, UnicodeDecodeError):  # TensorFlow's message has bytes of a request that are no UTF-8
         error = error.object.decode(errors="replace")
     text = re.sub(r"^Detected at node .*?^Node: [^\n]*", "", str(error)[:10_000], flags=re.S | re.M)  # with a trace
     lines = [line for line in map(str.strip, text.splitlines()) if line and not NOISE.match(line)]
@@ -90,7 +90,7 @@ def first_sentence(error: BaseException | str) -> str:
 
 @contextlib.contextmanager
 def as_own_errors(what: str) -> Iterator[None]:
-    """Errors of others become one of ours, made of text, so that no process has to import what raised them."""
+    """Other libraries' errors become an Error of text alone, so that no process has to import what raised them."""
     try:
         yield
     except Error:

@@ -16,7 +16,7 @@ import numpy as np
 from shared_graph.cluster import Cluster
 from shared_graph.errors import InvalidRequest, first_sentence
 from shared_graph.models import Arrays
-from shared_graph.npy_codec import is_in_npy, text_width
+from shared_graph.npy_codec import is_in_npy, string_width
 from shared_graph.options import Options
 from shared_graph.progress import shown_progress
 
@@ -37,7 +37,7 @@ def check_files(source: str, target: str) -> None:
 
 
 def with_one_version(options: Options) -> Options:
-    """Of the only model the highest version that there is, and no other: a file is predicted by one alone."""
+    """With the highest version of the one model alone: a whole file is predicted by one version."""
     [source] = options.model
     versions = source.versions()
     return dataclasses.replace(options, model=[versions[max(versions)]])
@@ -89,13 +89,13 @@ def open_columns(source: str) -> tuple[dict[str | None, np.ndarray], int]:
 
 
 class Written:
-    """Outputs of ``total`` rows, as they come: numbers in files of a folder, texts, whose width is only known at the
+    """Outputs of ``total`` rows, as they come: numbers in files of a folder, strings, whose width is only known at the
     end, in memory."""
 
     def __init__(self, folder: str, total: int):
         self._folder, self._total = folder, total
         self._numbers: Arrays = {}
-        self._texts: dict[str, list[np.ndarray]] = {}
+        self._strings: dict[str, list[np.ndarray]] = {}
         self._shapes: dict[str, tuple[int, ...]] = {}  # of a row
 
     def add(self, name: str, array: np.ndarray, start: int, count: int) -> None:
@@ -107,7 +107,7 @@ class Written:
             shapes = f"{list(self._shapes[name])} and of {list(shape)}"
             raise InvalidRequest(f"Output {name!r} has rows of shape {shapes}, which one array does not hold")
         if array.dtype == object:
-            self._texts.setdefault(name, []).append(array)
+            self._strings.setdefault(name, []).append(array)
             return
         if name not in self._numbers:
             self._numbers[name] = self._empty(name, array)
@@ -120,15 +120,15 @@ class Written:
             return like.copy()
         path = os.path.join(self._folder, f"{len(self._numbers)}.npy")
         array = np.lib.format.open_memmap(path, "w+", like.dtype, (self._total, *like.shape[1:]))
-        with open(path, "r+b") as file:  # which is a hole: without room for it the program would be killed
+        with open(path, "r+b") as file:  # so far a hole: to fill it on a full disk would kill the program
             os.posix_fallocate(file.fileno(), 0, os.path.getsize(path))
         return array
 
     def arrays(self) -> Arrays:
         """All of them. Raises InvalidRequest."""
-        texts = {name: np.concatenate(parts) for name, parts in self._texts.items()}
-        widths = {name: text_width(name, text.ravel().tolist()) for name, text in texts.items()}
-        return self._numbers | {name: text.astype(f"S{widths[name]}") for name, text in texts.items()}
+        strings = {name: np.concatenate(parts) for name, parts in self._strings.items()}
+        widths = {name: string_width(name, array.ravel().tolist()) for name, array in strings.items()}
+        return self._numbers | {name: array.astype(f"S{widths[name]}") for name, array in strings.items()}
 
 
 def save(path: str, arrays: Arrays) -> None:

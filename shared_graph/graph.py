@@ -34,13 +34,13 @@ from shared_graph.graph_definition import (
 from shared_graph.model_source import ADDER, ADDER_SOURCE, ModelSource
 from shared_graph.models import Arrays, array_of
 from shared_graph.options import Options
-from shared_graph.tensorflow_runtime import import_tensorflow, in_step, server_config, session_config
+from shared_graph.tensorflow_runtime import import_tensorflow, rerun_refused, server_config, session_config
 from shared_graph.threads import OwnThread
 from shared_graph.variables import TensorFlowVariables
 
 
 class Graph:
-    """A model's graph in one process: ``connect`` it to where it runs, ``restore`` it where it is held, then ``run``.
+    """A model's graph in one process: ``connect`` it to where it runs, ``restore`` variables held there, then ``run``.
 
     All operations are made here, once; then the graph is finalized (tensorflow#4151). The device rule, for task
     ``ps_task`` of ``ps_tasks`` parameter servers: a graph of one's own runs on it, and its variables are spread over
@@ -62,8 +62,8 @@ class Graph:
 
         self._tf, self.source, self.ps_task, self.is_mirror, self.atomic = tf, source, ps_task, not ps_tasks, False
         self.session, self._callables, self._initializers = None, None, []
-        self.built_in: OwnThread | None = None  # held as long as this lives, for the sake of memory
-        self.checkpointed: int | None = None  # a fingerprint of its variables when they were written last
+        self.own_thread: OwnThread | None = None  # held as long as this lives, for the sake of memory
+        self.saved_checksum: int | None = None  # of its variables when they were saved last
         self._loader = loader_impl.SavedModelLoader(folder or source.folder) if source.folder else None
         meta_graph = self._loader.get_meta_graph_def_from_tags(["serve"]) if self._loader else self._build(tf)
         read = hashlib.sha256(meta_graph.SerializeToString(deterministic=True)) if self._loader else None
@@ -156,7 +156,7 @@ class Graph:
         self._use(session, callables)
 
     def disconnect(self, is_lost: bool = False) -> threading.Thread:
-        """Returns the thread in which the session ends, since that may wait for a server that ``is_lost``."""
+        """Returns the thread in which the session ends. ``is_lost``: its server has gone, and is not asked any more."""
         return self._use(None, None, is_lost)
 
     def _use(self, session, callables: dict | None, is_lost: bool = False) -> threading.Thread:
@@ -180,7 +180,7 @@ class Graph:
         session, ending = self.session, self.disconnect()
         if free and session is not None and self._target:  # else it goes with the session
             with self._tf.Session(self._target, graph, self._config) as own:
-                in_step(own.run, free)
+                rerun_refused(own.run, free)
         return ending
 
     def run(
@@ -198,10 +198,10 @@ class Graph:
         may_be_half_done = len(self._probes) > 1 and not may_repeat  # if one of several servers refuses its part alone
         try:
             once = callables[signature]
-            outputs, failure, code = once(*feed) if may_be_half_done else in_step(once, *feed), None, None
+            outputs = once(*feed) if may_be_half_done else rerun_refused(once, *feed)
         except Exception as error:
             failure, code = failure_of(error), getattr(error, "error_code", None)
-        if failure is None:
+        else:
             return list(map(array_of, outputs))
         # out here, where it does not hold the session: its end would wait for its server
         if code in CANCELLED and self.session is not session and may_repeat and time.monotonic() < deadline:
@@ -215,20 +215,20 @@ class Graph:
     def _is_connected(self, session) -> bool:
         """ABORTED and UNAVAILABLE may be the model's own, too."""
         try:
-            in_step(session.run, self._probes)
+            rerun_refused(session.run, self._probes)
         except Exception:
             return False
         return True
 
     def restore(self, weights: Arrays) -> None:
-        """Put the first values of the variables and tables in place; ``weights`` beat those of the files, and a mirror
-        has all of its weights from there. Raises ModelError when something behind an output has no value then."""
+        """Put the first values of the variables and tables in place; ``weights`` beat those of the files, of which a
+        mirror has none. Raises ModelError when something behind an output then has no value."""
         from tensorflow.python.saved_model import loader_impl
 
         graph, _, allocate = self._memory
         if allocate and self._target:
             with self._tf.Session(self._target, graph, self._config) as own:
-                in_step(own.run, allocate)
+                rerun_refused(own.run, allocate)
         initializers = [self.graph.get_operation_by_name(name) for name in self._initializers]
         steps: list[tuple] = [(operation, self.session.run, operation) for operation in initializers]
         if self._loader:
@@ -237,17 +237,17 @@ class Graph:
             steps = [(at_start, self._loader.run_init_ops, self.session, ["serve"])]
             initializers = [at_start, *map(self.graph.get_operation_by_name, self._restoring)]
             if not self.is_mirror:
-                in_step(self._loader.restore_variables, self.session, self._saver)
+                rerun_refused(self._loader.restore_variables, self.session, self._saver)
             self.variables.set_weights(weights)
         for operation, *step in steps:  # which may make variables and tables of what is there by then
-            in_step(*step)
+            rerun_refused(*step)
             if any("Assign" in behind.type for behind in operations_behind([operation])):
                 self.variables.set_weights(weights)
         self._loader = self._saver = None  # they hold all that was read
         self._check_initialized(initializers, set(weights))
 
     def _check_initialized(self, initializers: list, given: set[str]) -> None:
-        run, states = operations_behind(initializers), in_step(self.session.run, self._initialized)
+        run, states = operations_behind(initializers), rerun_refused(self.session.run, self._initialized)
         given |= {op.inputs[0].op.name for op in run if op.type == "Assign"}  # of references; all have been allocated
         lost = [
             op.name
@@ -264,8 +264,8 @@ class Graph:
 
 
 def end_session(left: list, is_lost: bool) -> None:
-    """``left`` holds it and its callables, of which each asks the server to forget it when it goes, in whatever thread
-    that is: not if the session is closed before, as is best where the server is lost and nobody answers."""
+    """``left`` holds it and its callables. When a callable goes, in whatever thread, it asks the server to forget it,
+    and may wait; not after the session was closed, as it first is where the server ``is_lost`` and nobody answers."""
     if is_lost:
         with contextlib.suppress(Exception):
             left[0].close()
@@ -309,5 +309,5 @@ async def build_in_own_thread(build: Callable[..., Graph], *arguments: Any) -> G
     """What ``build`` returns, which from then on holds the thread, see OwnThread."""
     thread = OwnThread()
     graph = await thread.run(build, *arguments)
-    graph.built_in = graph.built_in or thread
+    graph.own_thread = graph.own_thread or thread
     return graph

@@ -51,8 +51,8 @@ def prepare_nodes(meta_graph, container: str) -> None:
 
 
 def name_python_functions(graph_def, names: list[str] | None) -> list[str]:
-    """What the Python functions in a graph are called, in the order in which they are met in it: by tokens, which each
-    process gives out in the order in which it makes them. If ``names`` are given, they are called these from now on."""
+    """The tokens by which a graph calls its Python functions, in the order in which it has them; each process numbers
+    its own. If ``names`` are given, the graph calls them these from now on; the tokens of before are returned."""
     nodes = [node for node, *_ in nodes_run(graph_def) if PYTHON_FUNCTION.fullmatch(node.op)]
     tokens = list(dict.fromkeys(node.attr["token"].s.decode() for node in nodes))
     if names is not None:
@@ -78,10 +78,10 @@ def nodes_run(graph_def) -> Iterator[tuple[Any, list[str], str]]:
 
 
 def ingredients(graph_def, definitions: dict[str, Any]) -> list[str]:
-    """What a graph and the functions in it are made of, sorted: a hash for each operation, of its attributes, such as
-    the value of a constant, and of what its inputs are made of; and for each output of a signature. Not how they are
-    named, numbered and ordered, which differs from process to process, as does the order of what a function captures;
-    but what signatures call their inputs and outputs."""
+    """What a graph and the functions in it are made of, sorted: a hash for each operation, of its attributes (such as
+    the value of a constant) and of what its inputs are made of; and one entry for each output of a signature. What
+    signatures call their inputs and outputs counts; other names, numbers and orders, which differ from process to
+    process as does the order of what a function captures, do not."""
     names, hashes = {function.signature.name for function in graph_def.library.function}, {}
     roles = collections.defaultdict(list)
     for signature, definition in definitions.items():
@@ -180,8 +180,9 @@ def metadata_of(definitions: dict[str, Any]) -> dict[str, Any]:
 
     how = {"always_print_fields_with_no_presence": True, "preserving_proto_field_name": True}
     shown = {name: json_format.MessageToDict(definition, **how) for name, definition in definitions.items()}
-    for its in shown.values():
-        its |= {kind: dict(sorted(its[kind].items())) for kind in ("inputs", "outputs", "defaults") if kind in its}
+    for definition in shown.values():
+        for kind in {"inputs", "outputs", "defaults"} & definition.keys():
+            definition[kind] = dict(sorted(definition[kind].items()))
     return {"signature_def": {"signature_def": shown}}
 
 
@@ -191,12 +192,10 @@ def tensor_of(graph, info):
 
 
 def strange_tensor(tf, graph, info) -> str | None:
-    """Why arrays of numbers, strings or truth values are not what this is."""
-    if kind := info.WhichOneof("encoding"):
-        if kind == "coo_sparse":
-            return "is a SparseTensor"
-        if kind == "composite_tensor":
-            return "is a composite tensor (ragged or sparse)"
+    """Why a tensor cannot be given or taken as an array of numbers, strings or truth values; None if it can."""
+    kinds = {"coo_sparse": "is a SparseTensor", "composite_tensor": "is a composite tensor (ragged or sparse)"}
+    if why := kinds.get(info.WhichOneof("encoding")):
+        return why
     try:
         dtype = tf.as_dtype(info.dtype)
         is_odd = dtype.is_quantized or (np.dtype(dtype.as_numpy_dtype).kind == "V" and dtype != tf.bfloat16)
@@ -233,8 +232,8 @@ def probes(tf, graph) -> list:
 
 
 def memory_graph(tf, graph, device: str | None) -> tuple[Any, list, list]:
-    """A graph of its own that gives back the memory of another one's variables and tables: it can be run when that one
-    cannot. And what has to be run before they are restored: reference variables cannot be removed, only be made empty.
+    """A graph that gives back the memory of ``graph``'s variables and tables, even where that one cannot be run; its
+    operations that do so, and those to run before a restore: reference variables are not removed, only made empty.
     """
     holders = [
         operation.node_def

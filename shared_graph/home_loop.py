@@ -36,12 +36,12 @@ class HomeLoop:
         self._closing = asyncio.Event()
         self._thread: threading.Thread | None = None
         self._ended = threading.Event()  # all that the thread does
-        self._home: int | None = None  # the thread of the loop, while it runs
+        self._loop_thread: int | None = None  # the thread of the loop, while it runs
         self._calls: set[concurrent.futures.Future] = set()  # from elsewhere, that are not answered
         self._starting, self._pid = threading.RLock(), 0  # of the process that has started it
 
     def start(self, home: asyncio.AbstractEventLoop | None) -> bool:
-        """Begin in the background; was that not so yet?"""
+        """Begin in the background, and return True; False if it has begun already, or is over."""
         with self._starting:
             if self._thread is not None or self.is_over:
                 return False
@@ -59,7 +59,7 @@ class HomeLoop:
             self.is_over = True
         if self._thread in (None, threading.current_thread()) or not self._thread.is_alive():  # as in a forked child
             return
-        if self._home == threading.get_ident():  # whose loop has ended without us
+        if self._loop_thread == threading.get_ident():  # whose loop has ended without us
             return
         with contextlib.suppress(RuntimeError):  # the loop is closed
             self.loop.call_soon_threadsafe(self._closing.set)
@@ -75,7 +75,7 @@ class HomeLoop:
 
     def check_elsewhere(self) -> None:
         """Raises InvalidRequest in the loop's own thread."""
-        if threading.get_ident() == self._home and self.loop.is_running():
+        if threading.get_ident() == self._loop_thread and self.loop.is_running():
             raise InvalidRequest("close() in the cluster's own event loop would never return: use asyncio.to_thread.")
 
     def run(self, call: Coroutine) -> concurrent.futures.Future:
@@ -89,7 +89,7 @@ class HomeLoop:
             raise self._why_over() if isinstance(error, RuntimeError) else error from None  # the loop is closed
         self._calls.add(future)
         future.add_done_callback(self._calls.discard)
-        if self._ended.is_set():  # and so has not failed this one
+        if self._ended.is_set():  # perhaps before this one was among those to be failed
             self._fail_calls()
         return future
 
@@ -100,7 +100,7 @@ class HomeLoop:
             raise DeadlineExceeded("No answer within the deadline.") from None
 
     async def awaited(self, call: Coroutine) -> Any:
-        if threading.get_ident() == self._home:
+        if threading.get_ident() == self._loop_thread:
             return await call
         return await asyncio.wrap_future(self.run(call))
 
@@ -111,7 +111,7 @@ class HomeLoop:
             return self._why_over()
         if self._thread is None:
             return Unavailable("Nothing was started: call start(), or use 'with'.")
-        if threading.get_ident() == self._home:
+        if threading.get_ident() == self._loop_thread:
             what = "A blocking call in the cluster's own event loop would never return"
             return InvalidRequest(f"{what}: await its twin, or use asyncio.to_thread.")
         return None
@@ -139,9 +139,9 @@ class HomeLoop:
                 future.set_exception(self._why_over())
 
     async def _run_main(self) -> None:
-        self._home = threading.get_ident()
+        self._loop_thread = threading.get_ident()
         try:
             if not self.is_over:  # stopped before it was there
                 await self._main(self._closing)
         finally:
-            self._home = None
+            self._loop_thread = None

@@ -26,13 +26,13 @@ from shared_graph.status import Status
 
 log = logging.getLogger(__name__)
 
-PATHS = {  # case-insensitive but for the method's name; as sent, still percent-encoded
+PATHS = {  # case-insensitive but for the verb; as sent, still percent-encoded
     "POST": re.compile(
         r"(?i:/v1/models/([^/:]+)(?:/versions/(\d+)|/labels/([^/:]+))?):(classify|regress|predict)", re.A
     ),
     "GET": re.compile(r"(?i:/v1/models(?:/([^/:]+)(?:/versions/(\d+)|/labels/([^/:]+))?(/metadata)?)?)", re.A),
 }
-METHODS = ["GET", "HEAD", "POST", "PUT", "DELETE", "PATCH", "OPTIONS", "TRACE"]  # all but two of which are malformed
+METHODS = ["GET", "HEAD", "POST", "PUT", "DELETE", "PATCH", "OPTIONS", "TRACE"]  # of which /v1/ knows only GET and POST
 PAGES = {  # what is asked for, and the methods that may ask
     "/": ("add", "GET"),
     "/health": ("health", "GET, HEAD"),
@@ -222,8 +222,8 @@ def own_error(error: Exception, status: Status | None, model: str | None = None,
 
 
 def headers_of(answer: Answer, options: Options | None, asked: Mapping[str, str]) -> dict[str, str]:
-    """An answer's headers, with those that let a browser show it to a page of another origin, which it is ``asked`` to
-    tell by headers of the request's."""
+    """An answer's headers, with those that let a browser show it to a page of another origin. ``asked`` are the headers
+    of the request."""
     if not options or not (allowed := options.allow_origin):
         return answer.headers
     headers = dict(answer.headers)

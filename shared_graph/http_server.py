@@ -41,8 +41,8 @@ class Protocol(HttpToolsProtocol):
 
 
 class Server(uvicorn.Server):
-    """uvicorn's, which would leave all running at a second Ctrl-C: it stops in order however often it is told to, and
-    then lets requests under way finish within their deadline, after ``finish``, which is given the seconds."""
+    """uvicorn's would leave all running at a second Ctrl-C. This one stops in order however often it is told to: it
+    awaits ``finish(seconds)``, and then lets requests under way finish within their deadline."""
 
     def __init__(self, app: Callable, timeout_s: float, finish: Callable[[float], Awaitable[object]] | None = None):
         config = uvicorn.Config(app, http=Protocol, log_level="warning", access_log=False, proxy_headers=False)
@@ -63,9 +63,8 @@ class Server(uvicorn.Server):
 
 
 def run_front_end(document: str | None, make_server: Callable[[Options, Callable[[Error], None]], Server]) -> None:
-    """The program that a front end is, until it is told to end, or until nothing will be served any more: then its
-    status is 1. ``make_server`` is given the options of the command line, and what is to be called with such a failure.
-    """
+    """Run a front end until it is told to end, or until nothing will be served any more, or at all: then its status
+    is 1. ``make_server`` gets the options of the command line, and a function to call with such a failure."""
     options = Options.from_command_line((document or "").partition("\n")[0], FRONT_END)  # python -OO has none
     start_program()
     failures: list[Error] = []
@@ -85,8 +84,8 @@ def run_front_end(document: str | None, make_server: Callable[[Options, Callable
 
 
 class Threaded:
-    """A WSGI application as an ASGI one, which calls ``start``, with the server's loop, and ``stop`` when the server
-    does that. What of a body has not come within ``timeout_s`` is an OSError where it is read."""
+    """A WSGI application as an ASGI one. With the server it starts and stops: ``start`` is called with its loop, then
+    ``stop``. What of a body has not come within ``timeout_s`` is an OSError where it is read."""
 
     def __init__(self, app: Callable, start: Callable, stop: Callable[[], object], timeout_s: float):
         self._app, self._start, self._stop, self._timeout_s = app, start, stop, timeout_s

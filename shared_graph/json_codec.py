@@ -1,8 +1,8 @@
-"""JSON to arrays and back: the only module that knows how JSON is read and written.
+"""JSON to arrays and back: how bodies are read and answers written, and the only module that knows orjson.
 
 orjson does both. Where it refuses what we take (NaN and Infinity, a byte order mark, half a surrogate pair, numbers
-past a double) or would read something else (whole numbers past 64 bits become floats), the standard library reads. What
-it would write otherwise (floats that are not finite or have 16 bits, strings that are not UTF-8) ``plain`` prepares.
+past a double) or would read something else (whole numbers past 64 bits become floats), the standard library reads.
+``json_ready`` prepares what orjson would write otherwise: floats not finite or of 16 bits, strings not in UTF-8.
 
 How many values a document may have is held on its bytes, before an object is made of them, and so for either parser.
 """
@@ -42,7 +42,7 @@ def parse_json(body: bytes) -> dict[str, Any]:
         why = "it is nested too deeply" if isinstance(error, RecursionError) else first_sentence(error)
         raise InvalidRequest(f"The body is not JSON that can be read: {why}") from None
     if not isinstance(document, dict):
-        raise InvalidRequest(f"The body must be a JSON object, not {shown(document)}")
+        raise InvalidRequest(f"The body must be a JSON object, not {excerpt(document)}")
     return document
 
 
@@ -75,7 +75,7 @@ def load_exactly(body: bytes) -> Any:
     return json.loads(body.decode("utf-8-sig"))
 
 
-def shown(value: Any) -> str:
+def excerpt(value: Any) -> str:
     """A JSON value in an error message, cut short: no more of it is made text than is shown."""
     text = ""
     with contextlib.suppress(RecursionError):
@@ -159,7 +159,7 @@ def refusal(where: str, shape: tuple[int, ...], flat: list[Any], types: set[type
     place = "".join(f"[{i}]" for i in np.unravel_index(index, shape))
     if dtype == object and list not in types:
         expected = string_problem(flat[index]) or expected
-    return InvalidRequest(f"{where}{place}: expected {expected}, got {shown(flat[index])}")
+    return InvalidRequest(f"{where}{place}: expected {expected}, got {excerpt(flat[index])}")
 
 
 def string_problem(value: Any) -> str | None:
@@ -191,7 +191,7 @@ NOT_A_NUMBER, INFINITE, MINUS_INFINITE = map(orjson.Fragment, (b"NaN", b"Infinit
 
 
 def json_text(value: Any) -> bytes:
-    """Lists, objects by name and arrays, as ``plain`` makes them, in any nesting, as one document."""
+    """Lists, objects by name and arrays, as ``json_ready`` makes them, in any nesting, as one document."""
     return orjson.dumps(value, default=as_list, option=orjson.OPT_SERIALIZE_NUMPY)
 
 
@@ -200,7 +200,7 @@ def as_list(array: np.ndarray) -> Any:
     return array.tolist() if array.ndim else array[()]
 
 
-def plain(array: np.ndarray, name: str) -> np.ndarray:
+def json_ready(array: np.ndarray, name: str) -> np.ndarray:
     """An output of this name as ``json_text`` takes it, for a whole batch at once, since numpy's calls are dear.
 
     Numbers stay the array that they are, but for floats of 16 bits (float64 with the same few decimals) and for those

@@ -19,12 +19,12 @@ MOST_DEATHS = 3
 
 
 class LoadMarks:
-    """In a folder that outlives this process, of what was this process before; without the folder nothing is known.
+    """Of a process and its earlier lives, in a folder that outlives them; without the folder nothing is known.
 
-    A mark says at how many deaths its model was being loaded, if this process ended now, and from which files."""
+    A mark says at how many deaths its model was being loaded, one that comes now included, and from which files."""
 
-    def __init__(self, folder: str, of: str):
-        self._prefix = os.path.join(folder, f".loading-{of}-")
+    def __init__(self, folder: str, owner: str):
+        self._prefix = os.path.join(folder, f".loading-{owner}-")
         self._found = {path: _read(path) for path in glob.glob(f"{glob.escape(self._prefix)}*")}
         self._one_at_a_time = asyncio.Lock()
 

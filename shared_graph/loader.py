@@ -71,7 +71,7 @@ class Loader:
 
     async def checkpoint_all(self) -> None:
         """Save the variables of the models that change them when they run. One that fails stops no other's."""
-        due = [graph for graph in self._graphs.values() if graph.mutates_state and graph.checkpointed is not None]
+        due = [graph for graph in self._graphs.values() if graph.mutates_state and graph.saved_checksum is not None]
         with as_own_errors("The variables cannot be saved"):
             saving = (self._saving.run(self._checkpoint, graph) for graph in due)
             for failure in filter(None, await asyncio.gather(*saving, return_exceptions=True)):
@@ -83,9 +83,9 @@ class Loader:
         return graph
 
     async def build_functions(self) -> bool:
-        """Does a model run Python? A TensorFlow server has to know before it starts, since its threads never become
-        more, and idle ones look for work: 32 too many took half as much processor time again. What cannot be built, or
-        not soon, may run Python; it is built anew when it is loaded, and that tells why."""
+        """Build the graphs of functions: does one run Python? A TensorFlow server has to know before it starts, since
+        it gets no more threads, and idle ones look for work: 32 too many took half as much processor time again. What
+        cannot be built, or not soon, may run Python; it is built anew when it is loaded, and then the error is told."""
         try:
             async with asyncio.timeout(BUILD_FIRST_S):
                 for source in self._options.model:
@@ -112,7 +112,7 @@ class Loader:
             if source == ADDER_SOURCE:
                 await self._saving.run(self._checkpoint, graph)
             elif graph.mutates_state:  # its first weights are not kept: another SavedModel may begin with others
-                graph.checkpointed = await in_own_thread(lambda: fingerprint_of(graph.variables.get_weights()))
+                graph.saved_checksum = await in_own_thread(lambda: checksum_of(graph.variables.get_weights()))
         return LoadedVersion(
             graph.metadata(), graph.fingerprint, tuple(graph.tokens), *verdict, graph.runs_python, secrets.token_hex(8)
         )
@@ -151,7 +151,7 @@ class Loader:
         self.bundles.pop(key, None)
         if graph := self._graphs.pop(key, None):
             try:
-                if graph.mutates_state and graph.checkpointed is not None:
+                if graph.mutates_state and graph.saved_checksum is not None:
                     await self._saving.run(self._checkpoint, graph)
             finally:
                 ending = await in_own_thread(graph.free)
@@ -159,7 +159,7 @@ class Loader:
             await in_own_thread(free_garbage, [ending])
 
     def _set_and_save(self, graph: Graph, weights: Arrays) -> None:
-        """Those that cannot be saved are not kept either."""
+        """Where they cannot be saved the old ones are put back."""
         before = {name: value for name, value in graph.variables.get_weights().items() if name in weights}
         graph.variables.set_weights(weights)
         try:
@@ -172,15 +172,15 @@ class Loader:
         """Save a model's variables, if they are not as they were saved last."""
         if graph.source == ADDER_SOURCE:  # each run saves the sum, and no other add can come between
             graph.run("serving_default", [np.zeros(1)])
-            graph.checkpointed = 0
+            graph.saved_checksum = 0
             return
         weights = graph.variables.get_weights()
-        fingerprint = fingerprint_of(weights)
-        if graph.checkpointed != fingerprint:
+        checksum = checksum_of(weights)
+        if graph.saved_checksum != checksum:
             # a function may be edited, and go on with what it has learnt
             self._checkpoints.save(graph.source, weights, graph.fingerprint if graph.source.folder else "")
-            graph.checkpointed = fingerprint
+            graph.saved_checksum = checksum
 
 
-def fingerprint_of(weights: Arrays) -> int:
+def checksum_of(weights: Arrays) -> int:
     return zlib.crc32(pickle.dumps(weights))

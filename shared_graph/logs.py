@@ -29,8 +29,8 @@ def show_log() -> None:
 
 
 def start_program() -> None:
-    """As many open files as the system allows, since each client needs one; little garbage collection; the log; and
-    somewhere to write to, where that is closed."""
+    """Set up this process: open files up to the system's limit or 65,536, since each client needs one; little garbage
+    collection; the log; SIGHUP ends it as SIGTERM does; and closed standard streams go to /dev/null."""
     for name in ("stdin", "stdout", "stderr"):
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, "r+"))  # noqa: SIM115
@@ -39,7 +39,7 @@ def start_program() -> None:
     most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     resource.setrlimit(resource.RLIMIT_NOFILE, (min(most, 2**16), most))
     gc.freeze()  # Ray's objects: to look whether they are garbage took a sixth of the adds of 256 clients
-    gc.set_threshold(20_000)  # and to look at those of the requests under way, each 700 objects, another fifth
+    gc.set_threshold(20_000)  # and to look at those of requests under way, once for 700 new ones, another fifth
     show_log()
 
 

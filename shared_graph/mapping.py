@@ -24,13 +24,13 @@ class Pulled:
 
     def __init__(self, batches: Iterable[Any], submit: Callable[[Any], Future], limit: int, ordered: bool):
         self._batches, self._submit, self._ordered, self._is_stopped = batches, submit, ordered, False
-        self.places, self.pending = threading.Semaphore(limit), {}
+        self.slots, self.pending = threading.Semaphore(limit), {}
         self.arrived: queue.SimpleQueue[tuple[Any, Any]] = queue.SimpleQueue()
         OwnThread().submit(self._pull).add_done_callback(lambda pulled: self.arrived.put((END, pulled.exception())))
 
     def _pull(self) -> None:
         numbered = enumerate(self._batches)
-        while self.places.acquire() and not self._is_stopped and (item := next(numbered, None)):
+        while self.slots.acquire() and not self._is_stopped and (item := next(numbered, None)):
             number, batch = item
             self.pending[number] = future = self._submitted(batch)
             if self._ordered:
@@ -48,7 +48,7 @@ class Pulled:
 
     def stop(self) -> None:
         self._is_stopped = True
-        self.places.release()
+        self.slots.release()
         for future in list(self.pending.values()):
             future.cancel()
 
@@ -72,7 +72,7 @@ def map_batches(
             except Error as error:
                 raise type(error)(f"batch {number}: {error}", error.status) from error
             del pulled.pending[number]
-            pulled.places.release()
+            pulled.slots.release()
             yield outputs
         if failure:
             raise failure
@@ -81,8 +81,8 @@ def map_batches(
 
 
 async def map_asynchronously(map_: Callable[..., Iterator[Any]], batches: Iterable[Any] | AsyncIterable[Any]) -> Any:
-    """As what ``map_`` makes of the batches, for ``async for``. It is threads that wait, not the loop: such as are no
-    others', since they may wait for those of the loop's executor, and for ever."""
+    """What ``map_`` makes of the batches, for ``async for``. Threads wait for it, not the loop; and threads of its own,
+    since they may wait, and for ever, for what runs in those of the loop's executor."""
     if isinstance(batches, AsyncIterable):
         batches = from_loop(aiter(batches), asyncio.get_running_loop())
     results = map_(batches)

@@ -1,4 +1,4 @@
-"""Memory that is let go goes back to the system. glibc keeps it for next time, at the cost of a small container."""
+"""Gives freed memory back to the system: glibc would keep it for next time, which a small container cannot afford."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 
 
 def free_garbage(endings: list[threading.Thread]) -> None:
-    """After graphs were let go: they are full of cycles, of which a dozen would wait for Python to look. ``endings``:
-    of their sessions."""
+    """Call this when graphs were dropped: they are full of cycles, and a dozen would pile up before Python looks for
+    them. ``endings`` are the threads in which their sessions end."""
     for ending in endings:
         ending.join(ENDING_LIMIT_S)
     gc.collect()
@@ -31,10 +31,10 @@ def give_memory_back() -> None:
 
 
 async def keep_memory_low() -> None:
-    """For as long as an actor lives: large requests come once, and what they took would stay.
+    """Runs for as long as an actor lives: large requests come once, and the memory that they took would stay.
 
-    ``malloc_trim`` leaves what is at the end of a thread's heap: up to 64 MB, once an array of 32 MB was freed. With
-    24 MB from the start arrays up to 32 MB are as fast, and a worker keeps 20 to 60 MB less.
+    ``malloc_trim`` leaves the free end of a thread's heap, up to a threshold that glibc raises to 64 MB once an array
+    of 32 MB was freed. Fixed at 24 MB, a worker keeps 20 to 60 MB less, and arrays up to 32 MB are as fast.
     """
     if not (libc := _glibc()):
         return

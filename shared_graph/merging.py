@@ -31,7 +31,7 @@ class Verdict(NamedTuple):
 
 
 def find_batchable(graph: Graph, options: Options) -> Verdict:
-    """The signatures of which several requests may share a run, with the weights that there are."""
+    """Which signatures' requests may share a run; for a model that changes its weights, with others as well."""
     found: dict[bool | None, list[str]] = {True: [], False: [], None: []}
     for name, signature in graph.signatures.items():
         may = may_share(signature, graph.atomic)
@@ -94,19 +94,19 @@ def _try(graph: Graph, signature: Signature, sample: list[np.ndarray], sizes: li
         return None
     except (ValueError, TypeError):  # rows of answers that do not fit together
         return False
-    return True if tells(signature, expected) else None
+    return True if is_telling(signature, expected) else None
 
 
-def tells(signature: Signature, outputs: list[np.ndarray]) -> bool:
-    """Would it be seen if rows had other answers in company? Where all have the same one it would not: no number, only
-    unknown words, nothing found; nor in outputs that may grow with the batch, if it is so there, but for those that
-    list something, such as the names of all classes."""
+def is_telling(signature: Signature, outputs: list[np.ndarray]) -> bool:
+    """Would these answers show it if rows had others in company? Not where all rows have the same one (no number, only
+    unknown words, nothing found). Nor where they do in an output that may grow with the batch, unless that lists
+    several things, such as the names of all classes."""
     varies = [not answers_equal(np.broadcast_to(rows[:1], rows.shape), rows, False) for rows in outputs]
     may_grow = [
         (spec.shape is None or None in spec.shape[1:]) and np.unique(rows[:1]).size < 2
         for rows, spec in zip(outputs, signature.outputs.values())
     ]
-    return any(varies) and all(its or not grows for its, grows in zip(varies, may_grow))
+    return any(varies) and all(differs or not grows for differs, grows in zip(varies, may_grow))
 
 
 def warm_up(graph: Graph) -> None:

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from shared_graph.adder import require_finite
 from shared_graph.errors import Error, InvalidRequest
 from shared_graph.http_api import Call
-from shared_graph.json_codec import parse_json, shown
+from shared_graph.json_codec import excerpt, parse_json
 from shared_graph.model_source import ADDER
 
 LARGE_BYTES = 2**16  # a larger message is not parsed in the event loop: parsing one of 64 MiB takes seconds
@@ -65,14 +65,14 @@ def call_of(document: dict[str, Any]) -> Call:
         require_finite(document.get("value"))
         return Call(ADDER, None, "add")
     if version is not None and (type(version) is not int or not 0 <= version < 2**63):
-        raise InvalidRequest(f"version must be a number of 64 bits, not {shown(version)}")
+        raise InvalidRequest(f"version must be a number of 64 bits, not {excerpt(version)}")
     if label is not None and not isinstance(label, str):
-        raise InvalidRequest(f"label must be a string, not {shown(label)}")
+        raise InvalidRequest(f"label must be a string, not {excerpt(label)}")
     if version is not None and label is not None:
         raise InvalidRequest("A message has a version or a label, not both")
     if verb is not None and verb not in VERBS:
-        raise InvalidRequest(f"verb must be one of {', '.join(VERBS)}, not {shown(verb)}")
-    model = model if isinstance(model, str) else shown(model)  # of which there is none
+        raise InvalidRequest(f"verb must be one of {', '.join(VERBS)}, not {excerpt(verb)}")
+    model = model if isinstance(model, str) else excerpt(model)  # of which there is none
     return Call(model, label if version is None else version, verb or "predict")
 
 

@@ -86,7 +86,7 @@ class Metrics:
         yield family("restarts_total", "Times that an actor came back as another process.", now.restarts, "actor")
         yield family("model_version", "Version in use.", now.versions, "model")
         yield family("sum", "The shared sum right after the last add that this process answered.", total)
-        yield family("process_info", "Who counts: one of several may be behind a port.", {str(os.getpid()): 1}, "pid")
+        yield family("process_info", "The process asked: a port may have several.", {str(os.getpid()): 1}, "pid")
 
 
 def count(histograms: dict[tuple[str, str], Histogram], key: tuple[str, str], ends: tuple, value: float) -> None:

@@ -21,7 +21,7 @@ class Found(NamedTuple):
     versions: dict[int, ModelSource]
     labels: dict[str, int]
     files_seen: dict[int, list]  # of each version
-    oddity: str | None = None  # what looks like a version and is left aside
+    oddity: str | None = None  # tells of a version that is there twice, as 7 and 007
 
 
 class ModelSource(NamedTuple):
@@ -38,7 +38,7 @@ class ModelSource(NamedTuple):
     def look(self) -> Found:
         """Raises OSError without a folder."""
         versions = self.versions()
-        files_seen = {number: its.files_seen() for number, its in versions.items()}
+        files_seen = {number: version.files_seen() for number, version in versions.items()}
         return Found(versions, self.labels(), files_seen, self.oddity())
 
     def versions(self) -> dict[int, ModelSource]:
@@ -50,8 +50,8 @@ class ModelSource(NamedTuple):
         return {n: ModelSource(self.name, n, os.path.join(self.folder, names[0])) for n, names in self._names().items()}
 
     def oddity(self) -> str | None:
-        """What looks like a version and is left aside, if anything is."""
-        doubles = [] if self.version is not None else [its for its in self._names().items() if len(its[1]) > 1]
+        """Tells of a version that is there twice, as 7 and 007, if one is."""
+        doubles = [] if self.version is not None else [item for item in self._names().items() if len(item[1]) > 1]
         if not doubles:
             return None
         number, names = min(doubles)
@@ -127,12 +127,12 @@ def model_source(value: object) -> ModelSource:
         what = "a folder that exists, or module:function, with NAME= (of letters, digits, _ . -) before it or not"
         raise ValueError(f"{what}: {where[:200]!r} is neither")
     parent, base = os.path.split(os.path.abspath(where))
-    is_one = _has_saved_model(where)  # perhaps one version of several, named outright
-    is_version = is_one and base.isdecimal() and base.isascii()
+    is_saved_model = _has_saved_model(where)  # perhaps one version of several, named outright
+    is_version = is_saved_model and base.isdecimal() and base.isascii()
     name = name or (os.path.basename(parent) if is_version else base)
     if not name or not name.isprintable():
         raise ValueError(f"a folder with NAME= before it, since {name!r} cannot stand in an address")
-    source = ModelSource(name, int(base) if is_version else 1 if is_one else None, os.path.abspath(where))
+    source = ModelSource(name, int(base) if is_version else 1 if is_saved_model else None, os.path.abspath(where))
     try:
         versions = source.versions()
     except OSError as error:

@@ -36,7 +36,7 @@ class TensorSpec(NamedTuple):
     def has_rows(self) -> bool:
         return bool(self.shape) and self.shape[0] is None
 
-    def has(self, shape: tuple[int, ...]) -> bool:
+    def declares(self, shape: tuple[int, ...]) -> bool:
         """Is it one of those that this has said? TensorFlow may take others, and broadcast them."""
         declared = self.shape
         return declared is None or (
@@ -53,7 +53,7 @@ class Signature:
     outputs: dict[str, TensorSpec]
     method: str  # tensorflow/serving/predict, /classify or /regress
     mutates_state: bool  # running it changes variables: it is never run twice for one request
-    runs_python: bool  # such as remote_predict: it may wait for what only another place can do
+    runs_python: bool  # such as remote_predict, which may wait for another run; the adder's own does not count
     refusal: str | None = None  # why it cannot be run at all
 
 
@@ -70,13 +70,13 @@ class LoadedVersion(NamedTuple):
 
 
 class ModelVersion(NamedTuple):
-    """A version of a served model as everybody but its graph knows it."""
+    """A version of a served model as every process knows it, without its graph."""
 
     source: ModelSource
     state: str  # LOADING, AVAILABLE, UNLOADING or END, as TensorFlow Serving has them
-    error: str | None = None  # why it is not served, or not by every worker, or not for long
+    error: str | None = None  # why it is not served, or not by every worker; or what is odd about its files
     loaded: LoadedVersion | None = None  # when the parameter server has it
-    missing_on: tuple[int, ...] = ()  # the workers that do not have it, while others do
+    missing_on: tuple[int, ...] = ()  # the workers that do not have it, or not yet
 
     @property
     def version(self) -> int:
@@ -92,8 +92,8 @@ class Snapshot(NamedTuple):
 
     snapshot_id: int = 0
     versions: dict[ModelKey, ModelVersion] = {}  # noqa: RUF012  (never changed: each snapshot has dicts of its own)
-    loading: frozenset[str] = frozenset()  # models of which it is not known yet what there will be
-    # what labels and the latest (None) stand for; None: for another version in a moment, and who asks waits for it
+    loading: frozenset[str] = frozenset()  # models whose folder has not yet been looked at and loaded once
+    # by model, and label or None (the latest): the version; None while that changes, and then requests wait for it
     pointers: dict[tuple[str, str | None], int | None] = {}  # noqa: RUF012
 
     def find(self, name: str, choice: VersionChoice) -> ModelVersion | None:
@@ -107,7 +107,7 @@ class Snapshot(NamedTuple):
         return name in self.loading or (not isinstance(choice, int) and self.pointers.get((name, choice), 0) is None)
 
     def latest(self, name: str) -> ModelKey:
-        """Raises InvalidRequest, or Unavailable while it is being loaded or another one takes its place."""
+        """The key of the latest version. Raises InvalidRequest, or Unavailable while that is moving, see is_moving."""
         if self.is_moving(name, None):
             raise Unavailable(f"A version of model {name} is just being taken into use; try again.")
         if (version := self.find(name, None)) is None:
@@ -120,13 +120,13 @@ class WorkerReport(NamedTuple):
 
     index: int
     incarnation: str  # of the worker
-    settled: dict[str, int]  # by model: the last snapshot of which it has done all for that model but bring versions up
+    settled: dict[str, int]  # by model: the last snapshot that it follows, though versions may still be brought up
     ready: dict[ModelKey, str]  # the versions that it has, and with which weights, by their id
     failed: dict[ModelKey, str]  # those that it could not bring up, and why
 
 
 class ServerInfo(NamedTuple):
-    """What the primary parameter server tells of one life of it."""
+    """What ``ParameterServer.start`` returns; only the primary has the addresses of all, and what is served."""
 
     process: ProcessInfo
     incarnation: str  # another one in each life

@@ -107,7 +107,7 @@ def is_in_npy(dtype: np.dtype) -> bool:
     return dtype.kind != "V" and dtype.isbuiltin != 2
 
 
-def text_width(name: str, strings: list[bytes]) -> int:
+def string_width(name: str, strings: list[bytes]) -> int:
     """That of the longest. Raises InvalidRequest where an ``S`` array would be another one."""
     if any(string.endswith(b"\0") for string in strings):
         problem = "a string that ends in a zero byte, which a .npy drops"
@@ -118,7 +118,7 @@ def text_width(name: str, strings: list[bytes]) -> int:
 def with_width(name: str, strings: np.ndarray) -> np.ndarray:
     """An ``S`` array: all strings as wide as the longest. Raises InvalidRequest where that is lossy, or large."""
     flat = strings.ravel().tolist()
-    width = text_width(name, flat)
+    width = string_width(name, flat)
     if width * len(flat) > MAX_BODY_BYTES:
         problem = f"{len(flat)} strings, which a .npy would fill up to the {width} bytes of the longest"
         raise InvalidRequest(f"Output {name!r} has {problem}: ask with JSON")

@@ -174,8 +174,8 @@ class Options:
 
     @property
     def compute_threads(self) -> int:
-        """In which a TensorFlow server runs operations. Not as many as there can be runs: on two processors seven took
-        one and a half times as long as three. So the batcher sees to it that slow runs leave one to the others."""
+        """How many threads run a TensorFlow server's operations. Fewer than runs may come at once: on two processors
+        seven took half as long again as three. So the batcher lets slow runs take all of them but one."""
         return max(self.threads + 1, 3)
 
     @property

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-GATHER_S = 0.003  # so long at most, and for a quarter of a run, a batch waits for those who were answered just now
+GATHER_S = 0.003  # a batch waits for those who were just answered at most so long, and at most a quarter of a run
 LIKELY = 0.75  # such a part of them has come back in time, lately
 
 
@@ -22,7 +22,7 @@ class Pace:
         self._came += now < self._until
 
     def answered(self, count: int, took_s: float, now: float) -> None:
-        """A batch of so many requests was."""
+        """The last ``count`` requests of a batch were."""
         if self._answered:
             self._returning = (self._returning + min(1.0, self._came / self._answered)) / 2
         self._mean_s = took_s if self._mean_s == math.inf else (self._mean_s + took_s) / 2
@@ -31,6 +31,6 @@ class Pace:
 
     @property
     def gathers_until(self) -> float:
-        """When the next batch is to be sent at the latest, if that can be soon."""
+        """Until when the next batch waits for them; the past if that is not worth it."""
         is_worth_it = self._returning > LIKELY and self._came < LIKELY * self._answered
         return self._until if is_worth_it else -math.inf

@@ -1,4 +1,4 @@
-"""The actor that holds the variables, keeps them, and in ``shared`` placement runs the models."""
+"""The actor that holds the variables, saves them, and in ``shared`` placement runs the models."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class ParameterServer:
         self.index, self.options, self.namespace, self.folder, self.run_id = index, options, namespace, folder, run_id
         self.process = this_process()
         self.server = None
-        self.incarnation: str | None = None  # of this life, once the adder is loaded
+        self.incarnation: str | None = None  # the id of this life, once it has started
         self.workers: dict[int, tuple[str, Actor]] = {}  # the incarnation of each, and how to call it
         self.troubles: dict[str, str] = {}  # with saving variables, or with a model's folder
         self.idle_s = 0  # how long no front end has been heard
@@ -133,10 +133,10 @@ class ParameterServer:
         self.manager.worker_lost(index, incarnation)
 
     def _publish(self, snapshot: Snapshot) -> None:
-        for index, (_, worker) in self.workers.items():
-            keep_task(self.tasks, self._tell(index, worker, snapshot))
+        for _, worker in self.workers.values():
+            keep_task(self.tasks, self._tell(worker, snapshot))
 
-    async def _tell(self, index: int, worker: Actor, snapshot: Snapshot) -> None:
+    async def _tell(self, worker: Actor, snapshot: Snapshot) -> None:
         with contextlib.suppress(ActorUnavailable):  # one that is gone begins its next life with what there is then
             await worker.call("sync", self.incarnation, snapshot)
 
@@ -198,14 +198,13 @@ class ParameterServer:
     async def _end_when_idle(self) -> None:
         """End a shared cluster when no front end has been heard for a while, also one that never was well."""
         while self.idle_s < IDLE_SHUTDOWN_S * (1 if self.index == 0 else 2):  # the primary saves what they hold
-            await asyncio.sleep(1)  # and counted: a process that was stopped for long has not heard that it was left
+            await asyncio.sleep(1)  # counted, not timed: a process that was stopped for long has heard nobody
             self.idle_s += not self.starting.locked()
         with contextlib.suppress(Error):
             await self.checkpoint()
         if self.options.checkpoint_dir is None and self.index == 0:
             shutil.rmtree(self.folder, ignore_errors=True)
-        workers = [f"worker {index}" for index in range(self.options.workers if self.index == 0 else 0)]
-        for name in workers:
+        for index in range(self.options.workers if self.index == 0 else 0):
             with contextlib.suppress(ActorUnavailable):
-                await asyncio.to_thread((await find_actor(name, self.namespace)).end)
+                await asyncio.to_thread((await find_actor(f"worker {index}", self.namespace)).end)
         await asyncio.to_thread(this_actor().end)

@@ -1,6 +1,6 @@
 """Starts Ray, once for all clusters of a process; finds, calls and ends actors.
 
-After its end, any call of Ray's would start another one with Ray's defaults, behind our back: so nobody else calls it.
+A call after Ray's end would start another one with Ray's defaults, behind our back: so only ``actors`` calls it, too.
 """
 
 from __future__ import annotations
@@ -82,8 +82,8 @@ def this_actor() -> Actor:
 
 
 def this_process() -> ProcessInfo:
-    """Of an actor. To be called before TensorFlow is imported: Ray shows all GPUs to actors that asked for none
-    (ray#28215), and TensorFlow would take them."""
+    """What an actor is. Call it before TensorFlow is imported: it hides the GPUs, which Ray shows to actors that asked
+    for none (ray#28215), and TensorFlow would take."""
     node, gpus = ray.get_runtime_context().get_node_id(), ray.get_gpu_ids()
     if not gpus:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
@@ -243,7 +243,7 @@ def local_ray(options: Options) -> Iterator[None]:
             "RAY_gcs_server_port_wait_time_s": "15",  # for so long all threads stand still when it ends while it starts
             "TMPDIR": os.path.join(folder, "t"),  # what actors leave when they are killed is gone at the end
         }
-        with inherited(variables):
+        with in_environment(variables):
             start_ray(
                 address="local",
                 num_cpus=options.threads,
@@ -266,9 +266,9 @@ def start_ray(**where: Any) -> None:
 
 
 @contextlib.contextmanager
-def inherited(variables: dict[str, str]) -> Iterator[None]:
-    """In the environment of the processes that the block starts. Ray's own way to set them for actors, a runtime
-    environment, costs two seconds of processor time at each start."""
+def in_environment(variables: dict[str, str]) -> Iterator[None]:
+    """``variables`` are in the environment of processes that the block starts. Ray's own way to set them for actors, a
+    runtime environment, costs two seconds of processor time at each start."""
     before = {name: os.environ.get(name) for name in variables}
     os.environ |= variables
     try:
@@ -282,7 +282,7 @@ def inherited(variables: dict[str, str]) -> Iterator[None]:
 
 
 def watch_ray() -> Awaitable[str]:
-    """What of the Ray that this process has started has ended, as soon as it has: everything else goes with it."""
+    """The name of the first process of our own Ray that ends, as soon as it does: all the rest ends with it."""
     loop = asyncio.get_running_loop()
     ended = loop.create_future()
     for name, pid in _ray_processes():

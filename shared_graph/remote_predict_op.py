@@ -11,7 +11,7 @@ import urllib.parse
 import numpy as np
 
 from shared_graph.errors import DeadlineExceeded, Error, InvalidRequest, ModelError, Unavailable, first_sentence
-from shared_graph.json_codec import json_text, load, parse_tensor, plain
+from shared_graph.json_codec import json_ready, json_text, load, parse_tensor
 from shared_graph.models import Arrays, array_of
 from shared_graph.tensorflow_runtime import import_tensorflow
 
@@ -36,8 +36,8 @@ def remote_predict(
 
     Returns the output tensors, of ``output_types`` (float32 if not given) and unknown shape; a run fails when the call
     does. With ``fail_op_on_rpc_error=False`` returns (status_code, status_error_message, output tensors) and never
-    fails because of the call: the code is an int32 ``tensorflow::error::Code``, 0 for success, and outputs are empty
-    scalars after an error. ``model_version`` -1 is the latest. The deadline counts from the last byte that came.
+    fails because of the call: the code is an int32 ``tensorflow::error::Code``, 0 for success, and outputs are zeros or
+    empty strings after an error. ``model_version`` -1 is the latest. The deadline is one for the whole call.
 
     Source: tensorflow_serving/experimental/tensorflow/ops/remote_predict. Raises ValueError when lengths do not agree.
     """
@@ -88,7 +88,7 @@ def call_remote(
         if inputs.keys() != signature["inputs"].keys() or dtypes.keys() - signature["outputs"].keys():
             there = [sorted(signature[side]) for side in ("inputs", "outputs")]
             raise InvalidRequest(f"aliases {sorted(inputs)} and {sorted(dtypes)} do not fit {there[0]} and {there[1]}")
-        columns = {name: plain(array, "_bytes") for name, array in inputs.items()}
+        columns = {name: json_ready(array, "_bytes") for name, array in inputs.items()}
         body = json_text({"signature_name": signature_name, "inputs": columns})
         outputs = load(request_http(address, "POST", f"{path}:predict", body, deadline))["outputs"]
         named = outputs if len(signature["outputs"]) > 1 else dict.fromkeys(signature["outputs"], outputs)

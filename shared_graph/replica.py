@@ -27,8 +27,8 @@ RETRY_S = (1.0, 30.0)  # the first and the longest pause before a version that h
 
 
 class Replica:
-    """Of one life of the parameter server, to which ``server`` is the way. What begins to run when a snapshot is here
-    runs by its rules, and what ran already is waited for; the rest is done as soon as it can be. ``left`` is called
+    """Of one life of the parameter server, which is called through ``server``. What begins to run after a snapshot came
+    follows it, and what ran already is waited for; versions are brought up as soon as they can be. ``left`` is called
     when the parameter server is gone: then nothing is answered from here any more."""
 
     def __init__(self, index: int, incarnation: str, options: Options, server: Actor, info: ServerInfo, left: Callable):
@@ -39,7 +39,7 @@ class Replica:
         self.failed: dict[ModelKey, str] = {}
         self.runs: dict[str, set[asyncio.Future]] = collections.defaultdict(set)  # by model
         self.shared_runs = collections.Counter[tuple[str, str]]()  # see BatchRunner
-        self.is_left = False
+        self.has_left = False
         self._incarnation, self._left, self._marks = incarnation, left, LoadMarks(info.folder, f"worker-{index}")
         self._weights: dict[ModelKey, str] = {}  # of each graph, the id of those that it has
         self._settled: dict[str, int] = {}
@@ -50,13 +50,13 @@ class Replica:
         keep_task(self._tasks, self._watch_server())
 
     def changed(self) -> Coroutine:
-        """To be awaited until something else is answered than at this call."""
+        """Await this: it returns when something has changed since it was called."""
         return self._changed.wait()
 
     def leave(self) -> None:
         """The parameter server is gone. What still runs fails, since it waits for that."""
-        if not self.is_left:
-            self.is_left = True
+        if not self.has_left:
+            self.has_left = True
             for graph in self.graphs.values():
                 graph.disconnect(is_lost=True)
             for task in self._tasks - {asyncio.current_task()}:
@@ -65,20 +65,20 @@ class Replica:
             self._left()
 
     async def catch_up(self, snapshot: Snapshot, patience_s: float) -> None:
-        """Have what is in it and came meanwhile, as far as that can be had soon. From now on report what there is.
+        """Have what is in it and in later ones, as far as that can be had within ``patience_s``; report from then on.
 
         Raises ActorUnavailable when the parameter server is gone."""
         self.apply(snapshot)
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(patience_s):
                 seen = None
-                while seen is not self.snapshot and not self.is_left:
+                while seen is not self.snapshot and not self.has_left:
                     if self._bringing_up - self.failed.keys():
                         await self._changed.wait()
                     else:
                         seen = self.snapshot
                         await self._report()
-        if self.is_left:
+        if self.has_left:
             raise ActorUnavailable("The parameter server was lost.")
         if self._unreported.is_set():
             await self._report()
@@ -86,7 +86,7 @@ class Replica:
 
     def apply(self, snapshot: Snapshot) -> None:
         """Begin to have what is in it."""
-        if snapshot.snapshot_id <= self.snapshot.snapshot_id or self.is_left:
+        if snapshot.snapshot_id <= self.snapshot.snapshot_id or self.has_left:
             return
         before, self.snapshot = self.snapshot, snapshot
         self.shared_runs.clear()
@@ -102,7 +102,7 @@ class Replica:
                 self._bringing_up.add(key)
                 keep_task(self._tasks, self._bring_up(key))
         for name in {key.name for key in [*before.versions, *snapshot.versions, *self.graphs]}:
-            keep_task(self._tasks, self._settle(name, snapshot, part_of(name, before) != part_of(name, snapshot)))
+            keep_task(self._tasks, self._settle(name, snapshot, rules_of(name, before) != rules_of(name, snapshot)))
         self.failed = {key: why for key, why in self.failed.items() if self._wanted(key)}
         self._notify()
 
@@ -165,18 +165,18 @@ class Replica:
             graph = await build_in_own_thread(build)
             if graph.fingerprint != loaded.fingerprint:
                 raise ModelError("its graph is not the one that the parameter server has built: is it the same code?")
-            await graph.built_in.run(graph.connect, [] if is_mirror else self.addresses, self.options)
+            await graph.own_thread.run(graph.connect, [] if is_mirror else self.addresses, self.options)
             if is_mirror:
-                await graph.built_in.run(graph.restore, weights)
+                await graph.own_thread.run(graph.restore, weights)
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(WARM_UP_LIMIT_S):
-                    await graph.built_in.run(warm_up, graph)
+                    await graph.own_thread.run(warm_up, graph)
         while (now := self._wanted(key)) and (now.fingerprint, now.tokens) == (loaded.fingerprint, loaded.tokens):
             if not is_mirror or now.weights_id == loaded.weights_id:
                 self.graphs[key], self._weights[key] = graph, now.weights_id
                 return
             loaded, weights = now, await self.server.call("get_weights", *key)
-            await graph.built_in.run(graph.variables.set_weights, weights)
+            await graph.own_thread.run(graph.variables.set_weights, weights)
         graph.disconnect()  # meanwhile it has been given up, and perhaps loaded anew
 
     # -- reports -------------------------------------------------------------------------------------------------------
@@ -212,7 +212,7 @@ class Replica:
         self.leave()
 
 
-def part_of(name: str, snapshot: Snapshot) -> tuple[dict, dict]:
+def rules_of(name: str, snapshot: Snapshot) -> tuple[dict, dict]:
     """What of a snapshot says how requests for a model are answered."""
     versions = {
         key: (version.loaded.batchable, version.loaded.undecided)

@@ -17,13 +17,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from shared_graph.bodies import FREE_BYTES, MAX_BODY_BYTES, HttpBody, is_array_file, unpack
+from shared_graph.bodies import MAX_BODY_BYTES, is_array_file, unpack
 from shared_graph.errors import InvalidRequest
-from shared_graph.json_codec import json_text, parse_json, parse_string, parse_tensor, shown, string_problem
+from shared_graph.json_codec import excerpt, json_text, parse_json, parse_string, parse_tensor, string_problem
 from shared_graph.models import Arrays, Signature, object_array, to_array
 from shared_graph.npy_codec import read_arrays, write_arrays
 from shared_graph.tensorflow_runtime import import_tensorflow
 
+LARGE_JSON_BYTES = 2**20  # longer documents are read one at a time
 MAX_CAST_BYTES = 2 * MAX_BODY_BYTES  # of an array from a file, as the dtype that its input wants
 
 _reading_large = threading.Lock()
@@ -35,7 +36,7 @@ class Decoded(NamedTuple):
     signature: Signature
     feed: list[np.ndarray]  # one for each input, in the signature's order
     encode: Callable[[list[np.ndarray]], Any]  # the answer from its outputs, or from its rows of a merged run's outputs
-    is_json: bool  # ``encode`` takes what ``json_codec.plain`` makes of a run's outputs, not the outputs themselves
+    is_json: bool  # ``encode`` takes what ``json_codec.json_ready`` makes of outputs, not the outputs themselves
 
 
 def decode(signatures: dict[str, Signature], verb: str, body: Any) -> Decoded:
@@ -49,9 +50,9 @@ def decode(signatures: dict[str, Signature], verb: str, body: Any) -> Decoded:
     if verb == "arrays":
         signature = find_signature(signatures, body[0])
         return Decoded(signature, feed_of(signature, body[1]), lambda outputs: by_name(signature, outputs), False)
-    content, is_gzip, query = HttpBody(*body)
+    content, is_gzip, query = body
     content = unpack(content) if is_gzip else content
-    is_large = len(content) > FREE_BYTES and not is_array_file(content)
+    is_large = len(content) > LARGE_JSON_BYTES and not is_array_file(content)
     with reading_large() if is_large else contextlib.nullcontext():
         return decode_content(signatures, verb, content, query)
 
@@ -92,7 +93,7 @@ def decode_content(signatures: dict[str, Signature], verb: str, content: bytes, 
 
 def find_signature(signatures: dict[str, Signature], name: Any) -> Signature:
     if not isinstance(name, str):
-        raise InvalidRequest(f"signature_name must be a string, not {shown(name)}")
+        raise InvalidRequest(f"signature_name must be a string, not {excerpt(name)}")
     signature = signatures.get(name or "serving_default")
     if signature is None:
         raise InvalidRequest(f'Serving signature name: "{name or "serving_default"}" not found in signature def')
@@ -145,7 +146,7 @@ def parse_predict(document: dict[str, Any], signature: Signature) -> tuple[bool,
     where = "instances" if is_row else "inputs"
     value = document[where]
     if is_row and (not isinstance(value, list) or not value):
-        raise InvalidRequest(f"instances: expected a list that is not empty, got {shown(value)}")
+        raise InvalidRequest(f"instances: expected a list that is not empty, got {excerpt(value)}")
     if is_row:
         check_rows(signature, len(value))
     first = value[0] if is_row else value
@@ -155,15 +156,14 @@ def parse_predict(document: dict[str, Any], signature: Signature) -> tuple[bool,
         columns = dict(zip([f"{name} of instances" for name in names], columns_of(value, names)))
     else:
         if not isinstance(value, dict) or not value.keys() >= signature.inputs.keys():
-            raise InvalidRequest(f"inputs: expected an object of {names}, got {shown(value)}")
+            raise InvalidRequest(f"inputs: expected an object of {names}, got {excerpt(value)}")
         columns = {f"inputs.{name}": value[name] for name in names}
     dtypes = [np.dtype(spec.dtype) for spec in signature.inputs.values()]
     return is_row, [parse_tensor(where, column, dtype) for (where, column), dtype in zip(columns.items(), dtypes)]
 
 
 def check_rows(signature: Signature, rows: int) -> None:
-    """Before something is changed, as far as static shapes tell: is there a row of each output for each that is asked
-    for?"""
+    """Before anything is changed: raises InvalidRequest where a static shape shows that there will not be ``rows``."""
     for name, spec in signature.outputs.items() if signature.mutates_state else ():
         if spec.shape is not None and spec.shape[:1] not in ((None,), (rows,)):
             why = f"output {name!r} of signature {signature.name!r} has not one row for each of {rows}"
@@ -178,14 +178,14 @@ def columns_of(rows: list[Any], names: list[str]) -> list[list[Any]]:
         except KeyError:
             pass
     i = next(i for i, row in enumerate(rows) if not isinstance(row, dict) or row.keys() != set(names))
-    raise InvalidRequest(f"instances[{i}]: expected an object of {names}, got {shown(rows[i])}")
+    raise InvalidRequest(f"instances[{i}]: expected an object of {names}, got {excerpt(rows[i])}")
 
 
 def parse_examples(document: dict[str, Any]) -> np.ndarray:
     """Serialized ``tf.train.Example`` protos, an object array [n]; a common context comes before each."""
     examples, context = document.get("examples"), document.get("context", {})
     if not isinstance(examples, list) or not examples:
-        raise InvalidRequest(f"examples: expected a list that is not empty, got {shown(examples)}")
+        raise InvalidRequest(f"examples: expected a list that is not empty, got {excerpt(examples)}")
     before = serialize_example("context", context) if context != {} else b""
     if len(before) * len(examples) > MAX_BODY_BYTES:
         raise InvalidRequest(f"context: too large to stand before each of {len(examples)} examples", 413)
@@ -204,7 +204,7 @@ def example_class() -> type:
 
 def serialize_example(where: str, features: Any) -> bytes:
     if not isinstance(features, dict):
-        raise InvalidRequest(f"{where}: expected an object, got {shown(features)}")
+        raise InvalidRequest(f"{where}: expected an object, got {excerpt(features)}")
     example = example_class()()
     feature = example.features.feature
     for name, value in features.items():
@@ -218,7 +218,7 @@ def serialize_example(where: str, features: Any) -> bytes:
         except (KeyError, TypeError, ValueError):  # what protobuf does not take, or of several kinds
             problems = (string_problem(v) for v in values if parse_string(v) is None)
             expected = next(filter(None, problems), "numbers or strings, all of one kind")
-            raise InvalidRequest(f"{where}.{name}: expected {expected}, got {shown(value)}") from None
+            raise InvalidRequest(f"{where}.{name}: expected {expected}, got {excerpt(value)}") from None
     return example.SerializeToString()
 
 
@@ -226,7 +226,7 @@ def serialize_example(where: str, features: Any) -> bytes:
 
 
 def encode_predict(signature: Signature, is_row: bool, outputs: list[np.ndarray]) -> bytes:
-    """Outputs as ``plain`` makes them: one as its bare value, several by name, in row format one object a row."""
+    """Outputs as ``json_ready`` makes them: one as its bare value, several by name, in row format one object a row."""
     names, rows = list(signature.outputs), outputs[0].shape[:1]
     if is_row and (not rows or any(output.shape[:1] != rows for output in outputs)):
         shapes = [list(output.shape) for output in outputs]

@@ -21,7 +21,7 @@ from shared_graph.wire import ProcessInfo
 
 log = logging.getLogger(__name__)
 
-LOADING_PATIENCE_S = 60.0  # for so long after its start a server with a model that is still loaded is not called ready
+LOADING_PATIENCE_S = 60.0  # after its first worker was ready a server is *loading*, so long, while a model is
 CLOSED = "The server is shutting down."
 
 
@@ -35,7 +35,7 @@ class ActorStatus:
     restarts: int = 0
     process: ProcessInfo | None = None  # that it is, or was
     trouble: str | None = None  # what it says is wrong
-    actor: Any = None
+    handle: Any = None
     connection: WorkerConnection | None = None  # to a worker
 
     def __str__(self) -> str:
@@ -74,11 +74,10 @@ class Status:
     def apply_snapshot(self, snapshot: Snapshot) -> None:
         """What the primary parameter server serves now."""
         before, self.snapshot = self.snapshot, snapshot
-        versions = {**snapshot.pointers, **{(key.name, key.version): key.version for key in snapshot.versions}}
-        found = {asked: snapshot.find(*asked) for asked in versions}
+        found = {asked: snapshot.find(*asked) for asked in [*snapshot.pointers, *snapshot.versions]}
         served = {name for name, _ in snapshot.pointers}
         known = self._last_known.items()
-        kept = {asked: its for asked, its in known if asked[0] not in served or snapshot.is_moving(*asked)}
+        kept = {asked: version for asked, version in known if asked[0] not in served or snapshot.is_moving(*asked)}
         self._last_known = kept | {asked: version for asked, version in found.items() if version}
         for key, version in snapshot.versions.items():
             old = before.versions.get(key)
@@ -155,7 +154,7 @@ class Status:
     def model_errors(self) -> list[str]:
         """Why those models are not there of which no version is."""
         there = {name for name, _ in self.snapshot.pointers}
-        errors = {key.name: its.error for key, its in reversed(self.snapshot.versions.items()) if its.error}
+        errors = {key.name: version.error for key, version in reversed(self.snapshot.versions.items()) if version.error}
         names = [ADDER, *(source.name for source in self.options.model)]  # which of them failed first is chance
         return [errors[name] for name in names if name in errors and name not in there]
 
@@ -168,7 +167,7 @@ class Status:
     def version_status(self, name: str, choice: VersionChoice) -> dict[str, Any]:
         """What TensorFlow Serving's REST API answers to GET for a model."""
         number = self.get_model(name, choice).version if isinstance(choice, str) else choice
-        self.get_model(ADDER)
+        self.get_model(ADDER)  # raises Unavailable while nothing is served
         found = [v for key, v in self.snapshot.versions.items() if key.name == name and number in (None, key.version)]
         if not found and name in self.snapshot.loading:
             raise Unavailable(f"Model {name} is being loaded; try again later.")
@@ -181,7 +180,7 @@ class Status:
             status = {"error_code": code, "error_message": version.error or ""}
             return {"version": str(version.version), "state": version.state, "status": status}
 
-        return {"model_version_status": [shown(its) for its in sorted(found, key=lambda its: -its.version)]}
+        return {"model_version_status": [shown(v) for v in sorted(found, key=lambda v: -v.version)]}
 
     # -- what is told --------------------------------------------------------------------------------------------------
 
@@ -220,7 +219,7 @@ class Status:
         pointers = self.snapshot.pointers.items()
         return Gauges(
             self.batcher.waiting,
-            {str(worker.index): its.unanswered for worker in self.workers if (its := worker.connection)},
+            {str(worker.index): link.unanswered for worker in self.workers if (link := worker.connection)},
             {str(actor): actor.restarts for actor in self.servers + self.workers},
             {name: number for (name, choice), number in pointers if choice is None and number is not None},
         )

@@ -29,7 +29,7 @@ log = logging.getLogger(__name__)
 PING_S = 0.5  # between two looks at an actor
 SUSPECT_S = 1.5  # a worker that has not answered for so long gets no new work
 PATIENCE_S = {"worker": 4.0, "parameter server": 30.0}  # an actor that has not answered for so long is ended
-START_PATIENCE_S = 30.0  # and one that does so while it starts
+START_PATIENCE_S = 30.0  # the same while it starts
 NO_PLACE = f"it has not begun to run for {START_PATIENCE_S:g} s: has Ray a node with a free CPU, or GPU, for it?"
 DIES = f"it is lost again and again for {START_PATIENCE_S:g} s: are there memory and processes enough for it?"
 FIRST_WORKER_S = 30.0  # so long the other workers wait for the first one
@@ -62,8 +62,8 @@ class Supervisor:
 
     async def supervise(self, actor: ActorStatus) -> None:
         """Bring an actor up to date, and again whenever it, or the parameter server, was away."""
-        if actor.kind == "worker" and (actor.index or self._options.address):  # else beside the parameter server
-            with contextlib.suppress(TimeoutError):  # one that serves comes first
+        if actor.kind == "worker" and (actor.index or self._options.address):  # else it starts with the server
+            with contextlib.suppress(TimeoutError):  # one worker is to serve before the others start
                 async with asyncio.timeout(FIRST_WORKER_S if actor.index else None):
                     await (self._worker_ready if actor.index else self._server_ready).wait()
         loop, pause_s, told, lost_since = asyncio.get_running_loop(), PING_S, None, None
@@ -81,7 +81,7 @@ class Supervisor:
             except Exception as error:
                 is_gone = isinstance(error, ActorUnavailable)
                 if is_gone and error.is_final:  # a shared cluster that had ended, or what cannot be made at all
-                    actor.actor = None
+                    actor.handle = None
                 why = first_sentence(error)
                 if is_gone and not error.is_final:  # Ray is starting it anew
                     if lost_since is None or (actor is not self._primary and self._primary.state != "ready"):
@@ -102,9 +102,9 @@ class Supervisor:
 
     async def _start(self, actor: ActorStatus) -> None:
         """Make it if there is none, call ``start``, and have what follows from it."""
-        if actor.actor is None:
+        if actor.handle is None:
             arguments = [] if actor.kind == "worker" else [self._make_folder(), self._run_id]
-            actor.actor = await self._create(actor.kind, actor.index, *arguments)
+            actor.handle = await self._create(actor.kind, actor.index, *arguments)
             self._is_shared = bool(self._options.address)  # from now on the folder is the parameter server's
         info = await self._call_start(actor, *([self._options.shared] if actor is self._primary else []))
         if actor is self._primary:
@@ -124,10 +124,10 @@ class Supervisor:
 
     async def _call_start(self, actor: ActorStatus, *arguments: Any) -> Any:
         """A start may take long; but if the process that was there last is silent all the while, it is ended."""
-        start, ping = asyncio.ensure_future(actor.actor.call("start", *arguments)), None
+        start, ping = asyncio.ensure_future(actor.handle.call("start", *arguments)), None
         try:
             while not start.done():
-                ping = asyncio.ensure_future(actor.actor.call("ping", 0))
+                ping = asyncio.ensure_future(actor.handle.call("ping", 0))
                 await asyncio.wait([start, ping], timeout=START_PATIENCE_S, return_when=asyncio.FIRST_COMPLETED)
                 if not start.done() and not ping.done():
                     if actor.process:
@@ -141,13 +141,13 @@ class Supervisor:
 
     async def wait_until_lost(self, actor: ActorStatus) -> str:
         """Why an actor was lost, as soon as it is. One that is silent is ended, whereupon Ray starts it anew."""
-        death, ping, silent_s = asyncio.ensure_future(watch_death(actor.actor)), None, 0.0
+        death, ping, silent_s = asyncio.ensure_future(watch_death(actor.handle)), None, 0.0
         signs = [death, *([actor.connection.closed] if actor.connection else [])]
         loop = asyncio.get_running_loop()
         try:
             while not any(sign.done() for sign in signs):
                 known = self._status.snapshot.snapshot_id if actor is self._primary else 0
-                ping = ping or asyncio.ensure_future(actor.actor.call("ping", known))
+                ping = ping or asyncio.ensure_future(actor.handle.call("ping", known))
                 asked = loop.time()
                 await asyncio.wait([*signs, ping], timeout=PING_S, return_when=asyncio.FIRST_COMPLETED)
                 if ping.done() and not ping.exception():
@@ -199,15 +199,15 @@ class Supervisor:
         """Save what is to be saved, and end the actors that are this cluster's alone."""
         if self._server_ready.is_set():
             try:
-                await asyncio.wait_for(self._primary.actor.call("checkpoint"), 10)
+                await asyncio.wait_for(self._primary.handle.call("checkpoint"), 10)
             except (Error, TimeoutError) as error:
                 log.error(
                     "what models have changed since it was kept last is lost: %s", str(error) or "it took too long"
                 )
         for actor in self._status.workers + self._status.servers:
-            if actor.actor is not None:
+            if actor.handle is not None:
                 with contextlib.suppress(Error):
-                    await in_own_thread(actor.actor.end)
+                    await in_own_thread(actor.handle.end)
 
     # -- the folder ----------------------------------------------------------------------------------------------------
 

@@ -12,9 +12,9 @@ made from the package's spec, whose code has not run. It runs, in this very modu
 something in it, be it ``import keras`` or ``import tensorflow as tf; tf.nn`` in a module of the user's. Modules that
 are there already stay what they are: graphs and sessions made before go on working.
 
-``NAMES`` and ``MODULES`` are private to TensorFlow, the one exception to our rule against that. Where they are not as
-expected, the whole is imported, and a line in the log says why. To use one more name in this package, add it there: a
-test compares them with what the package uses, and with the public API. Nothing else knows of any of this.
+``NAMES`` and ``MODULES`` are private to TensorFlow, against our rule. Where they are not as expected, the whole is
+imported, and a line in the log says why. To use one more name in this package, add it there: a test compares them with
+what the package uses, and with the public API. Nothing else knows of any of this.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ _importing = threading.RLock()
 
 
 def import_tensorflow(whole: bool = False, is_ours: bool = True) -> Any:
-    """``tensorflow.compat.v1``, imported here and nowhere else, in the actors alone.
+    """``tensorflow.compat.v1``, imported here and nowhere else: in actors, and in a process that has graphs of its own.
 
     All of it if it is to be ``whole``, and where somebody has imported it already or a part cannot be had alone; else a
     namespace with ``NAMES``, which is all that this package needs. The whole may still come after the part. In a
@@ -145,8 +145,8 @@ def _import_slim() -> SimpleNamespace | None:
 
 
 def _complete_on_demand(package: ModuleType, tf: SimpleNamespace) -> None:
-    """Make the bare package the whole one when it is asked for what it lacks. Python asks a package for its path before
-    it imports a module of it that is not there yet; so that it is asked for then, too, the path is taken away."""
+    """Make the bare package the whole one when it is asked for what it lacks. Its path is taken away, since Python asks
+    a package for that before it imports another module of it: so an import, too, makes it whole."""
     loading = threading.RLock()
 
     def complete(name: str) -> Any:  # called for an attribute that is not there (PEP 562)
@@ -217,16 +217,15 @@ def server_config(tf, options: Options, runs_python: bool):
     )
 
 
-def in_step(run: Callable, *arguments: Any) -> Any:
-    """What a run on a parameter server returns, which takes one in 43,000 for one that it has had and refuses it.
+def rerun_refused(run: Callable, *arguments: Any) -> Any:
+    """What ``run`` returns; a parameter server refuses one run in 43,000, as one that it has had before.
 
-    It knows the last 100,000 by a number each, which the thread of a run draws first thing, from a generator that was
-    seeded with 32 bits (TensorFlow's ``GetUniqueRequestId``). Nothing was done then, so it is run again.
+    It knows the last 100,000 runs by a number each, which a run's thread draws first thing, from a generator seeded
+    with 32 bits (TensorFlow's ``GetUniqueRequestId``). A refused run has done nothing, so it is run again.
     """
-    for _ in range(2):
+    for is_last in (False, False, True):
         try:
             return run(*arguments)
         except Exception as error:
-            if "request was received twice" not in str(error):
+            if is_last or "request was received twice" not in str(error):
                 raise
-    return run(*arguments)

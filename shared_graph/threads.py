@@ -1,4 +1,4 @@
-"""What is waited for in the background: a thread for each thing that may never end, and tasks that are kept."""
+"""Work in the background: a thread of its own for each call that may never return, and tasks that stay referenced."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ _idle: list[queue.SimpleQueue] = []  # the inboxes of threads that wait for work
 
 def _forget_threads() -> None:
     global _idle
-    _idle = []  # not cleared: what the parent held goes to the parent's list
+    _idle = []  # not cleared: what was made before the fork still gives its inbox back to the old list
 
 
 os.register_at_fork(after_in_child=_forget_threads)
 
 
 class OwnThread:
-    """A thread for one thing after another, and for no other's until nobody holds this any more.
+    """A thread that runs one call after another, for the holder of this object alone.
 
-    Then it is used again: new ones allocate in one after another of malloc's arenas, until all are large. What holds
-    one for as long as it lives, a graph, has its memory together, and leaves no holes in that of the next one.
+    When nobody holds it any more the thread is used again: each new one would allocate in another of malloc's arenas,
+    until all are large. A graph holds one for life, so that its memory lies together and leaves no holes in the next's.
     """
 
     def __init__(self):
@@ -45,7 +45,7 @@ class OwnThread:
         weakref.finalize(self, idle.append, self._inbox).atexit = False  # then it may be busy
 
     def submit(self, function: Callable, *arguments: Any) -> Future:
-        """What the function returns, or raises."""
+        """A future of what the function returns, or raises."""
         future: Future = Future()
         self._inbox.put((self, future, functools.partial(function, *arguments)))
         return future
@@ -62,7 +62,7 @@ def _work(inbox: queue.SimpleQueue) -> None:
     while True:
         thread, future, work = inbox.get()
         result, error = _outcome(work)
-        del thread, work  # before what hears of it wants the next one
+        del thread, work  # so that this thread is free again before whoever waits for the result wants one
         with contextlib.suppress(InvalidStateError):  # the wait was cancelled
             future.set_result(result) if error is None else future.set_exception(error)
         del future, result, error
@@ -90,7 +90,7 @@ def keep_task(tasks: set[asyncio.Task], coroutine: Coroutine) -> None:
 
 
 async def watch_death(actor: Any) -> None:
-    """Returns when it is gone; such a call returns now and then, and is made again."""
+    """Returns when the actor is gone. A ``death_watch`` ends by itself now and then, and is called again."""
     with contextlib.suppress(Error):
         while True:
             await actor.call("death_watch")

@@ -11,15 +11,15 @@ import numpy as np
 from shared_graph.errors import InvalidRequest
 from shared_graph.graph_definition import VARIABLE, operations_behind
 from shared_graph.models import Arrays, array_of, to_array
-from shared_graph.tensorflow_runtime import import_tensorflow, in_step
+from shared_graph.tensorflow_runtime import import_tensorflow, rerun_refused
 
 
 class TensorFlowVariables:
     """Gets and sets the variables behind an output: by name, as Ray's users know it, or as one flat vector.
 
-    ``output`` is a tensor or an operation, or a list of them; found are the variables that it depends on in any way,
-    and ``input_variables`` beside them. With ``prefix=True`` names lack the scope that all have in common, so that two
-    copies of a network under two scopes can exchange weights. All operations are made here.
+    ``output`` is a tensor or an operation, or a list of them. The variables are those that it depends on in any way,
+    and ``input_variables``. With ``prefix=True`` names lack the scope that all have in common, so that two copies of a
+    network under two scopes can exchange weights. All operations are made here.
 
     ``variables``, ``placeholders`` and ``assignment_nodes`` are dicts by name. After ray.experimental.tf_utils.
     """
@@ -82,8 +82,7 @@ class TensorFlowVariables:
 
     def get_weights(self) -> Arrays:
         """The variables' values by name; one at a time, since a protobuf has 2 GiB at most (tensorflow#2233)."""
-        values = {name: self._run(value) for name, value in self._values.items()}
-        return {name: array_of(value) for name, value in values.items()}
+        return {name: array_of(self._run(value)) for name, value in self._values.items()}
 
     def set_weights(self, new_weights: Arrays) -> None:
         """Set some or all variables. A wrong name or shape is an InvalidRequest, and then none of them is set."""
@@ -108,4 +107,4 @@ class TensorFlowVariables:
     def _run(self, *arguments: Any) -> Any:
         if self.sess is None:
             raise InvalidRequest("there is no session yet: give sess, or call set_session")
-        return in_step(self.sess.run, *arguments)
+        return rerun_refused(self.sess.run, *arguments)

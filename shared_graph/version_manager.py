@@ -1,9 +1,9 @@
 """What is served: loads, switches and unloads the versions of models. No Ray in it, and no TensorFlow.
 
 A version goes through TensorFlow Serving's states: LOADING, AVAILABLE, UNLOADING, and END when it has failed. It is
-AVAILABLE when every worker that there is has it. What a label, or the latest, stands for moves in two steps: first
-every worker lets go of what it stood for, and lets who asks wait; only then they answer with the new one: so no client
-sees a version go back. Workers are told by snapshots, of which each has a number, and tell what they have by reports.
+AVAILABLE when every worker that there is has it. A label, or the latest, comes to stand for another version in two
+steps: first every worker gives up the old one, and lets requests wait; only then do they answer with the new one. So no
+client sees a version go back. Workers are told by snapshots, which are numbered, and tell what they have by reports.
 """
 
 from __future__ import annotations
@@ -92,8 +92,8 @@ class VersionManager:
             self._update()
 
     def observe(self, key: ModelKey, weights_id: str, signature: str, agrees: bool) -> None:
-        """What a run showed of whether requests for a signature may share runs. One run may be an accident, so that it
-        takes some; but before they have ever shared one, a single one speaks against it."""
+        """What a run showed of whether requests for a signature may share runs. One run may be an accident, so it takes
+        EVIDENCE of them; but while a signature is undecided, one that disagrees is enough."""
         version = self._versions.get(key)
         if version is None or version.loaded is None or version.loaded.weights_id != weights_id:
             return
@@ -115,21 +115,21 @@ class VersionManager:
 
     async def reconcile(self, name: str, at_once: bool = False) -> str | None:
         """Serve the highest version of a model that is there and can be loaded, and those that labels stand for. Unless
-        ``at_once``, files that still change are left alone until the next look. What is used goes on when it is not
-        there any more, or has become another, and says so. Returns what is odd in the folder; raises Unavailable when
-        that cannot be read."""
+        ``at_once``, files that still change, or that have failed as they are, are left alone. A version in use goes on,
+        and says so, when its files have changed, or have gone and none takes its place. Returns what is odd in the
+        folder; raises Unavailable when that cannot be read."""
         async with self._turns[name]:
             found = await self._look_at(name)
             await self._end_what_fails_everywhere(name)
             await self._switch(name, await self._load_aspired(name, found, at_once))
             self._loading.discard(name)
-            await self._leave_unused(name, found)
+            await self._drop_unused(name, found)
             return found.oddity
 
     async def change_weights(self, key: ModelKey, change: Callable[[LoadedVersion], Awaitable[LoadedVersion]]) -> None:
-        """``change`` sets weights; it is given what was found out about those of before, and returns that about them.
-        Meanwhile no two requests share a run, since that was decided for other weights. When this returns each worker
-        has the new ones, or is gone."""
+        """``change`` sets weights; it is given what was found out about the old ones, and returns the same of the new.
+        Meanwhile no two requests share a run, since that was decided for other weights. When this returns no worker
+        has the old ones any more."""
         async with self._turns.get(key.name, contextlib.nullcontext()):
             version = self._versions.get(key)
             if version is None or version.loaded is None:
@@ -147,8 +147,8 @@ class VersionManager:
                 version.evidence.clear()
                 self._update()
             await self._until_settled(key.name)
-            its = (None, version.loaded.weights_id)
-            await self._until(lambda: all(r.ready.get(key) in its for r in self._reports.values()))
+            allowed = (None, version.loaded.weights_id)
+            await self._until(lambda: all(r.ready.get(key) in allowed for r in self._reports.values()))
             version.weights_ids = {version.loaded.weights_id}
 
     async def _look_at(self, name: str) -> Found:
@@ -192,7 +192,7 @@ class VersionManager:
                 self._versions[ModelKey(name, number)] = Version(source, [], "END", why)
         return aspired
 
-    async def _leave_unused(self, name: str, found: Found) -> None:
+    async def _drop_unused(self, name: str, found: Found) -> None:
         """Unload what nothing stands for any more; of the rest tell what is odd."""
         in_use = self._pointers[name].values()
         for version in self._loaded(name):
@@ -227,7 +227,7 @@ class VersionManager:
         return True
 
     async def _fail(self, version: Version, error: Exception) -> None:
-        """It is over with the files that it has."""
+        """End it, with why: it is not tried again until its files change, or at once is asked for."""
         error.__traceback__ = None  # it holds what is to be given back now
         why = str(error) if isinstance(error, Error) else f"{type(error).__name__}: {first_sentence(error)}"
         prefix = "" if str(version.source) in why else f"Model {version.source} cannot be loaded: "
@@ -294,6 +294,7 @@ class VersionManager:
         self._changed = asyncio.Event()
 
     def _described(self, version: Version) -> ModelVersion:
+        """For a snapshot. This is also where a loaded version becomes AVAILABLE, or LOADING again."""
         if version.loaded is None:
             return ModelVersion(version.source, version.state, version.error)
         missing = self._lacking(version)

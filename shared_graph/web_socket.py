@@ -46,9 +46,9 @@ class WebSockets:
             await asyncio.wait(list(self._readers), timeout=timeout_s)
 
     async def _read(self, websocket: WebSocket, cluster: Cluster, requests: asyncio.TaskGroup) -> None:
-        places = asyncio.Semaphore(cluster.options.max_queue)
+        slots = asyncio.Semaphore(cluster.options.max_queue)
         while True:
-            await places.acquire()  # one that does not read its answers is not read from either
+            await slots.acquire()  # one that does not read its answers is not read from either
             event = await websocket.receive()
             if event["type"] == "websocket.disconnect":
                 raise WebSocketDisconnect
@@ -56,7 +56,7 @@ class WebSockets:
             if message is None:
                 message = event["text"].encode("utf-8", "surrogatepass")
             answering = requests.create_task(self._answer(websocket, cluster, message))
-            answering.add_done_callback(lambda _: places.release())
+            answering.add_done_callback(lambda _: slots.release())
 
     async def _answer(self, websocket: WebSocket, cluster: Cluster, message: bytes) -> None:
         identity, call = "null", None

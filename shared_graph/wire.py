@@ -10,7 +10,7 @@ import pickle
 import struct
 from typing import Any, NamedTuple
 
-LARGE_BYTES = 2**16  # an array of so many bytes goes beside the pickle, uncopied
+ASIDE_BYTES = 2**16  # an array of so many bytes goes beside the pickle, uncopied
 
 
 class WireRequest(NamedTuple):
@@ -19,22 +19,20 @@ class WireRequest(NamedTuple):
     verb: str
     body: Any
     left_s: float  # until its deadline
-    is_repeated: bool  # a worker was lost that had it
+    is_repeated: bool  # a worker that had it was lost
 
 
 class Batch(NamedTuple):
-    """From a front end: requests for one model. It travels as a plain tuple, as what is in it does: pickled and read in
-    a third of the time."""
+    """From a front end: requests for one model. It and they travel as plain tuples, which takes a third of the time."""
 
     batch_id: int
-    key: tuple[str, int | str | None]  # its name; and version, label, or None: the latest
+    key: tuple[str, int | str | None]  # the model's name; and its version or label, or None: the latest
     signature_hint: str  # for whose turn it is: the signature that is probably asked for
     requests: list[WireRequest]
 
 
 class Answers(NamedTuple):
-    """From a worker: what some of a batch's requests came to, or the Error that they failed with, by their index. It
-    travels as a plain tuple."""
+    """From a worker: answers to some of a batch's requests, or the Errors they failed with, by index; a plain tuple."""
 
     batch_id: int
     answers: dict[int, Any]
@@ -50,7 +48,7 @@ class ProcessInfo(NamedTuple):
 
 
 class WorkerInfo(NamedTuple):
-    """What a worker that is ready tells: who shows the ``authkey`` at the ``address`` may send it batches."""
+    """What a ready worker tells: whoever shows the ``authkey`` at its ``address`` may send it batches."""
 
     process: ProcessInfo
     address: tuple[str, int]
@@ -60,7 +58,7 @@ class WorkerInfo(NamedTuple):
 def to_frame(value: Any) -> list[Any]:
     """Parts to be written one after another: how many there are, their sizes, a pickle, large arrays."""
     parts: list[Any] = [b""]
-    parts[0] = pickle.dumps(value, 5, buffer_callback=lambda b: b.raw().nbytes < LARGE_BYTES or parts.append(b.raw()))
+    parts[0] = pickle.dumps(value, 5, buffer_callback=lambda b: b.raw().nbytes < ASIDE_BYTES or parts.append(b.raw()))
     return [struct.pack(f"<I{len(parts)}Q", len(parts), *(memoryview(part).nbytes for part in parts)), *parts]
 
 

@@ -22,13 +22,13 @@ from shared_graph.ray_runtime import WATCH_S, find_actor, node_address, this_pro
 from shared_graph.replica import Replica
 from shared_graph.slots import Gate
 from shared_graph.tensorflow_runtime import import_tensorflow_for
-from shared_graph.threads import in_own_thread, keep_task
+from shared_graph.threads import OwnThread, in_own_thread, keep_task
 from shared_graph.wire import Batch, WorkerInfo, read_frame, to_frame
 
-START_PATIENCE_S = 10.0  # a worker that starts waits so long for its versions; what takes longer it has later
+CATCH_UP_S = 10.0  # a worker that starts waits so long for its versions; what takes longer it has later
 OVERDUE_S = 5.0  # after its deadline a run is cancelled
-STUCK_S = 15.0  # and one that does not end then ends this process
-TOLD_S = 3.0  # for so long after it has ended health tells of it
+STUCK_S = 15.0  # and this process is ended if the run still has not
+TOLD_S = 3.0  # how long health still tells of it when it has ended
 
 
 class Lane:
@@ -50,8 +50,7 @@ class Worker:
         self.tasks: set[asyncio.Task] = set()
         self.starting = asyncio.Lock()
         self.overdue: dict[asyncio.Future, str] = {}  # runs that do not end, and what is told of them
-        importer = concurrent.futures.ThreadPoolExecutor(1)  # imports in two threads may block each other
-        self.tensorflow = importer.submit(import_tensorflow_for, options)  # while the parameter server does the same
+        self.tensorflow = OwnThread().submit(import_tensorflow_for, options)  # while the parameter server does the same
 
     # -- called by front ends and by the parameter server --------------------------------------------------------------
 
@@ -69,14 +68,14 @@ class Worker:
                 server = await find_actor("parameter server 0", self.namespace)
                 info = await server.call("start")
                 replica = self.replica
-                if replica is None or replica.is_left or replica.server_incarnation != info.incarnation:
+                if replica is None or replica.has_left or replica.server_incarnation != info.incarnation:
                     self._leave()
                     self.compute, self.remote = Lane(MAX_BATCHES_IN_FLIGHT), Lane(REMOTE_CALLS_AT_ONCE)
                     self.replica = Replica(
                         self.index, self.incarnation, self.options, server, info, self._close_connections
                     )
                     try:
-                        await self.replica.catch_up(info.snapshot, START_PATIENCE_S)
+                        await self.replica.catch_up(info.snapshot, CATCH_UP_S)
                     except BaseException:
                         self._leave()
                         raise
@@ -136,15 +135,15 @@ class Worker:
             reply(dict.fromkeys(range(len(batch.requests)), failure.with_traceback(None)))
 
     async def _run(self, replica: Replica | None, batch: Batch, reply: Callable[[dict[int, Any]], None]) -> None:
-        arrived, turn = time.monotonic(), (*batch.key, batch.signature_hint)
+        arrived, kind = time.monotonic(), (*batch.key, batch.signature_hint)
         deadline = arrived + max(left_s for _, _, left_s, _ in batch.requests)
         while True:
             version = await self._find(replica, batch, deadline)
             lane = self.remote if version.loaded.runs_python else self.compute
-            await lane.gate.enter(turn)
+            await lane.gate.enter(kind)
             if replica.snapshot.find(*batch.key) == version and (graph := replica.graphs.get(version.key)):
-                break  # else it is another one by now
-            lane.gate.leave(turn)
+                break  # it still is what was found before the wait
+            lane.gate.leave(kind)
         try:
             about = replica.observe, version.key, version.loaded.weights_id
             observe = functools.partial(self.loop.call_soon_threadsafe, *about)  # called in the thread of the run
@@ -153,20 +152,20 @@ class Worker:
             runs = replica.runs[version.key.name]
             runs.add(run)
             run.add_done_callback(runs.discard)
-            end = lambda: keep_task(self.tasks, self._end_overdue(version, graph, run))  # noqa: E731
-            overdue = self.loop.call_later(max(0, deadline - time.monotonic()) + OVERDUE_S, end)
+            late_s = max(0, deadline - time.monotonic()) + OVERDUE_S
+            timer = self.loop.call_later(late_s, lambda: keep_task(self.tasks, self._end_overdue(version, graph, run)))
             try:
                 await run
             finally:
-                overdue.cancel()
+                timer.cancel()
         finally:
-            lane.gate.leave(turn)
+            lane.gate.leave(kind)
 
     async def _find(self, replica: Replica | None, batch: Batch, deadline: float) -> ModelVersion:
         """What is asked for; waits for a pointer that moves, and for a version that is just brought up here."""
         name, choice = batch.key
         while True:
-            if replica is None or replica.is_left:
+            if replica is None or replica.has_left:
                 raise ConnectionError
             version = replica.snapshot.find(name, choice)
             if version and version.key in replica.graphs:

@@ -16,14 +16,14 @@ from shared_graph.json_codec import (
     LONG_NUMBER,
     MAX_VALUES,
     OUTLINE,
+    excerpt,
+    json_ready,
     json_text,
     load,
     load_exactly,
     parse_json,
     parse_string,
     parse_tensor,
-    plain,
-    shown,
 )
 
 INTEGERS = ("int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64")
@@ -44,7 +44,7 @@ def strings(values) -> np.ndarray:
 
 def written(array, name: str = "y") -> bytes:
     """The JSON of an output of this name."""
-    return json_text(plain(np.asarray(array), name))
+    return json_text(json_ready(np.asarray(array), name))
 
 
 def refused(where: str, function, *arguments, status: int = 400, **more) -> None:
@@ -196,9 +196,9 @@ def test_what_is_no_json_is_said_without_what_it_is(body, why):
 
 def test_what_is_shown_of_a_value_is_short_and_takes_no_longer_than_it_is():
     document = {"a": [1.5, None, "é"], "b": {"c": []}}
-    assert shown(document) == '{"a": [1.5, null, "é"], "b": {"c": []}}'
+    assert excerpt(document) == '{"a": [1.5, null, "é"], "b": {"c": []}}'
     large, begun = [["x" * 10] * 1000] * 10_000, time.thread_time()
-    assert shown(large) == json.dumps(large[:1])[:100] + "..."
+    assert excerpt(large) == json.dumps(large[:1])[:100] + "..."
     assert time.thread_time() - begun < 1
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from shared_graph.errors import ModelError
-from shared_graph.merging import Verdict, answers_equal, find_batchable, sample_rows, tells, warm_up
+from shared_graph.merging import Verdict, answers_equal, find_batchable, is_telling, sample_rows, warm_up
 from shared_graph.models import Signature, TensorSpec
 from shared_graph.options import Options
 
@@ -182,7 +182,7 @@ SAME, ONES, WORDS = np.full((2, 3), np.nan), np.ones((2, 3)), np.array([[b"a"], 
 def test_that_all_rows_have_the_same_answer_tells_nothing_nor_does_such_an_output_that_may_grow(answers, telling):
     outputs = {str(i): TensorSpec("float32", shape) for i, (_, shape) in enumerate(answers)}
     signature = Signature("s", {}, outputs, "", False, False)
-    assert tells(signature, [rows for rows, _ in answers]) == telling
+    assert is_telling(signature, [rows for rows, _ in answers]) == telling
 
 
 @pytest.mark.parametrize(

@@ -34,7 +34,7 @@ class PlayedServer:
 
 
 class PlayedGraph:
-    fingerprint, is_connected, built_in = "", True, None
+    fingerprint, is_connected, own_thread = "", True, None
 
     def connect(self, *arguments):
         pass

@@ -15,7 +15,7 @@ from shared_graph.models import ModelKey, ServerInfo, Snapshot, WorkerReport
 from shared_graph.options import Options
 from shared_graph.replica import BUILD_LIMIT_S, Replica
 from shared_graph.wire import ProcessInfo
-from shared_graph.worker import START_PATIENCE_S
+from shared_graph.worker import CATCH_UP_S
 
 pytestmark = pytest.mark.simulated
 
@@ -39,7 +39,7 @@ class ReplicaWorker(PlayedWorker):
             server, self.running = PlayedServer(self.stage, self), collections.Counter()
             self.replica = Replica(self.index, str(self.life), self.options, server, info, left.set)
             with contextlib.suppress(ActorUnavailable):
-                await self.replica.catch_up(snapshot, START_PATIENCE_S)
+                await self.replica.catch_up(snapshot, CATCH_UP_S)
                 self.has_reported = True
                 await left.wait()
             self.has_reported = False
@@ -68,7 +68,7 @@ class ReplicaWorker(PlayedWorker):
         return super().has(key) or self.running[key] > 0
 
     def is_in_touch(self) -> bool:
-        return self.has_reported and not self.replica.is_left and super().is_in_touch()
+        return self.has_reported and not self.replica.has_left and super().is_in_touch()
 
     def answer(self, name: str, choice) -> int | None:
         number = super().answer(name, choice)
@@ -122,7 +122,7 @@ class PlayedGraph:
 
     def __init__(self, key: ModelKey, stage: Stage, fingerprint: str, fate: str | None):
         self.key, self.stage, self.fingerprint, self.fate = key, stage, fingerprint, fate
-        self.built_in = self.variables = self
+        self.own_thread = self.variables = self
 
     async def build(self) -> None:
         await asyncio.sleep({"is slow": SLOW_S, "hangs": 2 * BUILD_LIMIT_S}.get(self.fate, 0))
@@ -202,7 +202,7 @@ async def test_no_client_sees_a_version_go_back_or_old_weights_and_all_settles_w
 async def test_weights_are_set_when_a_worker_has_them_too_that_builds_the_model_and_has_not_heard_of_them(played):
     async with playing(1, 1, replica_worker("mirrored")) as stage:
         stage.fates[0, ModelKey("m", 1)] = "is slow"
-        await asyncio.sleep(START_PATIENCE_S + 5)
+        await asyncio.sleep(CATCH_UP_S + 5)
         assert stage.workers[0].is_in_touch() and stage.workers[0].ready.keys() == {("n", 1)}
         setting = asyncio.create_task(stage.set_weights("m"))
         while stage.weights["m", 1] != "000003":

@@ -21,7 +21,7 @@ from test_npy_codec import loaded, npy, npz
 import shared_graph.rest_api as module
 from shared_graph.bodies import FREE_BYTES, MAX_BODY_BYTES, MAX_RATIO, HttpBody
 from shared_graph.errors import InvalidRequest
-from shared_graph.json_codec import MAX_VALUES, plain, survey
+from shared_graph.json_codec import MAX_VALUES, json_ready, survey
 from shared_graph.models import Signature, TensorSpec
 from shared_graph.rest_api import MAX_CAST_BYTES, decode
 from shared_graph.tensorflow_runtime import import_tensorflow
@@ -51,7 +51,7 @@ def answer(verb: str, document: dict, **outputs) -> bytes:
         {"serving_default": signature(inputs, outputs, verb)}, verb, HttpBody(json.dumps(document).encode())
     )
     assert decoded.is_json
-    return decoded.encode([plain(np.asarray(output), name) for name, output in outputs.items()])
+    return decoded.encode([json_ready(np.asarray(output), name) for name, output in outputs.items()])
 
 
 def by_row(**outputs) -> bytes:
@@ -317,9 +317,9 @@ def test_a_string_that_is_not_utf_8_passes_as_it_is_beside_others():
 def test_the_rows_of_a_merged_run_are_the_answers_that_they_would_be_alone():
     outputs = {"s": WORDS, "y": np.float32([[0.1, 2], [nan, 4]]), "n": np.int64([1, 2])}
     decoded = decode({"serving_default": signature(X, outputs)}, "predict", HttpBody(b'{"instances": [0]}'))
-    together = [plain(output, name) for name, output in outputs.items()]
+    together = [json_ready(output, name) for name, output in outputs.items()]
     for i in range(2):
-        alone = [plain(output[i : i + 1], name) for name, output in outputs.items()]
+        alone = [json_ready(output[i : i + 1], name) for name, output in outputs.items()]
         assert decoded.encode([output[i : i + 1] for output in together]) == decoded.encode(alone)
 
 

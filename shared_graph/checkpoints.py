@@ -22,14 +22,17 @@ from shared_graph.models import Arrays, object_array
 class Checkpoints:
     """Variables in files of one folder: ``<model>.<version>.npz``, written aside and renamed; and ``adder.sum``.
 
-    What is written survives a killed process; if ``durable``, a power cut as well. Whoever starts a cluster makes the
-    folder, and an empty file ``.run-<run_id>`` in it, to which the names of all saved files are written: so neither
-    another machine's folder nor one whose files have gone is taken for a beginning. Methods raise Error.
+    What is written survives a killed process; if ``durable``, a power cut as well. The first life of a cluster's
+    parameter server makes the folder, and an empty file ``.run-<run_id>`` in it, to which the names of all saved files
+    are written: so no later life takes another machine's folder, or one whose files have gone, for a beginning.
+    Methods raise Error.
     """
 
-    def __init__(self, folder: str, run_id: str, durable: bool):
+    def __init__(self, folder: str, run_id: str, durable: bool, is_first_life: bool):
         self.folder, self.durable, self._sum_file = folder, durable, None
         self._marker = os.path.join(folder, f".run-{run_id}")
+        if is_first_life:
+            self._make_folder()
         try:
             with open(self._marker) as marker:
                 self._checkpointed = marker.read().splitlines()
@@ -47,6 +50,14 @@ class Checkpoints:
         except OSError as error:
             what = error.filename or "its .lock"
             raise Unavailable(f"The checkpoint folder {folder} cannot be used: {what}: {error.strerror}.") from None
+
+    def _make_folder(self) -> None:
+        try:
+            os.makedirs(self.folder, 0o700, exist_ok=True)
+            with open(self._marker, "a"):
+                pass
+        except OSError as error:
+            raise Unavailable(f"The folder for variables cannot be used: {error.filename}: {error.strerror}.") from None
 
     def path(self, source: ModelSource) -> str:
         name = "adder.sum" if source == ADDER_SOURCE else f"{source.name}.{source.version}.npz"

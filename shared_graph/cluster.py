@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import atexit
 import concurrent.futures
-import contextlib
 import copy
 import dataclasses
 import functools
@@ -67,10 +66,10 @@ class Cluster:
 
     def __init__(self, options: Options | None = None, **changes: Any):
         self.options = dataclasses.replace(options or Options(), **changes)
-        self._supervisor: Supervisor | None = None
         self.status = Status(self.options)
         why_over = lambda: Unavailable(str(self.status.failure or CLOSED))  # noqa: E731
-        self._home = HomeLoop(self._serve, self._surroundings, self._fail, why_over)
+        around = functools.partial(ray_runtime, self.options)
+        self._home = HomeLoop(self._serve, around, self._fail, why_over)
 
     # -- life ----------------------------------------------------------------------------------------------------------
 
@@ -271,15 +270,6 @@ class Cluster:
     def _fail(self, error: Exception) -> None:
         self.status.fail(error if isinstance(error, Error) else Unavailable(first_sentence(error)), is_over=True)
 
-    @contextlib.contextmanager
-    def _surroundings(self) -> Iterator[None]:
-        try:
-            with ray_runtime(self.options):
-                yield
-        finally:
-            if self._supervisor:
-                self._supervisor.remove_folder()
-
     async def _serve(self, closing: asyncio.Event) -> None:
         """Until ``close``."""
         loop = asyncio.get_running_loop()
@@ -290,7 +280,7 @@ class Cluster:
             return await loop.run_in_executor(maker, create_actor, self.options, namespace, *what)
 
         connect = functools.partial(connect_worker, self.status.batcher)
-        supervisor = self._supervisor = Supervisor(self.options, self.status, create, kill_process, connect)
+        supervisor = Supervisor(self.options, self.status, create, kill_process, connect)
         supervising = asyncio.create_task(supervisor.run())
         ray_ended = watch_ray()
         closed = asyncio.create_task(closing.wait())

@@ -48,11 +48,12 @@ class Loader:
         self.bundles: dict[ModelKey, IO[bytes]] = {}
         self._saving = OwnThread()  # what is saved is saved in order
 
-    def open_folder(self, folder: str, run_id: str) -> None:
+    def open_folder(self, folder: str, run_id: str, is_first_life: bool) -> None:
         """Where variables are saved. Idempotent. Raises Unavailable."""
         if self._checkpoints is not None:
             return
-        self._checkpoints = Checkpoints(folder, run_id, durable=self._options.checkpoint_dir is not None)
+        is_durable = self._options.checkpoint_dir is not None
+        self._checkpoints = Checkpoints(folder, run_id, is_durable, is_first_life)
         self._marks = LoadMarks(folder, run_id)
         checkpoint_with(self._checkpoints.save_sum)
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import os
 import secrets
 import shutil
+import tempfile
 
 from shared_graph.bundles import read_slice
 from shared_graph.errors import ActorUnavailable, Error, ModelError, OptionError, as_own_errors, first_sentence
@@ -15,7 +17,7 @@ from shared_graph.memory import keep_memory_low
 from shared_graph.model_source import ADDER, ADDER_SOURCE
 from shared_graph.models import Arrays, ModelKey, ServerInfo, Snapshot, WorkerReport
 from shared_graph.options import Options
-from shared_graph.ray_runtime import WATCH_S, Actor, find_actor, node_address, this_actor, this_process
+from shared_graph.ray_runtime import WATCH_S, Actor, find_actor, is_first_life, node_address, this_actor, this_process
 from shared_graph.tensorflow_runtime import import_tensorflow_for, server_config
 from shared_graph.threads import in_own_thread, keep_task, watch_death
 from shared_graph.version_manager import VersionManager
@@ -31,8 +33,9 @@ class ParameterServer:
     The first one, the primary, also loads the models, onto all of them, and saves their variables.
     """
 
-    def __init__(self, index: int, options: Options, namespace: str, folder: str, run_id: str):
-        self.index, self.options, self.namespace, self.folder, self.run_id = index, options, namespace, folder, run_id
+    def __init__(self, index: int, options: Options, namespace: str, run_id: str):
+        self.index, self.options, self.namespace, self.run_id = index, options, namespace, run_id
+        self.folder = options.checkpoint_dir or os.path.join(tempfile.gettempdir(), f"ray_tensorflow_{run_id}")
         self.process = this_process()
         self.server = None
         self.incarnation: str | None = None  # the id of this life, once it has started
@@ -65,9 +68,11 @@ class ParameterServer:
         async with self.starting:
             if self.incarnation is None:
                 with as_own_errors("The parameter server cannot start"):
-                    tf, is_primary = await in_own_thread(import_tensorflow_for, self.options), self.index == 0
-                    if is_primary:
-                        await in_own_thread(self.loader.open_folder, self.folder, self.run_id)
+                    is_primary = self.index == 0
+                    if is_primary:  # before what takes memory and time: another life cannot do it any more
+                        is_first = await in_own_thread(is_first_life)
+                        await in_own_thread(self.loader.open_folder, self.folder, self.run_id, is_first)
+                    tf = await in_own_thread(import_tensorflow_for, self.options)
                     runs_python = is_primary and await self.loader.build_functions()  # there all functions run
                     self.addresses = [await in_own_thread(self._boot, tf, runs_python)]
                     if is_primary:
@@ -103,9 +108,12 @@ class ParameterServer:
         await self.manager.reconcile(model, at_once=True)
         return self.manager.snapshot
 
-    async def checkpoint(self) -> None:
-        """Save the variables of the models that change them when they run."""
-        await self.loader.checkpoint_all()
+    async def finish(self) -> None:
+        """Save what models have changed, or remove the folder if it goes with this run."""
+        if self.options.checkpoint_dir:
+            await self.loader.checkpoint_all()
+        elif self.index == 0:
+            await in_own_thread(functools.partial(shutil.rmtree, self.folder, ignore_errors=True))
 
     # -- called by workers ---------------------------------------------------------------------------------------------
 
@@ -190,7 +198,7 @@ class ParameterServer:
         while True:
             await asyncio.sleep(CHECKPOINT_EVERY_S)
             try:
-                await self.checkpoint()
+                await self.loader.checkpoint_all()
                 self.troubles.pop("variables", None)
             except Error as error:  # it is tried again soon, and meanwhile ping() tells
                 self.troubles["variables"] = str(error)
@@ -198,12 +206,12 @@ class ParameterServer:
     async def _end_when_idle(self) -> None:
         """End a shared cluster when no front end has been heard for a while, also one that never was well."""
         while self.idle_s < IDLE_SHUTDOWN_S * (1 if self.index == 0 else 2):  # the primary saves what they hold
-            await asyncio.sleep(1)  # counted, not timed: a process that was stopped for long has heard nobody
+            await asyncio.sleep(1)  # counted, not timed: a process that was stopped for long has heard nobody,
+            with contextlib.suppress(ActorUnavailable):  # nor has one that is cut off, and for so long has no answer
+                await find_actor(f"parameter server {self.index}", self.namespace)
             self.idle_s += not self.starting.locked()
         with contextlib.suppress(Error):
-            await self.checkpoint()
-        if self.options.checkpoint_dir is None and self.index == 0:
-            shutil.rmtree(self.folder, ignore_errors=True)
+            await self.finish()
         for index in range(self.options.workers if self.index == 0 else 0):
             with contextlib.suppress(ActorUnavailable):
                 await asyncio.to_thread((await find_actor(f"worker {index}", self.namespace)).end)

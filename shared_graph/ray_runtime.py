@@ -27,6 +27,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from shared_graph.errors import ActorUnavailable, Error, Unavailable, first_sentence
 from shared_graph.options import Options
+from shared_graph.threads import in_own_thread
 from shared_graph.wire import ProcessInfo
 
 log = logging.getLogger(__name__)
@@ -81,6 +82,11 @@ def this_actor() -> Actor:
     return Actor(ray.get_runtime_context().current_actor)
 
 
+def is_first_life() -> bool:
+    """Has Ray not started this actor anew?"""
+    return not ray.get_runtime_context().was_current_actor_reconstructed
+
+
 def this_process() -> ProcessInfo:
     """What an actor is. Call it before TensorFlow is imported: it hides the GPUs, which Ray shows to actors that asked
     for none (ray#28215), and TensorFlow would take."""
@@ -100,8 +106,9 @@ async def kill_process(process: ProcessInfo) -> None:
     if process.node == ray.get_runtime_context().get_node_id():
         return _kill(process.pid)
     there = NodeAffinitySchedulingStrategy(process.node, soft=False)
+    remote = ray.remote(num_cpus=0, scheduling_strategy=there)(_kill).remote  # which waits for Ray when it is called
     with contextlib.suppress(ray.exceptions.RayError):  # the node is gone as well
-        await ray.remote(num_cpus=0, scheduling_strategy=there)(_kill).remote(process.pid)
+        await (await in_own_thread(remote, process.pid))
 
 
 def _kill(pid: int) -> None:

@@ -9,10 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import os
 import secrets
-import shutil
-import tempfile
 import time
 from collections.abc import Awaitable, Callable
 from typing import Any
@@ -32,6 +29,7 @@ PATIENCE_S = {"worker": 4.0, "parameter server": 30.0}  # an actor that has not 
 START_PATIENCE_S = 30.0  # the same while it starts
 NO_PLACE = f"it has not begun to run for {START_PATIENCE_S:g} s: has Ray a node with a free CPU, or GPU, for it?"
 DIES = f"it is lost again and again for {START_PATIENCE_S:g} s: are there memory and processes enough for it?"
+ENDED = "The shared cluster has been ended, and its variables with it: start the program anew."
 FIRST_WORKER_S = 30.0  # so long the other workers wait for the first one
 LONGEST_PAUSE_S = 30.0  # between two attempts to start what cannot start
 
@@ -50,8 +48,7 @@ class Supervisor:
     ):
         self._options, self._status = options, status
         self._create, self._kill, self._connect = create, kill, connect
-        self._run_id, self._folder = secrets.token_hex(8), None  # in which variables are saved
-        self._primary, self._is_shared = status.servers[0], False
+        self._run_id, self._primary = secrets.token_hex(8), status.servers[0]
         self._server_ready, self._worker_ready = asyncio.Event(), asyncio.Event()  # once
 
     async def run(self) -> None:
@@ -67,7 +64,7 @@ class Supervisor:
                 async with asyncio.timeout(FIRST_WORKER_S if actor.index else None):
                     await (self._worker_ready if actor.index else self._server_ready).wait()
         loop, pause_s, told, lost_since = asyncio.get_running_loop(), PING_S, None, None
-        while True:
+        while not self._status.is_over:
             started = loop.time()
             try:
                 await self._start(actor)
@@ -76,11 +73,12 @@ class Supervisor:
                 pause_s, told, lost_since = PING_S, None, None
                 log.warning("%s lost  pid %d  %s", actor, actor.process.pid, await self.wait_until_lost(actor))
             except OptionError as error:
-                self.remove_folder(is_unused=True)
                 return self._status.fail(error, is_over=True)
             except Exception as error:
                 is_gone = isinstance(error, ActorUnavailable)
                 if is_gone and error.is_final:  # a shared cluster that had ended, or what cannot be made at all
+                    if actor is self._primary and self._server_ready.is_set() and not self._options.checkpoint_dir:
+                        return self._status.fail(Unavailable(ENDED), is_over=True)
                     actor.handle = None
                 why = first_sentence(error)
                 if is_gone and not error.is_final:  # Ray is starting it anew
@@ -103,13 +101,10 @@ class Supervisor:
     async def _start(self, actor: ActorStatus) -> None:
         """Make it if there is none, call ``start``, and have what follows from it."""
         if actor.handle is None:
-            arguments = [] if actor.kind == "worker" else [self._make_folder(), self._run_id]
+            arguments = [] if actor.kind == "worker" else [self._run_id]
             actor.handle = await self._create(actor.kind, actor.index, *arguments)
-            self._is_shared = bool(self._options.address)  # from now on the folder is the parameter server's
         info = await self._call_start(actor, *([self._options.shared] if actor is self._primary else []))
         if actor is self._primary:
-            if info.folder != self._folder:  # others made this cluster
-                self.remove_folder(is_unused=True)
             self._status.apply_snapshot(info.snapshot)
             self._status.recover()
             self._server_ready.set()
@@ -199,7 +194,7 @@ class Supervisor:
         """Save what is to be saved, and end the actors that are this cluster's alone."""
         if self._server_ready.is_set():
             try:
-                await asyncio.wait_for(self._primary.handle.call("checkpoint"), 10)
+                await asyncio.wait_for(self._primary.handle.call("finish"), 10)
             except (Error, TimeoutError) as error:
                 log.error(
                     "what models have changed since it was kept last is lost: %s", str(error) or "it took too long"
@@ -208,28 +203,6 @@ class Supervisor:
             if actor.handle is not None:
                 with contextlib.suppress(Error):
                     await in_own_thread(actor.handle.end)
-
-    # -- the folder ----------------------------------------------------------------------------------------------------
-
-    def _make_folder(self) -> str:
-        """Where variables are saved, ready for the parameter server (see Checkpoints)."""
-        try:
-            self._folder = self._folder or self._options.checkpoint_dir or tempfile.mkdtemp(prefix="ray_tensorflow_")
-            os.makedirs(self._folder, exist_ok=True)
-            with open(os.path.join(self._folder, f".run-{self._run_id}"), "a"):
-                pass
-        except OSError as error:
-            raise Unavailable(f"The folder for variables cannot be used: {error.filename}: {error.strerror}.") from None
-        return self._folder
-
-    def remove_folder(self, is_unused: bool = False) -> None:
-        """If it is ours alone, or no parameter server has it."""
-        if self._folder and not self._options.checkpoint_dir and (is_unused or not self._is_shared):
-            for _ in range(50):  # an actor that is just being ended may still write to it
-                shutil.rmtree(self._folder, ignore_errors=True)
-                if not os.path.exists(self._folder):
-                    return
-                time.sleep(0.1)
 
 
 def forget(*futures: asyncio.Future | None) -> None:

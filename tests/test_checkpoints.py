@@ -3,6 +3,7 @@
 import errno
 import fcntl
 import os
+import shutil
 import types
 
 import numpy as np
@@ -20,7 +21,7 @@ MODEL = ModelSource("m", 1, function="a:b")
 def checkpoints(tmp_path):
     """Of a run that has begun, in a folder of its own."""
     (tmp_path / ".run-1").touch()
-    return Checkpoints(str(tmp_path), run_id="1", durable=True)
+    return Checkpoints(str(tmp_path), run_id="1", durable=True, is_first_life=False)
 
 
 @pytest.mark.parametrize("source", [ADDER_SOURCE, MODEL], ids=str)
@@ -95,14 +96,28 @@ def test_a_sum_whose_file_is_removed_or_replaced_is_kept_all_the_same(checkpoint
 
 def test_files_that_have_gone_are_not_taken_for_a_beginning(tmp_path):
     (tmp_path / ".run-1").touch()
-    Checkpoints(str(tmp_path), run_id="1", durable=True).save(MODEL, {})
-    again = Checkpoints(str(tmp_path), run_id="1", durable=True)
+    Checkpoints(str(tmp_path), run_id="1", durable=True, is_first_life=False).save(MODEL, {})
+    again = Checkpoints(str(tmp_path), run_id="1", durable=True, is_first_life=False)
     os.remove(again.path(MODEL))
     assert again.load(ADDER_SOURCE) == {}
     with pytest.raises(ModelError, match=again.path(MODEL)):
         again.load(MODEL)
     with pytest.raises(Unavailable, match="variables are gone"):
-        Checkpoints(str(tmp_path / "elsewhere"), run_id="1", durable=True)
+        Checkpoints(str(tmp_path / "elsewhere"), run_id="1", durable=True, is_first_life=False)
+
+
+def test_the_first_life_makes_the_folder_for_its_own_user_alone_and_no_later_one_does(tmp_path):
+    folder = tmp_path / "a" / "b"
+    first = Checkpoints(str(folder), run_id="1", durable=False, is_first_life=True)
+    assert sorted(os.listdir(folder)) == [".lock", ".run-1"] and folder.stat().st_mode & 0o777 == 0o700
+    first.save_sum(1.0)
+    first._lock.close()
+    assert Checkpoints(str(folder), run_id="1", durable=False, is_first_life=False).load(ADDER_SOURCE) == {"sum": 1.0}
+    shutil.rmtree(folder)
+    with pytest.raises(Unavailable, match="variables are gone"):
+        Checkpoints(str(folder), run_id="1", durable=False, is_first_life=False)
+    with pytest.raises(Unavailable, match=r"^The folder for variables cannot be used: /proc/none: "):
+        Checkpoints("/proc/none", run_id="1", durable=False, is_first_life=True)
 
 
 def test_a_folder_that_cannot_be_locked_is_said_to_be_that(tmp_path, monkeypatch):
@@ -112,18 +127,18 @@ def test_a_folder_that_cannot_be_locked_is_said_to_be_that(tmp_path, monkeypatch
     (tmp_path / ".run-1").touch()
     monkeypatch.setattr(fcntl, "flock", no_locks)
     with pytest.raises(Unavailable, match=r"cannot be used: its \.lock: No locks available\.$"):
-        Checkpoints(str(tmp_path), run_id="1", durable=True)
+        Checkpoints(str(tmp_path), run_id="1", durable=True, is_first_life=False)
 
 
 def test_the_marks_of_models_that_are_loaded_stay_for_as_long_as_the_run(tmp_path):
     """A worker's, by which it knows a model that ends it, are not gone with a parameter server."""
     for name in (".run-1", ".loading-1-m", ".loading-worker-0-m"):
         (tmp_path / name).touch()
-    Checkpoints(str(tmp_path), run_id="1", durable=True)
+    Checkpoints(str(tmp_path), run_id="1", durable=True, is_first_life=False)
     marks = lambda: sorted(name for name in os.listdir(tmp_path) if name.startswith((".loading", ".run")))
     assert marks() == [".loading-1-m", ".loading-worker-0-m", ".run-1"]
     (tmp_path / ".run-2").touch()
-    Checkpoints(str(tmp_path), run_id="2", durable=True)
+    Checkpoints(str(tmp_path), run_id="2", durable=True, is_first_life=False)
     assert marks() == [".run-2"]
 
 
@@ -146,9 +161,9 @@ def test_weights_of_another_graph_are_refused_and_those_that_do_not_say_of_which
 
 def test_a_folder_is_one_programs_at_a_time(checkpoints):
     with pytest.raises(Unavailable, match=f"{checkpoints.folder} is in use by another program"):
-        Checkpoints(checkpoints.folder, run_id="1", durable=True)
+        Checkpoints(checkpoints.folder, run_id="1", durable=True, is_first_life=False)
     checkpoints._lock.close()
-    Checkpoints(checkpoints.folder, run_id="1", durable=True)
+    Checkpoints(checkpoints.folder, run_id="1", durable=True, is_first_life=False)
 
 
 def test_what_others_left_is_found_in_a_folder_of_any_name(tmp_path):
@@ -156,7 +171,7 @@ def test_what_others_left_is_found_in_a_folder_of_any_name(tmp_path):
     folder.mkdir()
     for name in (".run-1", ".run-2", ".loading-1-m"):
         (folder / name).touch()
-    Checkpoints(str(folder), run_id="2", durable=False)
+    Checkpoints(str(folder), run_id="2", durable=False, is_first_life=False)
     assert sorted(os.listdir(folder)) == [".lock", ".run-2"]
 
 
@@ -165,7 +180,7 @@ def test_what_is_to_last_through_a_power_cut_is_on_the_disk_with_its_name_before
     tmp_path, monkeypatch, durable
 ):
     (tmp_path / ".run-1").touch()
-    checkpoints, synced = Checkpoints(str(tmp_path), run_id="1", durable=durable), []
+    checkpoints, synced = Checkpoints(str(tmp_path), run_id="1", durable=durable, is_first_life=False), []
 
     def note(descriptor: int) -> None:
         path = os.readlink(f"/proc/self/fd/{descriptor}")

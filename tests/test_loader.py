@@ -34,8 +34,7 @@ def endless(tf):
 def a_loader(address: str, folder, *sources: ModelSource, **options) -> tuple[loader.Loader, VersionManager]:
     own = loader.Loader(Options(model=list(sources), **options))
     own.addresses = [address]
-    (folder / ".run-x").touch()
-    own.open_folder(str(folder), "x")
+    own.open_folder(str(folder), "x", True)
     manager = VersionManager([ADDER_SOURCE, *sources], loader.look, own.load, own.unload, lambda snapshot: None)
     return own, manager
 

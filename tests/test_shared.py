@@ -12,6 +12,7 @@ from conftest import OWNER, REPOSITORY, Server, good, processes, wait_until
 from test_survival import Clients, assert_counted_once, workers
 
 from shared_graph.actors import gpu_share
+from shared_graph.supervisor import ENDED
 
 NODES = """
 import sys
@@ -174,14 +175,26 @@ from shared_graph.ray_runtime import ray_runtime
 options = Options(address=sys.argv[1], parameter_servers=2)
 with ray_runtime(options):
     for index in range(2):
-        create_actor(options, "ray_tensorflow", "parameter server", index, sys.argv[2], "run")
+        create_actor(options, "ray_tensorflow", "parameter server", index, "run")
     os._exit(0)
 """
 
 
-def test_nothing_is_left_of_actors_that_were_made_and_never_called(nodes, address, tmp_path):
-    subprocess.run([sys.executable, "-c", MAKE_AND_DIE, address, str(tmp_path / "folder")], check=True, timeout=180)
+def test_nothing_is_left_of_actors_that_were_made_and_never_called(nodes, address):
+    subprocess.run([sys.executable, "-c", MAKE_AND_DIE, address], check=True, timeout=180)
     wait_until(nodes.actors)
+
+
+@pytest.mark.long
+def test_a_front_end_that_was_away_until_the_shared_cluster_ended_does_not_begin_another_sum(nodes, address):
+    with Server("starlette", "--address", address, "--workers", "1").wait_ready() as server:
+        assert server.add(5) == 5
+        server.process.send_signal(signal.SIGSTOP)
+        wait_until(lambda: not nodes.actors(), 60, "the actors to end, since no front end is heard")
+        server.process.send_signal(signal.SIGCONT)
+        assert server.process.wait(60) == 1
+        assert server.output().splitlines()[-1] == f"ray_tensorflow_starlette.py: error: {ENDED}"
+        assert "Traceback" not in server.output()
 
 
 @pytest.mark.long

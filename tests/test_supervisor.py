@@ -2,7 +2,6 @@
 
 import asyncio
 import contextlib
-import os
 import random
 
 import pytest
@@ -12,7 +11,7 @@ from shared_graph.errors import ActorUnavailable, Error, ModelError, OptionError
 from shared_graph.models import ServerInfo, Snapshot
 from shared_graph.options import Options
 from shared_graph.status import Status
-from shared_graph.supervisor import DIES, NO_PLACE, PATIENCE_S, PING_S, START_PATIENCE_S, SUSPECT_S, Supervisor
+from shared_graph.supervisor import DIES, ENDED, NO_PLACE, PATIENCE_S, PING_S, START_PATIENCE_S, SUSPECT_S, Supervisor
 from shared_graph.wire import ProcessInfo, WorkerInfo
 
 pytestmark = pytest.mark.simulated
@@ -79,7 +78,7 @@ class PlayedActor:
             raise self.failure
         if self.kind == "worker":
             return WorkerInfo(self.process, ("127.0.0.1", 1), b"")
-        return ServerInfo(self.process, "", self.stage.folder_of_server(), [], self.stage.snapshot)
+        return ServerInfo(self.process, "", "", [], self.stage.snapshot)
 
     async def ping(self, snapshot_id: int):
         self.pings += 1
@@ -92,8 +91,8 @@ class PlayedActor:
     async def death_watch(self):
         await self.unless_stopped(60)
 
-    async def checkpoint(self):
-        self.stage.events.append("checkpoint")
+    async def finish(self):
+        self.stage.events.append("finish")
         await self.unless_stopped(0)
         if self.failure:
             raise self.failure
@@ -119,9 +118,6 @@ class Stage:
         self.actors: dict[str, PlayedActor] = {}
         self.supervisor = Supervisor(self.options, self.status, self.create, self.kill, self.connect)
         self.killed: list[int] = []
-
-    def folder_of_server(self) -> str:
-        return self.supervisor._folder
 
     async def create(self, kind: str, index: int, *arguments) -> PlayedActor:
         await asyncio.sleep(0.5)
@@ -149,7 +145,6 @@ async def playing(seed: int = 0, **options):
     finally:
         task.cancel()
         await asyncio.gather(task, return_exceptions=True)
-        stage.supervisor.remove_folder()
 
 
 async def test_all_become_ready_the_parameter_server_and_one_worker_first():
@@ -159,7 +154,6 @@ async def test_all_become_ready_the_parameter_server_and_one_worker_first():
         assert stage.states() == ["ready"] * 4
         assert list(stage.actors)[:2] == ["parameter server 0", "worker 0"]
         assert max(actor.pings for actor in stage.actors.values()) < 20 / PING_S + 5, "it is asked over and over"
-        assert os.listdir(stage.supervisor._folder) == [f".run-{stage.supervisor._run_id}"]
 
 
 async def test_of_an_actor_for_which_ray_has_no_place_that_is_told_and_nothing_is_ended():
@@ -350,7 +344,6 @@ async def test_what_nobody_foresaw_when_the_parameter_server_starts_is_no_end():
     assert stage.states() == ["ready"] * 2
     task.cancel()
     await asyncio.gather(task, return_exceptions=True)
-    stage.supervisor.remove_folder()
 
 
 @pytest.mark.parametrize("name", ["parameter server 0", "worker 0"])
@@ -374,7 +367,6 @@ async def test_an_actor_that_cannot_even_be_made_is_told_once_and_made_anew_with
     assert 15 < len(made) < 40 and not stage.over
     task.cancel()
     await asyncio.gather(task, return_exceptions=True)
-    stage.supervisor.remove_folder()
 
 
 @pytest.mark.parametrize("is_stopped", [False, True], ids=["fails", "hangs"])
@@ -387,25 +379,29 @@ async def test_a_first_worker_that_never_starts_does_not_keep_the_others_waiting
     assert stage.states() == ["ready", "starting", "ready", "ready"]
     task.cancel()
     await asyncio.gather(task, return_exceptions=True)
-    stage.supervisor.remove_folder()
 
 
-@pytest.mark.parametrize("others_made_it", [False, True])
-async def test_a_shared_parameter_server_has_its_folder_when_who_made_it_ends_before_it_has_started(others_made_it):
-    stage = Stage(workers=1, address="auto")
-    stage.actors["parameter server 0"] = actor = PlayedActor(stage, "parameter server", 0)
-    if others_made_it:
-        stage.folder_of_server = lambda: "/theirs"
-    else:
-        actor.is_stopped = True
-    task = asyncio.create_task(stage.supervisor.run())
-    await asyncio.sleep(10)
-    folder = stage.supervisor._folder
-    task.cancel()
-    await asyncio.gather(task, return_exceptions=True)
-    stage.supervisor.remove_folder()
-    assert os.path.exists(folder) == (not others_made_it)
-    stage.supervisor.remove_folder(is_unused=True)
+@pytest.mark.parametrize("checkpoint_dir", [None, "/kept"])
+async def test_a_shared_cluster_that_was_ended_meanwhile_is_begun_anew_only_where_its_variables_were_kept(
+    checkpoint_dir,
+):
+    """As when this process was stopped, or cut off, for so long that the parameter server took it for gone."""
+    async with playing(workers=2, address="auto", checkpoint_dir=checkpoint_dir) as stage:
+        await asyncio.sleep(20)
+        ended = list(stage.actors.values())
+        stage.actors.clear()
+        for actor in ended:
+            actor.cause, actor.is_alive = "it was killed by ray.kill", False
+            actor.died.set()
+            for connection in actor.connections:
+                connection.close()
+        await asyncio.sleep(60)
+        if checkpoint_dir:
+            assert not stage.over and stage.states() == ["ready"] * 3
+        else:
+            assert list(map(str, stage.over)) == [ENDED] and not stage.actors
+            with pytest.raises(Error, match=ENDED):
+                stage.status.get_model("adder")
 
 
 @pytest.mark.parametrize("failure", [ModelError("The sum is damaged."), OptionError("--workers 3: ...")])
@@ -419,7 +415,6 @@ async def test_a_parameter_server_that_cannot_start_at_first_ends_all_with_its_s
     with pytest.raises(Error, match=str(failure)):
         stage.status.get_model("adder")
     task.cancel()
-    stage.supervisor.remove_folder()
 
 
 @pytest.fixture
@@ -432,16 +427,13 @@ def without_threads(monkeypatch):
     monkeypatch.setattr(module, "in_own_thread", at_once)
 
 
-async def test_ends_save_and_then_end_every_actor_workers_first_and_remove_the_folder(without_threads):
+async def test_ends_save_and_then_end_every_actor_workers_first(without_threads):
     async with playing(workers=2) as stage:
         await asyncio.sleep(20)
-        folder = stage.supervisor._folder
         await stage.supervisor.disconnect()
         assert all(connection.closed.done() for a in stage.actors.values() for connection in a.connections)
         await stage.supervisor.end_actors()
-        assert stage.events == ["checkpoint", "end worker 0", "end worker 1", "end parameter server 0"]
-        stage.supervisor.remove_folder()
-        assert not os.path.exists(folder)
+        assert stage.events == ["finish", "end worker 0", "end worker 1", "end parameter server 0"]
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ import pytest
 
 import shared_graph.batch_runner as module
 from shared_graph.batch_runner import AUDITED, MAX_SHARED_ROWS, NOT_HALVED, TRIED_ROWS, BatchRunner, Item, distinct_rows
+from shared_graph.bodies import HttpBody
 from shared_graph.errors import DeadlineExceeded, Error, InvalidRequest, ModelError, WorkerLost
 from shared_graph.graph import Graph
 from shared_graph.merging import find_batchable
@@ -211,7 +212,7 @@ def test_a_request_whose_inputs_have_not_the_same_number_of_rows_is_run_alone():
 
 def test_json_and_arrays_have_runs_of_their_own_since_their_answers_are_prepared_otherwise():
     played = Played()
-    played.runner.answer([WireRequest("predict", (b'{"instances": [1]}', False), 60, False), rows(2)], 0.0)
+    played.runner.answer([WireRequest("predict", HttpBody(b'{"instances": [1]}'), 60, False), rows(2)], 0.0)
     assert played.found[0] == b'{"predictions":[2]}' and played.found[1]["y"].tolist() == [4]
     assert played.graph.runs == [[1], [2]]
 
@@ -259,7 +260,7 @@ def test_what_only_the_run_of_a_writing_signature_shows_is_told_as_done():
     played = Played(batchable=False)
     played.graph.signature.outputs["y"] = TensorSpec("int64", None)
     body = b'{"instances": [13]}'
-    played.runner.answer([WireRequest("predict", (body, False), 60, False)], 0.0)
+    played.runner.answer([WireRequest("predict", HttpBody(body), 60, False)], 0.0)
     assert isinstance(played.found[0], bytes)
     played.graph.run = lambda signature, feed, deadline: [np.int64(5)]
     for writes, kind, words in (
@@ -267,7 +268,7 @@ def test_what_only_the_run_of_a_writing_signature_shows_is_told_as_done():
         (True, ModelError, "^What was asked for has been"),
     ):
         played.graph.signature.mutates_state = writes
-        played.runner.answer([WireRequest("predict", (body, False), 60, False)], 0.0)
+        played.runner.answer([WireRequest("predict", HttpBody(body), 60, False)], 0.0)
         with pytest.raises(kind, match=words):
             raise played.found[0]
 
@@ -330,7 +331,7 @@ def test_whatever_comes_each_request_is_answered_once_with_what_it_asked_for(see
         values = [chance.randint(0, 9) for _ in range(chance.randint(1, 3))]
         values = {"bad": [*values, -1], "odd": [13], "wide": [values]}.get(kind, values)
         request = rows(*values, seconds=5 if kind == "late" else 60)
-        requests.append(WireRequest("predict", (b"{", False), 60, False) if kind == "unread" else request)
+        requests.append(WireRequest("predict", HttpBody(b"{"), 60, False) if kind == "unread" else request)
         expected.append(
             {"bad": ModelError, "late": DeadlineExceeded, "unread": InvalidRequest, "odd": [26, 0]}.get(
                 kind, np.multiply(values, 2).tolist()
@@ -388,7 +389,7 @@ def test_what_random_rows_do_not_show_is_seen_in_the_first_group_of_real_ones(lo
 
 
 def test_one_bad_request_does_not_fail_its_batch(load):
-    unreadable = WireRequest("predict", (b"{", False), 60, False)
+    unreadable = WireRequest("predict", HttpBody(b"{"), 60, False)
     first, bad, unread, last = answers(load("picky", "serving_default"), rows(2), rows(-2), unreadable, rows(4))
     assert (first, last) == ([1], [2]) and isinstance(unread, InvalidRequest)
     assert isinstance(bad, ModelError) and bad.status == 400 and "must not be negative" in str(bad)

@@ -136,9 +136,9 @@ async def test_what_came_while_a_worker_caught_up_is_there_before_it_is_ready(re
     replica.leave()
 
 
-async def test_a_report_of_another_life_is_refused_and_one_of_this_life_is_taken(monkeypatch, tmp_path):
+async def test_a_report_of_another_life_is_refused_and_one_of_this_life_is_taken(monkeypatch):
     monkeypatch.setattr(parameter_server, "this_process", lambda: ProcessInfo(1, "node", [], None))
-    server = parameter_server.ParameterServer(0, Options(), "here", str(tmp_path), "run")
+    server = parameter_server.ParameterServer(0, Options(), "here", "run")
     server.workers[0] = "worker's life", PlayedServer()
     for incarnation in (None, "this life"):
         server.incarnation = incarnation

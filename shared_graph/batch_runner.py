@@ -28,6 +28,7 @@ from shared_graph.wire import WireRequest
 MAX_SHARED_ROWS = 4096  # of one request: more of them gain nothing by company, which would have to wait for them
 TRIED_ROWS = 16  # of a group that is run both ways
 AUDITED, AUDIT_S = 4, 1.0  # how many requests of a group are run alone to see whether it may share a run, in what time
+MAX_COMPARED = 2**22  # numbers of their answers: comparing takes 65 ns and 40 bytes for each
 MAX_DECODED_BYTES = 64 * 2**20  # of arrays that wait for their run: small bodies may become large ones
 LATE = "The deadline passed in the worker"
 NOT_HALVED = (499, 502, 503, 504)  # a run that failed so would do so again for reasons that are not in the requests
@@ -168,13 +169,15 @@ class BatchRunner:
         """Answer the first ``count`` alone, then run them together to compare. Returns whether the group may share a
         run, as far as that shows it, and the rest of it, to be answered."""
         answered, alone, tried, seen, until = 0, [], [], set(), self._clock() + seconds
+        numbers = MAX_COMPARED
         while answered < count and self._clock() < until:
             item = group[answered]
             outputs = self._answer_alone(item)
             answered += 1
-            fits = outputs is not None and sum(other.rows for other in tried) + item.rows <= rows
+            size = sum(output.size for output in outputs or ())
+            fits = outputs is not None and item.rows <= rows and size <= numbers
             if fits and (unlike := distinct_rows(item) - seen):  # the same rows go well together, and show nothing
-                seen |= unlike
+                rows, numbers, seen = rows - item.rows, numbers - size, seen | unlike
                 alone.append(outputs)
                 tried.append(item)
         return len(tried) < 2 or self._agree(tried, alone), group[answered:]

@@ -32,6 +32,7 @@ from shared_graph.wire import ProcessInfo
 
 log = logging.getLogger(__name__)
 
+SIGN_S = 2.0  # in which an actor answers on its own node
 WATCH_S = 60.0  # how long one ``death_watch`` lasts: the call of a caller that is gone is not to stay for ever
 
 # -- actors ------------------------------------------------------------------------------------------------------------
@@ -100,15 +101,23 @@ def node_address() -> str:
     return ray.util.get_node_ip_address()
 
 
-async def kill_process(process: ProcessInfo) -> None:
+async def kill_process(process: ProcessInfo, actor: Actor) -> None:
     """End the process of an actor that hears nothing, on its own node; Ray by itself would leave it as it is."""
     _check_ray()
     if process.node == ray.get_runtime_context().get_node_id():
         return _kill(process.pid)
     there = NodeAffinitySchedulingStrategy(process.node, soft=False)
-    remote = ray.remote(num_cpus=0, scheduling_strategy=there)(_kill).remote  # which waits for Ray when it is called
+    kill = ray.remote(num_cpus=0, scheduling_strategy=there)(_kill_if_silent).remote  # which waits for Ray
     with contextlib.suppress(ray.exceptions.RayError):  # the node is gone as well
-        await (await in_own_thread(remote, process.pid))
+        await (await in_own_thread(kill, process.pid, actor._handle))
+
+
+def _kill_if_silent(pid: int, handle: Any) -> None:
+    """On its own node: it may be the network between that and others that was cut, and is not any more."""
+    try:
+        ray.get(handle.ping.remote(0), timeout=SIGN_S)
+    except ray.exceptions.RayError:
+        _kill(pid)
 
 
 def _kill(pid: int) -> None:

@@ -36,12 +36,12 @@ class Replica:
         self.server_incarnation, self.addresses = info.incarnation, info.addresses
         self.snapshot = Snapshot()
         self.graphs: dict[ModelKey, Graph] = {}  # that can be run
+        self.weights: dict[ModelKey, str] = {}  # of each graph, the id of those that it has
         self.failed: dict[ModelKey, str] = {}
         self.runs: dict[str, set[asyncio.Future]] = collections.defaultdict(set)  # by model
         self.shared_runs = collections.Counter[tuple[str, str]]()  # see BatchRunner
         self.has_left = False
         self._incarnation, self._left, self._marks = incarnation, left, LoadMarks(info.folder, f"worker-{index}")
-        self._weights: dict[ModelKey, str] = {}  # of each graph, the id of those that it has
         self._settled: dict[str, int] = {}
         self._turns: dict[str, asyncio.Lock] = collections.defaultdict(asyncio.Lock)  # one snapshot after another
         self._bringing_up: set[ModelKey] = set()
@@ -95,10 +95,10 @@ class Replica:
                 continue
             if key in self.graphs and self.graphs[key].fingerprint != version.loaded.fingerprint:
                 self.graphs.pop(key).disconnect()  # of other files: it was replaced before anybody had heard of it
-                self._weights.pop(key, None)
+                self.weights.pop(key, None)
             if key in self.graphs and not is_mirrored(self.options, version.source):
-                self._weights[key] = version.loaded.weights_id
-            if key not in self._bringing_up and self._weights.get(key) != version.loaded.weights_id:
+                self.weights[key] = version.loaded.weights_id
+            if key not in self._bringing_up and self.weights.get(key) != version.loaded.weights_id:
                 self._bringing_up.add(key)
                 keep_task(self._tasks, self._bring_up(key))
         for name in {key.name for key in [*before.versions, *snapshot.versions, *self.graphs]}:
@@ -115,7 +115,7 @@ class Replica:
             dropped = [key for key in self.graphs if key.name == name and key not in loaded]
             endings = [self.graphs.pop(key).disconnect() for key in dropped]
             for key in dropped:
-                self._weights.pop(key, None)
+                self.weights.pop(key, None)
             self._settled[name] = snapshot.snapshot_id
             self._notify()
         if dropped:
@@ -124,7 +124,7 @@ class Replica:
     async def _bring_up(self, key: ModelKey) -> None:
         """Have a version that the parameter server has loaded, or say why not. Other versions do not wait for it."""
         pause_s, longest_s = RETRY_S
-        while (loaded := self._wanted(key)) and self._weights.get(key) != loaded.weights_id:
+        while (loaded := self._wanted(key)) and self.weights.get(key) != loaded.weights_id:
             try:
                 async with asyncio.timeout(BUILD_LIMIT_S):
                     await self._build(key, loaded)
@@ -152,7 +152,7 @@ class Replica:
         weights = await self.server.call("get_weights", *key) if is_mirror else {}
         if key in self.graphs:
             await in_own_thread(self.graphs[key].variables.set_weights, weights)
-            self._weights[key] = loaded.weights_id
+            self.weights[key] = loaded.weights_id
             return
         async with contextlib.AsyncExitStack() as stack:
             origin: dict[str, Any] = {"tokens": None if is_mirror else list(loaded.tokens)}
@@ -173,7 +173,7 @@ class Replica:
                     await graph.own_thread.run(warm_up, graph)
         while (now := self._wanted(key)) and (now.fingerprint, now.tokens) == (loaded.fingerprint, loaded.tokens):
             if not is_mirror or now.weights_id == loaded.weights_id:
-                self.graphs[key], self._weights[key] = graph, now.weights_id
+                self.graphs[key], self.weights[key] = graph, now.weights_id
                 return
             loaded, weights = now, await self.server.call("get_weights", *key)
             await graph.own_thread.run(graph.variables.set_weights, weights)
@@ -188,7 +188,7 @@ class Replica:
 
     async def _report(self) -> None:
         self._unreported.clear()
-        state = dict(self._settled), dict(self._weights), dict(self.failed)
+        state = dict(self._settled), dict(self.weights), dict(self.failed)
         report = WorkerReport(self.index, self._incarnation, *state)
         self.apply(await self.server.call("report", self.server_incarnation, report))
 

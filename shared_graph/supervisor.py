@@ -43,7 +43,7 @@ class Supervisor:
         options: Options,
         status: Status,
         create: Callable[..., Awaitable[Any]],
-        kill: Callable[[ProcessInfo], Awaitable[None]],
+        kill: Callable[[ProcessInfo, Any], Awaitable[None]],
         connect: Callable[[int, WorkerInfo], Awaitable[WorkerConnection]],
     ):
         self._options, self._status = options, status
@@ -126,7 +126,7 @@ class Supervisor:
                 await asyncio.wait([start, ping], timeout=START_PATIENCE_S, return_when=asyncio.FIRST_COMPLETED)
                 if not start.done() and not ping.done():
                     if actor.process:
-                        await self._kill(actor.process)
+                        await self._kill(actor.process, actor.handle)
                     else:
                         self._status.set_trouble(actor, NO_PLACE)
                 await asyncio.wait([start], timeout=PING_S)
@@ -162,7 +162,7 @@ class Supervisor:
                 if silent_s > PATIENCE_S[actor.kind]:
                     if actor.connection:
                         actor.connection.was_ended = True
-                    await self._kill(actor.process)
+                    await self._kill(actor.process, actor.handle)
                     return f"it did not answer for {PATIENCE_S[actor.kind]:g} s"
             return "its process is gone" if death.done() else "its connection was closed"
         finally:

@@ -145,7 +145,7 @@ class Worker:
                 break  # it still is what was found before the wait
             lane.gate.leave(kind)
         try:
-            about = replica.observe, version.key, version.loaded.weights_id
+            about = replica.observe, version.key, replica.weights[version.key]  # which a mirror may get anew meanwhile
             observe = functools.partial(self.loop.call_soon_threadsafe, *about)  # called in the thread of the run
             runner = BatchRunner(graph, version.loaded, self.options.exact, reply, observe, replica.shared_runs)
             run = self.loop.run_in_executor(lane.executor, runner.answer, batch.requests, arrived)

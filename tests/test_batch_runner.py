@@ -416,3 +416,14 @@ def test_what_came_past_its_deadline_or_from_a_lost_worker_is_not_run_unless_in_
     )
     assert isinstance(late, DeadlineExceeded) and isinstance(repeated, WorkerLost) and repeated.status == 502
     assert (read, count) == (0, 1)
+
+
+@pytest.mark.parametrize("undecided", [False, True])
+def test_answers_that_are_large_are_not_compared_which_takes_long_and_many_times_their_room(monkeypatch, undecided):
+    monkeypatch.setattr(module, "MAX_COMPARED", 10)
+    played = Played(batchable=not undecided, undecided=undecided, group=1)
+    assert played.answer(*[rows(*[place] * 4) for place in range(6)]) == [[2 * place] * 4 for place in range(6)]
+    assert sum(len(run) for run in played.graph.runs) == 24 + 8 and len(played.observed) == 1  # the first two are
+    played = Played(batchable=not undecided, undecided=undecided, group=1)
+    played.answer(*[rows(*[place] * 6) for place in range(6)])
+    assert sum(len(run) for run in played.graph.runs) == 36 and played.observed == []

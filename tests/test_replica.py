@@ -7,13 +7,13 @@ import threading
 import pytest
 
 import shared_graph.replica as module
-from shared_graph import parameter_server
+from shared_graph import parameter_server, worker
 from shared_graph.errors import ActorUnavailable
 from shared_graph.model_source import ModelSource
 from shared_graph.models import LoadedVersion, ModelKey, ModelVersion, ServerInfo, Snapshot, WorkerReport
 from shared_graph.options import Options
 from shared_graph.replica import Replica
-from shared_graph.wire import ProcessInfo
+from shared_graph.wire import Batch, ProcessInfo
 
 
 class PlayedServer:
@@ -105,7 +105,7 @@ async def test_a_graph_of_files_that_were_replaced_before_it_was_reported_is_bui
     loaded = LOADED._replace(fingerprint=after.fingerprint, weights_id="others")
     replica.apply(Snapshot(3, {KEY: THERE._replace(loaded=loaded)}, frozenset(), {}))
     assert replica.graphs == {} and not before.is_connected
-    await until(lambda: replica.graphs == {KEY: after} and replica._weights == {KEY: "others"})
+    await until(lambda: replica.graphs == {KEY: after} and replica.weights == {KEY: "others"})
     replica.leave()
 
 
@@ -176,7 +176,7 @@ async def test_a_mirror_is_not_answered_from_until_it_has_the_weights_that_were_
     replica.apply(Snapshot(2, {KEY: others}, frozenset(), {}))
     may_end.set()
     await until(lambda: KEY in replica.graphs)
-    assert (graph.weights, replica._weights) == ("new", {KEY: "others"})
+    assert (graph.weights, replica.weights) == ("new", {KEY: "others"})
     replica.leave()
 
 
@@ -218,7 +218,7 @@ async def test_a_version_that_has_failed_is_tried_anew_when_it_is_loaded_anew(re
 
 async def test_a_version_that_is_dropped_is_kept_for_what_runs_on_it_whatever_comes_meanwhile(replica):
     replica, graph = replica(), PlayedGraph()
-    replica.graphs[KEY], replica._weights[KEY] = graph, "weights"
+    replica.graphs[KEY], replica.weights[KEY] = graph, "weights"
 
     async def settled(snapshot_id: int, versions: dict, pointers: dict) -> int:
         """Up to which snapshot the model is settled when this one has come."""
@@ -332,3 +332,29 @@ async def test_a_first_run_that_does_not_end_keeps_no_version_from_being_used(re
     await until(lambda: replica.graphs == {KEY: graphs[0]})
     ended.set()
     replica.leave()
+
+
+async def test_what_a_run_shows_is_told_of_the_weights_with_which_it_began(replica, monkeypatch):
+    """A mirror may get others while it runs, which then is no sign of whether runs can be shared."""
+    mine, graph = replica(placement="mirrored"), PlayedGraph()
+    now = THERE._replace(loaded=LOADED._replace(weights_id="new"))
+    mine.snapshot = Snapshot(1, {KEY: now}, frozenset(), {("a", None): 1})
+    mine.graphs[KEY], mine.weights[KEY] = graph, "old"
+
+    class Runner:
+        def __init__(self, graph, loaded, exact, reply, observe, shared_runs):
+            self.observe = observe
+
+        def answer(self, requests, arrived):
+            mine.weights[KEY] = "new"
+            self.observe("serving_default", False)
+
+    monkeypatch.setattr(worker, "BatchRunner", Runner)
+    its = object.__new__(worker.Worker)
+    its.index, its.options, its.loop, its.compute = 0, mine.options, asyncio.get_running_loop(), worker.Lane(1)
+    told = []
+    monkeypatch.setattr(mine, "observe", lambda *what: told.append(what))
+    await its._run(mine, Batch(0, ("a", None), "", [("arrays", None, 60.0, False)]), lambda answers: None)
+    await asyncio.sleep(0)
+    assert told == [(KEY, "old", "serving_default", False)]
+    mine.leave()

@@ -123,7 +123,7 @@ class Stage:
         await asyncio.sleep(0.5)
         return self.actors.setdefault(f"{kind} {index}", PlayedActor(self, kind, index))
 
-    async def kill(self, process: ProcessInfo) -> None:
+    async def kill(self, process: ProcessInfo, actor: PlayedActor) -> None:
         self.killed.append(process.pid)
         for actor in self.actors.values():
             if actor.process.pid == process.pid and actor.is_alive:

@@ -53,10 +53,11 @@ def build_adder(tf):
 
 def require_finite(value: Any) -> float:
     """Raises InvalidRequest unless the value is one finite number."""
-    is_number = isinstance(value, (int, float, np.number)) and not isinstance(value, bool)
-    if not is_number or not abs(value) <= sys.float_info.max:
+    number = value.item() if isinstance(value, np.number) else value  # numpy would compare in the value's own precision
+    is_number = isinstance(number, (int, float)) and not isinstance(number, bool)
+    if not is_number or not abs(number) <= sys.float_info.max:
         raise InvalidRequest(f"value must be one finite number, not {reprlib.repr(value)}")
-    return float(value)
+    return float(number)
 
 
 build_adder.atomic = True  # rows are applied in order, and a run that fails has changed nothing: so requests share runs

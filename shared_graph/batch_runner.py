@@ -57,7 +57,7 @@ class BatchRunner:
     """Answers a batch. ``reply({index: answer or Error})`` is called as each group is done, for each request once;
     those that came too late are not run. ``observe(signature, agrees)`` is told what a run showed of whether rows that
     share it have the answers that they have alone; ``loaded`` says what is known of that already, and ``shared_runs``,
-    by the weights' id and the signature, how often requests have shared one since the last snapshot or disagreement."""
+    by the weights' id and the signature, how often requests have shared one since they last disagreed."""
 
     def __init__(
         self,

@@ -8,6 +8,7 @@ import hashlib
 import importlib
 import math
 import re
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -97,7 +98,8 @@ class Graph:
         for name, definition in self._definitions.items():
             if not definition.outputs:
                 continue  # an operation to be run at the start
-            signature, feeds, fetches = describe_signature(tf, self.graph, graph_def, name, definition, self.atomic)
+            about = name, definition, self.atomic, self._loader is not None
+            signature, feeds, fetches = describe_signature(tf, self.graph, graph_def, *about)
             self.signatures[name] = signature
             if signature.refusal is None:
                 outputs.extend(fetches)
@@ -111,6 +113,10 @@ class Graph:
 
         module, _, name = self.source.function.partition(":")
         function = getattr(importlib.import_module(module), name)
+        tf.enable_resource_variables()  # a module that calls disable_v2_behavior() when it is imported does so for all
+        tf.enable_control_flow_v2()  # that is built later in its process, and another process has another order
+        if keras := sys.modules.get("keras"):  # it numbers layers by thread, which may have made others before
+            keras.utils.clear_session(free_memory=False)
         self.atomic = getattr(function, "atomic", False)
         self._builder = tf.Graph()  # kept: it owns the Python functions of its py_func operations
         meta_graph = meta_graph_pb2.MetaGraphDef()
@@ -136,11 +142,11 @@ class Graph:
         parts = ingredients(tf.graph_util.extract_sub_graph(graph_def, names), self._definitions)
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
-    def connect(self, addresses: list[str], options: Options) -> None:
+    def connect(self, servers: list[str], options: Options) -> None:
         """To the parameter servers at these addresses, or in this process."""
         tf = self._tf
-        self._target = f"grpc://{addresses[self.ps_task]}" if addresses else ""
-        self._config = session_config(tf, addresses) if addresses else server_config(tf, options, self.runs_python)
+        self._target = f"grpc://{servers[self.ps_task]}" if servers else ""
+        self._config = session_config(tf, servers, options) if servers else server_config(tf, options, self.runs_python)
         self._open_session()
 
     def _open_session(self) -> None:

@@ -151,7 +151,9 @@ def check_keras(graph, initializers: list) -> None:
                 raise ModelError(f"it has a Keras model whose weights would not be the loaded ones; {KERAS}")
 
 
-def describe_signature(tf, graph, graph_def, name: str, definition, atomic: bool) -> tuple[Signature, list, list]:
+def describe_signature(
+    tf, graph, graph_def, name: str, definition, atomic: bool, is_saved: bool
+) -> tuple[Signature, list, list]:
     """A signature, and the tensors that are fed and fetched, in the order of their sorted names. One that cannot be
     run from here has the reason as its ``refusal``, and no tensors."""
     sides = ("input", definition.inputs), ("output", definition.outputs)
@@ -167,10 +169,14 @@ def describe_signature(tf, graph, graph_def, name: str, definition, atomic: bool
         return signature, [], []
     part = tf.graph_util.extract_sub_graph(graph_def, [tensor.op.name for tensor in fetches.values()])
     types = {node.op for node, *_ in nodes_run(part)}
+    calls_python = any(map(PYTHON_FUNCTION.fullmatch, types))
+    if calls_python and is_saved:  # by a token, which in this process is another function's, such as the adder's
+        signature.refusal = f"Signature {name!r} cannot be served: it calls a Python function, which no SavedModel has"
+        return signature, [], []
     signature.inputs = {key: tensor_spec(tensor, definition.inputs[key]) for key, tensor in feeds.items()}
     signature.outputs = {key: tensor_spec(tensor, definition.outputs[key]) for key, tensor in fetches.items()}
     signature.mutates_state = any(map(STATE_CHANGING.fullmatch, types))
-    signature.runs_python = not atomic and any(map(PYTHON_FUNCTION.fullmatch, types))
+    signature.runs_python = not atomic and calls_python
     return signature, list(feeds.values()), list(fetches.values())
 
 

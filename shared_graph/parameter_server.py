@@ -57,7 +57,7 @@ class ParameterServer:
         Raises ModelError or Unavailable, and OptionError to a front end that ``wanted`` another cluster than this one,
         which it would share.
         """
-        self.idle_s, ours = 0, self.options.shared
+        ours = self.options.shared
         differs = [
             f"{name} {it} (it runs with {ours.get(name)})"
             for name, it in (wanted or ours).items()
@@ -79,6 +79,7 @@ class ParameterServer:
                         await self._begin()
                     keep_task(self.tasks, keep_memory_low())
                 self.incarnation = secrets.token_hex(8)
+            self.idle_s = 0  # not before: one that cannot start is to end, however often it is tried
             return ServerInfo(self.process, self.incarnation, self.folder, self.addresses, self.manager.snapshot)
 
     async def death_watch(self) -> None:
@@ -87,7 +88,8 @@ class ParameterServer:
 
     async def ping(self, snapshot_id: int) -> tuple[str | None, Snapshot | None]:
         """What is wrong, if anything is; and what is served, if that is another snapshot."""
-        self.idle_s = 0
+        if self.incarnation:
+            self.idle_s = 0
         snapshot = self.manager.snapshot
         return next(iter(self.troubles.values()), None), snapshot if snapshot.snapshot_id != snapshot_id else None
 

@@ -89,7 +89,9 @@ class Replica:
         if snapshot.snapshot_id <= self.snapshot.snapshot_id or self.has_left:
             return
         before, self.snapshot = self.snapshot, snapshot
-        self.shared_runs.clear()
+        ids = {version.loaded.weights_id for version in snapshot.versions.values() if version.loaded}
+        for known in [known for known in list(self.shared_runs) if known[0] not in ids]:
+            self.shared_runs.pop(known, None)
         for key, version in snapshot.versions.items():
             if version.loaded is None:
                 continue

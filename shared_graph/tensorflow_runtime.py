@@ -35,6 +35,7 @@ from shared_graph.options import REMOTE_CALLS_AT_ONCE, Options
 
 log = logging.getLogger(__name__)
 
+LOST_LIMIT_S = 600.0  # behind a deadline: so long a server that is gone is asked
 VERSIONS = "2.21."  # of TensorFlow, for which the two lists below were made and tested
 
 # What this package calls ``tf.NAME``, by the module of TensorFlow that has it; NAME=OTHER where it is OTHER there
@@ -51,6 +52,7 @@ NAMES = {
     "python.framework.tensor_shape": "TensorShape",
     "python.ops.array_ops": "concat identity placeholder zeros",
     "python.ops.control_flow_ops": "group",
+    "python.ops.control_flow_v2_toggles": "enable_control_flow_v2",
     "python.ops.critical_section_ops": "CriticalSection",
     "python.ops.gen_array_ops": "debugging.check_numerics",
     "python.ops.gen_control_flow_ops": "no_op",
@@ -61,6 +63,7 @@ NAMES = {
     "python.ops.lookup_ops": "tables_initializer",
     "python.ops.math_ops": "cumsum",
     "python.ops.script_ops": "numpy_function",
+    "python.ops.resource_variables_toggle": "enable_resource_variables",
     "python.ops.variable_scope": "get_variable",
     "python.ops.variables": "global_variables_initializer local_variables_initializer",
     "python.platform.tf_logging": "get_logger",
@@ -189,14 +192,16 @@ def _slim_namespace(package: ModuleType) -> SimpleNamespace:
     return tf
 
 
-def session_config(tf, addresses: list[str]):
+def session_config(tf, addresses: list[str], options: Options):
     """The one session config: variables live on the ``ps`` tasks and are shared by all sessions made with it.
 
     The TF servers know nothing of each other; each session brings the cluster along. Without ``share_session_state``
-    each would get a private copy of the server's state. No timeout: deadlines are kept outside of TensorFlow.
+    each would get a private copy of the server's state. Deadlines are kept outside of TensorFlow. The timeout, far
+    behind them, is for what waits for a server that is gone, be it the end of a session: it would wait for ever.
     """
     config = tf.ConfigProto(
         allow_soft_placement=True,
+        operation_timeout_in_ms=int(1000 * (options.timeout_s + LOST_LIMIT_S)),
         experimental=tf.ConfigProto.Experimental(share_session_state_in_clusterspec_propagation=True),
     )
     config.cluster_def.job.add(name="ps", tasks=dict(enumerate(addresses)))

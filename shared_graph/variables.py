@@ -13,6 +13,8 @@ from shared_graph.graph_definition import VARIABLE, operations_behind
 from shared_graph.models import Arrays, array_of, to_array
 from shared_graph.tensorflow_runtime import import_tensorflow, rerun_refused
 
+MAX_RUN_BYTES = 2**28  # of several variables in one run: a protobuf has 2 GiB at most (tensorflow#2233)
+
 
 class TensorFlowVariables:
     """Gets and sets the variables behind an output: by name, as Ray's users know it, or as one flat vector.
@@ -76,13 +78,20 @@ class TensorFlowVariables:
     def _shapes(self) -> dict[str, tuple[int, ...]]:
         """Of a variable without a static shape: that of its value."""
         return {
-            name: tuple(p.shape) if p.shape.is_fully_defined() else self._run(self._values[name]).shape
+            name: tuple(p.shape.as_list()) if p.shape.is_fully_defined() else self._run(self._values[name]).shape
             for name, p in self.placeholders.items()
         }
 
     def get_weights(self) -> Arrays:
-        """The variables' values by name; one at a time, since a protobuf has 2 GiB at most (tensorflow#2233)."""
-        return {name: array_of(self._run(value)) for name, value in self._values.items()}
+        """The variables' values by name."""
+        sizes = {
+            name: (variable.shape.num_elements() or MAX_RUN_BYTES) * variable.dtype.size
+            for name, variable in self.placeholders.items()
+        }
+        values: dict[str, Any] = {}
+        for names in in_portions(sizes):
+            values |= self._run({name: self._values[name] for name in names})
+        return {name: array_of(value) for name, value in values.items()}
 
     def set_weights(self, new_weights: Arrays) -> None:
         """Set some or all variables. A wrong name or shape is an InvalidRequest, and then none of them is set."""
@@ -99,8 +108,7 @@ class TensorFlowVariables:
             feeds[name] = to_array(f"variable {name!r}", value, np.dtype(placeholder.dtype.as_numpy_dtype))
             if feeds[name].nbytes >= 2**31 - 2**20:
                 raise InvalidRequest(f"variable {name!r} is larger than the 2 GiB that TensorFlow can be fed")
-        small = sum(value.nbytes for value in feeds.values()) < 2**30
-        for names in [list(feeds)] if small else [[name] for name in feeds]:
+        for names in in_portions({name: value.nbytes for name, value in feeds.items()}):
             nodes = [self.assignment_nodes[name] for name in names]
             self._run(nodes, {self.placeholders[name]: feeds[name] for name in names})
 
@@ -108,3 +116,16 @@ class TensorFlowVariables:
         if self.sess is None:
             raise InvalidRequest("there is no session yet: give sess, or call set_session")
         return rerun_refused(self.sess.run, *arguments)
+
+
+def in_portions(sizes: dict[str, int]) -> list[list[str]]:
+    """Names of variables by their bytes, for as few runs as may be: each that is new costs the server a look at the
+    whole graph, which for each of 500 variables alone took a minute and a half."""
+    portions, left = [], -1
+    for name, size in sizes.items():
+        if size > left:
+            portions.append([])
+            left = MAX_RUN_BYTES
+        portions[-1].append(name)
+        left -= size
+    return portions

@@ -153,7 +153,8 @@ class Worker:
             runs.add(run)
             run.add_done_callback(runs.discard)
             late_s = max(0, deadline - time.monotonic()) + OVERDUE_S
-            timer = self.loop.call_later(late_s, lambda: keep_task(self.tasks, self._end_overdue(version, graph, run)))
+            end = functools.partial(self._end_overdue, replica, version, graph, run)
+            timer = self.loop.call_later(late_s, lambda: keep_task(self.tasks, end()))
             try:
                 await run
             finally:
@@ -180,8 +181,10 @@ class Worker:
             except TimeoutError:
                 raise Unavailable(f"Model {name} was not ready in worker {self.index} in time") from None
 
-    async def _end_overdue(self, version: ModelVersion, graph: Graph, run: asyncio.Future) -> None:
+    async def _end_overdue(self, replica: Replica, version: ModelVersion, graph: Graph, run: asyncio.Future) -> None:
         """End a run that has not ended at its deadline; if that cannot be done, this process with it."""
+        if replica.has_left:  # it waits for a parameter server that is gone, and holds nobody up
+            return
         self.overdue[run] = f"a run of model {version.key} has not ended at its deadline"
         if not graph.is_mirror:  # whose variables would be gone with its session
             cancelling = in_own_thread(graph.cancel_runs)

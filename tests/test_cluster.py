@@ -142,7 +142,9 @@ def test_strings_that_end_in_zeros_keep_them(cluster, value):
     assert cluster.predict({"word": value}, "words", "upper")["length"].tolist() == [4, 1]
 
 
-@pytest.mark.parametrize("value", [np.nan, -np.inf, "abc", None, [1, 2], 10**400, 1j], ids=str)
+@pytest.mark.parametrize(
+    "value", [np.nan, np.float32("inf"), "abc", None, [1, 2], 10**400, 1j, np.complex64(1)], ids=str
+)
 def test_only_one_finite_number_can_be_added_by_either_door(cluster, value):
     total = cluster.add(0)
     for add in (cluster.add, lambda value: asyncio.run(cluster.add_async(value))):

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from conftest import HERE, REPOSITORY, one, wait_until
 
+from shared_graph import tensorflow_runtime
 from shared_graph.errors import ModelError
 from shared_graph.graph import Graph, build_graph, end_session, failure_of
 from shared_graph.graph_definition import STATE_CHANGING
@@ -127,6 +128,36 @@ def test_a_signature_that_cannot_be_run_takes_no_other_along(load, models, tmp_p
     assert one(pruned, np.array([[3, 5]], np.float32)) == [[1]] and one(twice, np.float32([1])) == [2]
     assert pruned.signatures["double"].refusal.endswith("its output 'twice' is called gone:0, which is not there")
     assert twice.signatures["twice"].refusal.endswith("two of its inputs are one tensor")
+
+
+def test_what_a_module_switches_off_when_it_is_imported_changes_no_graph(tf):
+    """The first line of many a program of TensorFlow 1: what was built before it, in another process, has to be as what
+    is built after it."""
+    sources = [ADDER_SOURCE, *Options(model=["example_models:line", "example_models:spinning"]).model]
+    before = [Graph(tf, source).fingerprint for source in sources]
+    tf.disable_v2_behavior()
+    try:
+        assert [Graph(tf, source).fingerprint for source in sources] == before
+    finally:
+        tf.enable_v2_tensorshape()
+        tf.enable_tensor_equality()
+
+
+def calls_python(tf):
+    x = tf.placeholder(tf.float64, [], name="x")
+    y = tf.numpy_function(lambda x: 2 * x, [x], tf.float64)
+    return {"serving_default": ({"x": x}, {"y": x + 1}), "python": ({"x": x}, {"y": y})}
+
+
+def test_a_python_function_of_a_saved_model_is_not_taken_for_one_of_this_process(tf, load, tmp_path):
+    """It is called by its number, which was that of the adder's: what was sent was then kept as the sum."""
+    folder = str(tmp_path / "saved")
+    with tf.Graph().as_default(), tf.Session() as session:
+        example_models.write(tf, session, folder, calls_python(tf))
+    graph = load(folder)
+    assert one(graph, 1.0) == 2
+    assert graph.signatures["python"].refusal.endswith("it calls a Python function, which no SavedModel has")
+    load("test_graph:calls_python").run("python", [np.float64(3)])  # a function's own is there
 
 
 def test_metadata_has_its_names_in_order(load):
@@ -497,6 +528,26 @@ def test_a_model_on_two_servers_has_lost_its_connection_when_the_second_has_gone
             with pytest.raises(ConnectionError):
                 graph.run(name, feed)
         graph.disconnect()
+
+
+def test_what_is_asked_of_a_server_that_has_gone_ends_after_a_while_be_it_a_run_or_a_session(tf, monkeypatch):
+    """TensorFlow would ask it again for ever, and hold the graph."""
+    monkeypatch.setattr(tensorflow_runtime, "LOST_LIMIT_S", 2.0)
+    command = [sys.executable, "-c", SERVER]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=REPOSITORY) as server:
+        options = Options(model=["example_models:linear"], timeout_s=0.5)
+        graph = build_graph(options, options.model[0])
+        graph.connect([server.stdout.readline().strip()], options)
+        graph.restore({})
+        server.kill()
+        server.wait()
+        with ThreadPoolExecutor(1) as pool:
+            run = pool.submit(graph.run, "serving_default", [np.float32([[1, 2, 3]])])
+            time.sleep(0.5)
+            ending = graph.disconnect(is_lost=True)
+            assert isinstance(run.exception(20), (ModelError, ConnectionError))
+        ending.join(20)
+        assert not ending.is_alive()
 
 
 LOOPS = """

@@ -3,6 +3,7 @@
 import asyncio
 import itertools
 import threading
+import types
 
 import pytest
 
@@ -357,4 +358,39 @@ async def test_what_a_run_shows_is_told_of_the_weights_with_which_it_began(repli
     await its._run(mine, Batch(0, ("a", None), "", [("arrays", None, 60.0, False)]), lambda answers: None)
     await asyncio.sleep(0)
     assert told == [(KEY, "old", "serving_default", False)]
+    mine.leave()
+
+
+@pytest.mark.parametrize("is_lost", [True, False])
+async def test_a_run_that_never_ends_ends_the_worker_unless_its_parameter_server_has_gone_and_it_waits_for_that(
+    replica, monkeypatch, is_lost
+):
+    mine, graph, may_end = replica(), PlayedGraph(), threading.Event()
+    mine.snapshot = Snapshot(1, {KEY: THERE}, frozenset(), {("a", None): 1})
+    mine.graphs[KEY], mine.weights[KEY], graph.cancel_runs = graph, "weights", lambda: None
+    graph.is_mirror = False
+    monkeypatch.setattr(worker, "BatchRunner", lambda *about: types.SimpleNamespace(answer=lambda *a: may_end.wait(10)))
+    monkeypatch.setattr(worker, "OVERDUE_S", 0.1)
+    its = object.__new__(worker.Worker)
+    its.index, its.options, its.loop, its.compute = 0, mine.options, asyncio.get_running_loop(), worker.Lane(1)
+    its.tasks, its.overdue = set(), {}
+    run = asyncio.create_task(its._run(mine, Batch(0, ("a", None), "", [("arrays", None, 0.1, False)]), lambda a: None))
+    await asyncio.sleep(0.05)
+    if is_lost:
+        mine.leave()
+    await asyncio.sleep(0.4)
+    assert bool(its.overdue) is not is_lost
+    may_end.set()
+    await run
+    mine.leave()
+
+
+async def test_how_often_runs_were_shared_is_known_until_there_are_other_weights_whatever_other_models_do(replica):
+    mine = replica()
+    mine.apply(Snapshot(1, {KEY: THERE}))
+    mine.shared_runs["weights", "serving_default"] = 100
+    mine.apply(Snapshot(2, {KEY: THERE, OTHER: ModelVersion(SOURCES["b"], "LOADING")}))
+    assert mine.shared_runs == {("weights", "serving_default"): 100}
+    mine.apply(Snapshot(3, {KEY: THERE._replace(loaded=LOADED._replace(weights_id="new"))}))
+    assert not mine.shared_runs
     mine.leave()

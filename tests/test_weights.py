@@ -86,12 +86,26 @@ def test_a_single_string_is_got_as_it_is(tf, string):
 def test_flat_weights_are_one_vector_in_the_order_of_the_names_and_setting_any_makes_no_operation(tf):
     variables = ready(tf, network(tf))
     tf.get_default_graph().finalize()  # whatever made an operation would fail
-    assert variables.get_flat_size() == 8
+    assert type(variables.get_flat_size()) is int and variables.get_flat_size() == 8
     assert variables.get_flat().tolist() == [0.5, -0.5, 1, 2, 3, 4, 5, 6]
     variables.set_flat(np.arange(8))
     assert plain(variables) == {"net/b": [0, 1], "net/w": [[2, 3], [4, 5], [6, 7]]}
     variables.set_weights({"net/b": [9, 9]})
     assert variables.get_flat().tolist() == [9, 9, 2, 3, 4, 5, 6, 7]
+
+
+def test_many_variables_take_few_runs_and_those_that_do_not_fit_together_several(tf, monkeypatch):
+    """A run that is new costs the server a look at the whole graph: one for each of 500 variables took long."""
+    each = [tf.get_variable(f"v{number}", [8], initializer=tf.ones_initializer()) for number in range(9)]
+    variables = ready(tf, tf.add_n(each))
+    runs, run = [], variables.sess.run
+    monkeypatch.setattr(variables.sess, "run", lambda *arguments: runs.append(None) or run(*arguments))
+    for most, count in ((2**20, 1), (64, 5), (1, 9)):
+        monkeypatch.setattr("shared_graph.variables.MAX_RUN_BYTES", most)
+        runs.clear()
+        weights = variables.get_weights()
+        variables.set_weights({name: value + 1 for name, value in weights.items()})
+        assert len(runs) == 2 * count and variables.get_flat().tolist() == [float(weights["v0"][0] + 1)] * 72
 
 
 def test_behind_a_training_step_are_slots_and_an_integer_that_go_there_and_back(tf):

@@ -112,11 +112,11 @@ class Graph:
         from tensorflow.core.protobuf import meta_graph_pb2
 
         module, _, name = self.source.function.partition(":")
+        if keras := sys.modules.get("keras"):  # else it numbers layers on from those that this thread has made before
+            keras.backend.clear_session()
         function = getattr(importlib.import_module(module), name)
         tf.enable_resource_variables()  # a module that calls disable_v2_behavior() when it is imported does so for all
         tf.enable_control_flow_v2()  # that is built later in its process, and another process has another order
-        if keras := sys.modules.get("keras"):  # it numbers layers by thread, which may have made others before
-            keras.utils.clear_session(free_memory=False)
         self.atomic = getattr(function, "atomic", False)
         self._builder = tf.Graph()  # kept: it owns the Python functions of its py_func operations
         meta_graph = meta_graph_pb2.MetaGraphDef()

@@ -17,6 +17,7 @@ import socket
 import sys
 import tempfile
 import threading
+import warnings
 from collections.abc import Awaitable, Iterator
 from concurrent.futures import Future
 from typing import Any
@@ -85,7 +86,8 @@ def this_actor() -> Actor:
 
 def is_first_life() -> bool:
     """Has Ray not started this actor anew?"""
-    return not ray.get_runtime_context().was_current_actor_reconstructed
+    with warnings.catch_warnings(action="ignore"):  # at what Ray itself calls for this
+        return not ray.get_runtime_context().was_current_actor_reconstructed
 
 
 def this_process() -> ProcessInfo:

@@ -101,6 +101,8 @@ class Supervisor:
     async def _start(self, actor: ActorStatus) -> None:
         """Make it if there is none, call ``start``, and have what follows from it."""
         if actor.handle is None:
+            if actor.kind == "worker" and self._options.address and self._primary.state == "starting":
+                raise ActorUnavailable("There is no parameter server, which would end it.")
             arguments = [] if actor.kind == "worker" else [self._run_id]
             actor.handle = await self._create(actor.kind, actor.index, *arguments)
         info = await self._call_start(actor, *([self._options.shared] if actor is self._primary else []))

@@ -94,9 +94,11 @@ class HomeLoop:
         return future
 
     def result(self, call: Coroutine, timeout_s: float | None = None) -> Any:
+        future = self.run(call)
         try:
-            return self.run(call).result(timeout_s)
+            return future.result(timeout_s)
         except concurrent.futures.TimeoutError:
+            future.cancel()
             raise DeadlineExceeded("No answer within the deadline.") from None
 
     async def awaited(self, call: Coroutine) -> Any:

@@ -26,6 +26,7 @@ def show_log() -> None:
         handler = logging.StreamHandler(sys.stderr)
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s", "%Y-%m-%d %H:%M:%S"))
         ours.addHandler(handler)
+        ours.propagate = False  # else each line comes twice once somebody sets up the root logger
 
 
 def start_program() -> None:

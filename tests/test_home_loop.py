@@ -8,7 +8,7 @@ import threading
 import pytest
 from conftest import wait_until
 
-from shared_graph.errors import Unavailable
+from shared_graph.errors import DeadlineExceeded, Unavailable
 from shared_graph.home_loop import HomeLoop
 
 
@@ -116,3 +116,19 @@ def test_a_signal_handler_that_stops_it_may_interrupt_its_start(monkeypatch):
     threading.Thread(target=start, daemon=True).start()
     assert ended.wait(10), "stop() waits for the start that it has interrupted"
     assert home._ended.wait(10), "what was begun goes on"
+
+
+def test_a_blocking_call_that_is_past_its_deadline_is_given_up_in_the_loop_as_well():
+    ended = threading.Event()
+
+    async def endless() -> None:
+        try:
+            await asyncio.Event().wait()
+        finally:
+            ended.set()
+
+    home = started()
+    with pytest.raises(DeadlineExceeded):
+        home.result(endless(), 0.05)
+    assert ended.wait(10)
+    home.stop()

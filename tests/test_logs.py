@@ -1,8 +1,11 @@
-"""The address that a program listens on."""
+"""The address that a program listens on, and its log lines."""
 
 import socket
+import subprocess
+import sys
 
 import pytest
+from conftest import REPOSITORY
 
 from shared_graph.logs import listen
 
@@ -23,3 +26,17 @@ def test_any_address_of_the_newer_kind_is_any_of_the_older_one_too(host, address
     with listen(host, 0) as listener:
         for address in addresses:
             socket.create_connection((address, listener.getsockname()[1]), 5).close()
+
+
+TWO_LOGS = """
+import logging
+from shared_graph.logs import show_log
+show_log()
+logging.basicConfig()
+logging.getLogger("shared_graph.batcher").info("once")
+"""
+
+
+def test_a_line_is_shown_once_whoever_sets_up_the_root_logger_afterwards():
+    done = subprocess.run([sys.executable, "-c", TWO_LOGS], capture_output=True, text=True, cwd=REPOSITORY, check=True)
+    assert done.stderr.count("once") == 1

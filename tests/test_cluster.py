@@ -305,14 +305,17 @@ def test_a_start_that_is_interrupted_twice_or_runs_out_of_time_has_ended_all_whe
 
         signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
 
-        def folders():  # there is one when Ray is there and actors are being made
+        def is_making_actors():
+            return cluster.status.servers[0].handle is not None
+
+        def folders():
             return glob.glob(os.path.join(tempfile.gettempdir(), "ray_tensorflow_*"))
 
         def look(end):
             report[end] = [ray.is_initialized(), cluster.health()["status"], folders()]
 
         def interrupt():
-            while not folders():
+            while not is_making_actors():
                 time.sleep(0.01)
             os.kill(os.getpid(), signal.SIGINT)
             while not cluster._home._closing.is_set():
@@ -327,7 +330,7 @@ def test_a_start_that_is_interrupted_twice_or_runs_out_of_time_has_ended_all_whe
             look("interrupted")
 
         async def expire(limit):
-            while not folders():
+            while not is_making_actors():
                 await asyncio.sleep(0.01)
             limit.reschedule(0)
 

@@ -22,7 +22,7 @@ class Pace:
         self._came += now < self._until
 
     def answered(self, count: int, took_s: float, now: float) -> None:
-        """The last ``count`` requests of a batch were."""
+        """The last ``count`` requests of a batch were, ``took_s`` after it was sent."""
         if self._answered:
             self._returning = (self._returning + min(1.0, self._came / self._answered)) / 2
         self._mean_s = took_s if self._mean_s == math.inf else (self._mean_s + took_s) / 2

@@ -54,7 +54,7 @@ class Slots:
 
 
 class Gate:
-    """Lets so many in at once, about in the order in which they came, but passes over who may have no slot yet."""
+    """Lets so many in at once, about in the order in which they came, but passes over whoever may have no slot yet."""
 
     def __init__(self, count: int):
         self._slots, self._recent, self._left = Slots(count), Recent(), asyncio.Event()

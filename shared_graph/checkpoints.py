@@ -9,6 +9,7 @@ import glob
 import json
 import os
 import struct
+import tempfile
 from collections.abc import Callable
 from typing import Any
 
@@ -17,6 +18,11 @@ import numpy as np
 from shared_graph.errors import ModelError, Unavailable, first_sentence
 from shared_graph.model_source import ADDER_SOURCE, ModelSource
 from shared_graph.models import Arrays, object_array
+
+
+def temporary_folder(run_id: str) -> str:
+    """For variables that go with a run."""
+    return os.path.join(tempfile.gettempdir(), f"ray_tensorflow_{run_id}")
 
 
 class Checkpoints:

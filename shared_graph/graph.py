@@ -5,10 +5,8 @@ from __future__ import annotations
 import contextlib
 import copy
 import hashlib
-import importlib
 import math
 import re
-import sys
 import threading
 import time
 from collections.abc import Callable
@@ -35,7 +33,13 @@ from shared_graph.graph_definition import (
 from shared_graph.model_source import ADDER, ADDER_SOURCE, ModelSource
 from shared_graph.models import Arrays, array_of
 from shared_graph.options import Options
-from shared_graph.tensorflow_runtime import import_tensorflow, rerun_refused, server_config, session_config
+from shared_graph.tensorflow_runtime import (
+    import_function,
+    import_tensorflow,
+    rerun_refused,
+    server_config,
+    session_config,
+)
 from shared_graph.threads import OwnThread
 from shared_graph.variables import TensorFlowVariables
 
@@ -111,12 +115,7 @@ class Graph:
         """Call the user's function, in a graph of its own, and describe what it made as a SavedModel would."""
         from tensorflow.core.protobuf import meta_graph_pb2
 
-        module, _, name = self.source.function.partition(":")
-        if keras := sys.modules.get("keras"):  # else it numbers layers on from those that this thread has made before
-            keras.backend.clear_session()
-        function = getattr(importlib.import_module(module), name)
-        tf.enable_resource_variables()  # a module that calls disable_v2_behavior() when it is imported does so for all
-        tf.enable_control_flow_v2()  # that is built later in its process, and another process has another order
+        function, name = import_function(tf, self.source.function)
         self.atomic = getattr(function, "atomic", False)
         self._builder = tf.Graph()  # kept: it owns the Python functions of its py_func operations
         meta_graph = meta_graph_pb2.MetaGraphDef()

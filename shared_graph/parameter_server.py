@@ -8,9 +8,9 @@ import functools
 import os
 import secrets
 import shutil
-import tempfile
 
 from shared_graph.bundles import read_slice
+from shared_graph.checkpoints import temporary_folder
 from shared_graph.errors import ActorUnavailable, Error, ModelError, OptionError, as_own_errors, first_sentence
 from shared_graph.loader import Loader, look
 from shared_graph.memory import keep_memory_low
@@ -35,7 +35,7 @@ class ParameterServer:
 
     def __init__(self, index: int, options: Options, namespace: str, run_id: str):
         self.index, self.options, self.namespace, self.run_id = index, options, namespace, run_id
-        self.folder = options.checkpoint_dir or os.path.join(tempfile.gettempdir(), f"ray_tensorflow_{run_id}")
+        self.folder = options.checkpoint_dir or temporary_folder(run_id)
         self.process = this_process()
         self.server = None
         self.incarnation: str | None = None  # the id of this life, once it has started

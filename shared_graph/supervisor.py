@@ -10,10 +10,12 @@ import asyncio
 import contextlib
 import logging
 import secrets
+import shutil
 import time
 from collections.abc import Awaitable, Callable
 from typing import Any
 
+from shared_graph.checkpoints import temporary_folder
 from shared_graph.connection import WorkerConnection
 from shared_graph.errors import ActorUnavailable, Error, OptionError, Unavailable, first_sentence
 from shared_graph.options import Options
@@ -205,6 +207,8 @@ class Supervisor:
             if actor.handle is not None:
                 with contextlib.suppress(Error):
                     await in_own_thread(actor.handle.end)
+        # the parameter server may not have come to that, and be on this machine
+        await in_own_thread(shutil.rmtree, temporary_folder(self._run_id), True)
 
 
 def forget(*futures: asyncio.Future | None) -> None:

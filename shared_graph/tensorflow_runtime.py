@@ -52,7 +52,7 @@ NAMES = {
     "python.framework.tensor_shape": "TensorShape",
     "python.ops.array_ops": "concat identity placeholder zeros",
     "python.ops.control_flow_ops": "group",
-    "python.ops.control_flow_v2_toggles": "enable_control_flow_v2",
+    "python.ops.control_flow_v2_toggles": "control_flow_v2_enabled disable_control_flow_v2 enable_control_flow_v2",
     "python.ops.critical_section_ops": "CriticalSection",
     "python.ops.gen_array_ops": "debugging.check_numerics",
     "python.ops.gen_control_flow_ops": "no_op",
@@ -63,7 +63,8 @@ NAMES = {
     "python.ops.lookup_ops": "tables_initializer",
     "python.ops.math_ops": "cumsum",
     "python.ops.script_ops": "numpy_function",
-    "python.ops.resource_variables_toggle": "enable_resource_variables",
+    "python.ops.resource_variables_toggle": "disable_resource_variables enable_resource_variables"
+    " resource_variables_enabled",
     "python.ops.variable_scope": "get_variable",
     "python.ops.variables": "global_variables_initializer local_variables_initializer",
     "python.platform.tf_logging": "get_logger",
@@ -190,6 +191,32 @@ def _slim_namespace(package: ModuleType) -> SimpleNamespace:
             owner = functools.reduce(lambda owner, part: vars(owner).setdefault(part, SimpleNamespace()), scope, tf)
             setattr(owner, last, getattr(module, other or last))
     return tf
+
+
+_switches: dict[str, tuple[bool, bool]] = {}  # by module: resource variables and control flow v2, once it is imported
+
+
+def import_function(tf, where: str) -> tuple[Callable, str]:
+    """The function of ``module:function``, and its name; it is called at once, with the same around it in each process.
+
+    A module that calls ``disable_v2_behavior()``, as many a program of TensorFlow 1 does, does so for whatever is built
+    later in its process, and another process imports in another order: so what an import has switched is for functions
+    of that module alone.
+    """
+    module, _, name = where.partition(":")
+    if module not in _switches:
+        switch(tf, True, True)
+        importlib.import_module(module)
+        _switches[module] = tf.resource_variables_enabled(), tf.control_flow_v2_enabled()
+    switch(tf, *_switches[module])
+    if keras := sys.modules.get("keras"):  # else it numbers layers on from those that this thread has made before
+        keras.backend.clear_session()
+    return getattr(importlib.import_module(module), name), name
+
+
+def switch(tf, has_resource_variables: bool, has_control_flow_v2: bool) -> None:
+    tf.enable_resource_variables() if has_resource_variables else tf.disable_resource_variables()
+    tf.enable_control_flow_v2() if has_control_flow_v2 else tf.disable_control_flow_v2()
 
 
 def session_config(tf, addresses: list[str], options: Options):

@@ -130,14 +130,29 @@ def test_a_signature_that_cannot_be_run_takes_no_other_along(load, models, tmp_p
     assert twice.signatures["twice"].refusal.endswith("two of its inputs are one tensor")
 
 
-def test_what_a_module_switches_off_when_it_is_imported_changes_no_graph(tf):
-    """The first line of many a program of TensorFlow 1: what was built before it, in another process, has to be as what
-    is built after it."""
+OLD_STYLE = """
+import tensorflow.compat.v1 as tf
+tf.disable_v2_behavior()
+
+def chained(tf):
+    x, w = tf.placeholder(tf.float32, [], name="x"), tf.get_variable("w", [3], initializer=tf.zeros_initializer())
+    y = tf.scatter_add(tf.scatter_update(w, [0], [x]), [0], [1.0])
+    return {"serving_default": ({"x": x}, {"y": y})}
+"""
+
+
+def test_what_a_module_switches_off_when_it_is_imported_is_for_its_own_functions_alone(tf, load, tmp_path, monkeypatch):
+    """The first line of many a program of TensorFlow 1. What is built before it in one process is built after it in
+    another."""
+    (tmp_path / "old_style.py").write_text(OLD_STYLE)
+    monkeypatch.syspath_prepend(tmp_path)
     sources = [ADDER_SOURCE, *Options(model=["example_models:line", "example_models:spinning"]).model]
     before = [Graph(tf, source).fingerprint for source in sources]
-    tf.disable_v2_behavior()
     try:
+        old = [load("old_style:chained") for _ in range(2)]
         assert [Graph(tf, source).fingerprint for source in sources] == before
+        assert old[0].fingerprint == old[1].fingerprint == load("old_style:chained").fingerprint
+        assert one(old[0], np.float32(5)).tolist() == [6, 0, 0]  # not so with resource variables
     finally:
         tf.enable_v2_tensorshape()
         tf.enable_tensor_equality()

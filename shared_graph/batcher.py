@@ -25,6 +25,7 @@ from shared_graph.slots import Recent
 from shared_graph.wire import Answers, WorkerInfo
 
 MAX_BATCH_BYTES = 2**25  # of requests that travel together
+MOST_PACES = 1000  # of queues, that are kept in mind
 SLOW_S = 0.03  # a batch that takes longer may hold up others in the parameter server
 LOST_WITHIN_S = 0.2  # in which workers that lose the parameter server are all lost; then what they had is sent again
 MAYBE = "a change that was asked for may or may not have been applied"
@@ -49,7 +50,7 @@ class Batcher:
         # whose turn it is comes first
         self._queues = collections.defaultdict[QueueKey, Queue](lambda: Queue(self.dispatch))
         self._recent = Recent()
-        self._paces = collections.defaultdict[QueueKey, Pace](Pace)  # of all queues that there were
+        self._paces = collections.defaultdict[QueueKey, Pace](Pace)  # also of queues that there were
         # while one runs, decoding the next one takes processor time from it where there is hardly any to spare
         self.max_concurrent_batches = MAX_BATCHES_IN_FLIGHT if os.cpu_count() > 2 else 1
         self._answered_at = -math.inf  # when a caller last got a result
@@ -82,6 +83,8 @@ class Batcher:
         self._set_deadline(request, now)
         self._enqueue(request)
         self._recent.note(key, now)
+        if len(self._paces) > MOST_PACES:  # each version that is asked for by its number has a queue of its own
+            self._paces.clear()
         self._paces[key].asked(now)
         if not self._is_scheduled:
             self._is_scheduled = True
@@ -93,6 +96,8 @@ class Batcher:
                 self.resolve(request, None)
                 self.dispatch()
             raise
+        finally:
+            del request  # what is raised holds this frame by its traceback, and its future holds what is raised
 
     def resolve(self, request: Request, answer: Any) -> None:
         """Take it out of its queue, and give its caller the answer, unless there is one or nobody waits any more."""

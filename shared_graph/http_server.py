@@ -22,7 +22,9 @@ from shared_graph.bodies import MAX_BODY_BYTES
 from shared_graph.cluster import check_start
 from shared_graph.errors import Error
 from shared_graph.logs import listen, start_program
+from shared_graph.memory import keep_memory_low
 from shared_graph.options import FRONT_END, Options
+from shared_graph.threads import keep_task
 
 THREADS = 128  # which wait for bodies and answers; requests beyond these wait for a thread, but not those for pages
 CAME = "shared_graph.came"  # in a WSGI environment: when the request came, as time.monotonic() has it
@@ -49,7 +51,11 @@ class Server(uvicorn.Server):
         config.lifespan, config.ws_max_size, config.ws_per_message_deflate = "on", MAX_BODY_BYTES, False
         config.timeout_graceful_shutdown = math.ceil(timeout_s) + 1
         super().__init__(config)
-        self._finish = finish
+        self._finish, self._tasks = finish, set()
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        keep_task(self._tasks, keep_memory_low())  # of 128 threads each has bodies in another of malloc's arenas
+        await super().startup(sockets)
 
     def handle_exit(self, sig: int, frame: types.FrameType | None) -> None:
         self.should_exit = True

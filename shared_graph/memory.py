@@ -31,7 +31,7 @@ def give_memory_back() -> None:
 
 
 async def keep_memory_low() -> None:
-    """Runs for as long as an actor lives: large requests come once, and the memory that they took would stay.
+    """Runs as long as an actor or a front end: large requests come once, and the memory that they took would stay.
 
     ``malloc_trim`` leaves the free end of a thread's heap, up to a threshold that glibc raises to 64 MB once an array
     of 32 MB was freed. Fixed at 24 MB, a worker keeps 20 to 60 MB less, and arrays up to 32 MB are as fast.

@@ -59,6 +59,8 @@ class Worker:
         a parameter server that came back."""
         async with self.starting:
             with as_own_errors(f"Worker {self.index} cannot start"):
+                if self.tensorflow.done() and self.tensorflow.exception():  # there may be memory for it by now
+                    self.tensorflow = OwnThread().submit(import_tensorflow_for, self.options)
                 await asyncio.wrap_future(self.tensorflow)
                 if self.address is None:
                     self.loop = asyncio.get_running_loop()

@@ -2,8 +2,10 @@
 
 import asyncio
 import collections
+import gc
 import itertools
 import random
+import sys
 import time
 
 import numpy as np
@@ -11,7 +13,7 @@ import pytest
 import uvloop
 from conftest import long
 
-from shared_graph.batcher import LOST_WITHIN_S, Batcher
+from shared_graph.batcher import LOST_WITHIN_S, MOST_PACES, Batcher
 from shared_graph.bodies import HttpBody
 from shared_graph.connection import Queue, WorkerConnection, hint_of
 from shared_graph.errors import DeadlineExceeded, InvalidRequest, Unavailable, WorkerLost
@@ -758,3 +760,31 @@ def test_a_queue_is_looked_at_again_when_it_is_due_neither_early_nor_never_nor_o
 
     with asyncio.Runner(loop_factory=loop_factory) as runner:
         runner.run(scenario())
+
+
+async def test_what_is_kept_in_mind_of_queues_is_bounded():
+    """Each version that is asked for by its number has a queue of its own."""
+    stage = Stage()
+    for number in range(MOST_PACES + 500):
+        asked = asyncio.ensure_future(stage.batcher.submit("m", number, VERSIONS["m"], "predict", 1))
+        await turn()
+        stage.workers[0].answer()
+        assert await asked == 2
+        assert len(stage.batcher._paces) <= MOST_PACES + 1
+    assert stage.is_empty()
+
+
+async def test_a_request_that_fails_is_gone_at_once():
+    """And with it its body, which may be large: front ends look for garbage seldom."""
+    stage, body = Stage(), HttpBody(bytes(1000))
+    asked = asyncio.ensure_future(stage.batcher.submit("m", None, VERSIONS["m"], "predict", body))
+    await turn()
+    gc.disable()
+    try:
+        stage.batcher.receive(stage.workers[0], Answers(0, {0: InvalidRequest("no")}))
+        assert isinstance(await error_of(asked), InvalidRequest)
+        content, body, asked, _ = body.content, None, None, stage.sent.clear()
+        await turn()
+        assert sys.getrefcount(content) == 2 and stage.is_empty()
+    finally:
+        gc.enable()

@@ -100,6 +100,8 @@ class HomeLoop:
         except concurrent.futures.TimeoutError:
             future.cancel()
             raise DeadlineExceeded("No answer within the deadline.") from None
+        finally:
+            del future  # which holds what is raised, whose traceback holds this frame
 
     async def awaited(self, call: Coroutine) -> Any:
         if threading.get_ident() == self._loop_thread:

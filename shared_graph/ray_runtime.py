@@ -33,10 +33,7 @@ from shared_graph.wire import ProcessInfo
 
 log = logging.getLogger(__name__)
 
-SIGN_S = 2.0  # in which an actor answers on its own node
 WATCH_S = 60.0  # how long one ``death_watch`` lasts: the call of a caller that is gone is not to stay for ever
-
-# -- actors ------------------------------------------------------------------------------------------------------------
 
 
 class Actor:
@@ -58,7 +55,10 @@ class Actor:
             why = str(error).strip().rpartition("\n")[2] if is_final else error  # behind its traceback, if it has one
             failure = ActorUnavailable(first_sentence(why))
             failure.is_final = is_final
-        raise failure.with_traceback(None)
+        try:
+            raise failure.with_traceback(None)
+        finally:
+            del failure  # whose traceback holds this frame, and the arguments
 
     def end(self) -> None:
         """For good: Ray does not start it anew."""
@@ -117,7 +117,7 @@ async def kill_process(process: ProcessInfo, actor: Actor) -> None:
 def _kill_if_silent(pid: int, handle: Any) -> None:
     """On its own node: it may be the network between that and others that was cut, and is not any more."""
     try:
-        ray.get(handle.ping.remote(0), timeout=SIGN_S)
+        ray.get(handle.ping.remote(0), timeout=2)
     except ray.exceptions.RayError:
         _kill(pid)
 

@@ -2,8 +2,10 @@
 
 import asyncio
 import contextlib
+import gc
 import os
 import threading
+import weakref
 
 import pytest
 from conftest import wait_until
@@ -132,3 +134,28 @@ def test_a_blocking_call_that_is_past_its_deadline_is_given_up_in_the_loop_as_we
         home.result(endless(), 0.05)
     assert ended.wait(10)
     home.stop()
+
+
+def test_a_blocking_call_that_fails_is_gone_at_once_with_what_it_was_given():
+    """Front ends look for garbage seldom."""
+
+    class Body:
+        pass
+
+    async def fail(body: Body) -> None:
+        raise Unavailable("no")
+
+    def call() -> weakref.ref:
+        body = Body()
+        with contextlib.suppress(Unavailable):
+            home.result(fail(body))
+        return weakref.ref(body)
+
+    home = started()
+    gc.disable()
+    try:
+        body = call()
+        wait_until(lambda: body() is None, 10, "it to go")
+    finally:
+        gc.enable()
+        home.stop()

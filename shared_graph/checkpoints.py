@@ -9,7 +9,6 @@ import glob
 import json
 import os
 import struct
-import tempfile
 from collections.abc import Callable
 from typing import Any
 
@@ -21,8 +20,9 @@ from shared_graph.models import Arrays, object_array
 
 
 def temporary_folder(run_id: str) -> str:
-    """For variables that go with a run."""
-    return os.path.join(tempfile.gettempdir(), f"ray_tensorflow_{run_id}")
+    """For variables that go with a run; the same in each life, while ``tempfile`` looks where there is room."""
+    parent = os.environ.get("TMPDIR", "")
+    return os.path.join(parent if os.path.isdir(parent) else "/tmp", f"ray_tensorflow_{run_id}")
 
 
 class Checkpoints:
@@ -45,7 +45,7 @@ class Checkpoints:
         except OSError as error:
             raise Unavailable(
                 f"The variables are gone, since {error.filename} cannot be read ({error.strerror}): bring"
-                " the folder back or start the program anew."
+                " the folder back, or end the program and start it anew ten seconds later."
             ) from None
         try:
             self._lock = open(os.path.join(folder, ".lock"), "w")  # noqa: SIM115  (held until it is closed)

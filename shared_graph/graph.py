@@ -34,7 +34,7 @@ from shared_graph.model_source import ADDER, ADDER_SOURCE, ModelSource
 from shared_graph.models import Arrays, array_of
 from shared_graph.options import Options
 from shared_graph.tensorflow_runtime import (
-    import_function,
+    call_function,
     import_tensorflow,
     rerun_refused,
     server_config,
@@ -115,13 +115,12 @@ class Graph:
         """Call the user's function, in a graph of its own, and describe what it made as a SavedModel would."""
         from tensorflow.core.protobuf import meta_graph_pb2
 
-        function, name = import_function(tf, self.source.function)
+        self._builder, function, signatures = call_function(tf, self.source.function)
+        # the builder is kept: it owns the Python functions of its py_func operations
         self.atomic = getattr(function, "atomic", False)
-        self._builder = tf.Graph()  # kept: it owns the Python functions of its py_func operations
         meta_graph = meta_graph_pb2.MetaGraphDef()
         with self._builder.as_default():
-            signatures = function(tf)
-            check_signatures(name, signatures)
+            check_signatures(self.source.function.partition(":")[2], signatures)
             for signature, sides in signatures.items():
                 infos = [
                     {key: tensor_info(tf, f"signature {signature!r}: {kind} {key!r}", t) for key, t in side.items()}

@@ -37,7 +37,7 @@ class ParameterServer:
         self.index, self.options, self.namespace, self.run_id = index, options, namespace, run_id
         self.folder = options.checkpoint_dir or temporary_folder(run_id)
         self.process = this_process()
-        self.server = None
+        self.server, self.is_first_life = None, False
         self.incarnation: str | None = None  # the id of this life, once it has started
         self.workers: dict[int, tuple[str, Actor]] = {}  # the incarnation of each, and how to call it
         self.troubles: dict[str, str] = {}  # with saving variables, or with a model's folder
@@ -57,7 +57,7 @@ class ParameterServer:
         Raises ModelError or Unavailable, and OptionError to a front end that ``wanted`` another cluster than this one,
         which it would share.
         """
-        ours = self.options.shared
+        self.idle_s, ours = 0, self.options.shared
         differs = [
             f"{name} {it} (it runs with {ours.get(name)})"
             for name, it in (wanted or ours).items()
@@ -70,8 +70,8 @@ class ParameterServer:
                 with as_own_errors("The parameter server cannot start"):
                     is_primary = self.index == 0
                     if is_primary:  # before what takes memory and time: another life cannot do it any more
-                        is_first = await in_own_thread(is_first_life)
-                        await in_own_thread(self.loader.open_folder, self.folder, self.run_id, is_first)
+                        self.is_first_life = await in_own_thread(is_first_life)
+                        await in_own_thread(self.loader.open_folder, self.folder, self.run_id, self.is_first_life)
                     tf = await in_own_thread(import_tensorflow_for, self.options)
                     runs_python = is_primary and await self.loader.build_functions()  # there all functions run
                     self.addresses = [await in_own_thread(self._boot, tf, runs_python)]
@@ -79,7 +79,6 @@ class ParameterServer:
                         await self._begin()
                     keep_task(self.tasks, keep_memory_low())
                 self.incarnation = secrets.token_hex(8)
-            self.idle_s = 0  # not before: one that cannot start is to end, however often it is tried
             return ServerInfo(self.process, self.incarnation, self.folder, self.addresses, self.manager.snapshot)
 
     async def death_watch(self) -> None:
@@ -88,8 +87,7 @@ class ParameterServer:
 
     async def ping(self, snapshot_id: int) -> tuple[str | None, Snapshot | None]:
         """What is wrong, if anything is; and what is served, if that is another snapshot."""
-        if self.incarnation:
-            self.idle_s = 0
+        self.idle_s = 0
         snapshot = self.manager.snapshot
         return next(iter(self.troubles.values()), None), snapshot if snapshot.snapshot_id != snapshot_id else None
 
@@ -212,8 +210,9 @@ class ParameterServer:
             with contextlib.suppress(ActorUnavailable):  # nor has one that is cut off, and for so long has no answer
                 await find_actor(f"parameter server {self.index}", self.namespace)
             self.idle_s += not self.starting.locked()
-        with contextlib.suppress(Error):
-            await self.finish()
+        if self.incarnation or self.is_first_life:  # else it could not begin with what is there, which others may
+            with contextlib.suppress(Error):
+                await self.finish()
         for index in range(self.options.workers if self.index == 0 else 0):
             with contextlib.suppress(ActorUnavailable):
                 await asyncio.to_thread((await find_actor(f"worker {index}", self.namespace)).end)

@@ -33,7 +33,7 @@ NO_PLACE = f"it has not begun to run for {START_PATIENCE_S:g} s: has Ray a node 
 DIES = f"it is lost again and again for {START_PATIENCE_S:g} s: are there memory and processes enough for it?"
 ENDED = "The shared cluster has been ended, and its variables with it: start the program anew."
 FIRST_WORKER_S = 30.0  # so long the other workers wait for the first one
-LONGEST_PAUSE_S = 30.0  # between two attempts to start what cannot start
+LONGEST_PAUSE_S = 8.0  # between two attempts to start what cannot start: it would end if it heard nobody for 10 s
 
 
 class Supervisor:
@@ -200,9 +200,9 @@ class Supervisor:
             try:
                 await asyncio.wait_for(self._primary.handle.call("finish"), 10)
             except (Error, TimeoutError) as error:
-                log.error(
-                    "what models have changed since it was kept last is lost: %s", str(error) or "it took too long"
-                )
+                if self._options.checkpoint_dir:  # else nothing is kept anyhow
+                    why = str(error) or "it took too long"
+                    log.error("what models have changed since it was kept last is lost: %s", why)
         for actor in self._status.workers + self._status.servers:
             if actor.handle is not None:
                 with contextlib.suppress(Error):

@@ -28,6 +28,7 @@ import os
 import sys
 import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
@@ -193,25 +194,37 @@ def _slim_namespace(package: ModuleType) -> SimpleNamespace:
     return tf
 
 
-_switches: dict[str, tuple[bool, bool]] = {}  # by module: resource variables and control flow v2, once it is imported
+_switches: dict[str, tuple[bool, bool]] = {}  # by module: are there resource variables, and control flow v2?
 
 
-def import_function(tf, where: str) -> tuple[Callable, str]:
-    """The function of ``module:function``, and its name; it is called at once, with the same around it in each process.
+def call_function(tf, where: str) -> tuple[Any, Callable, Any]:
+    """Call ``module:function`` in a new graph, with the same around it each time and in each process; the graph, the
+    function, and what it returned.
 
-    A module that calls ``disable_v2_behavior()``, as many a program of TensorFlow 1 does, does so for whatever is built
-    later in its process, and another process imports in another order: so what an import has switched is for functions
-    of that module alone.
+    What calls ``disable_v2_behavior()``, as many a program of TensorFlow 1 does when it is imported, does so for all
+    that is built later in its process, and another process imports in another order: here it is for that module alone.
+    And Keras numbers layers on for as long as a thread lives.
     """
     module, _, name = where.partition(":")
     if module not in _switches:
         switch(tf, True, True)
         importlib.import_module(module)
         _switches[module] = tf.resource_variables_enabled(), tf.control_flow_v2_enabled()
-    switch(tf, *_switches[module])
-    if keras := sys.modules.get("keras"):  # else it numbers layers on from those that this thread has made before
-        keras.backend.clear_session()
-    return getattr(importlib.import_module(module), name), name
+    function = getattr(importlib.import_module(module), name)
+
+    def call() -> Any:
+        with graph.as_default():
+            return function(tf)
+
+    for _ in range(3):  # once more when it has switched them itself, as it may by what it imports
+        switches, graph = _switches[module], tf.Graph()
+        switch(tf, *switches)
+        with ThreadPoolExecutor(1) as pool:
+            returned = pool.submit(call).result() if "keras" in sys.modules else call()
+        _switches[module] = tf.resource_variables_enabled(), tf.control_flow_v2_enabled()
+        if _switches[module] == switches:
+            break
+    return graph, function, returned
 
 
 def switch(tf, has_resource_variables: bool, has_control_flow_v2: bool) -> None:

@@ -84,9 +84,10 @@ class TensorFlowVariables:
 
     def get_weights(self) -> Arrays:
         """The variables' values by name."""
-        sizes = {
-            name: (variable.shape.num_elements() or MAX_RUN_BYTES) * variable.dtype.size
-            for name, variable in self.placeholders.items()
+        counts = {name: placeholder.shape.num_elements() for name, placeholder in self.placeholders.items()}
+        sizes = {  # of a string, and without a static shape: unknown
+            name: MAX_RUN_BYTES if counts[name] is None else counts[name] * (placeholder.dtype.size or MAX_RUN_BYTES)
+            for name, placeholder in self.placeholders.items()
         }
         values: dict[str, Any] = {}
         for names in in_portions(sizes):

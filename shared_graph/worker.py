@@ -185,13 +185,14 @@ class Worker:
 
     async def _end_overdue(self, replica: Replica, version: ModelVersion, graph: Graph, run: asyncio.Future) -> None:
         """End a run that has not ended at its deadline; if that cannot be done, this process with it."""
-        if replica.has_left:  # it waits for a parameter server that is gone, and holds nobody up
+        is_waiting = lambda: replica.has_left and not graph.is_mirror  # noqa: E731  (for a server that is gone)
+        if is_waiting():
             return
         self.overdue[run] = f"a run of model {version.key} has not ended at its deadline"
         if not graph.is_mirror:  # whose variables would be gone with its session
             cancelling = in_own_thread(graph.cancel_runs)
             asyncio.gather(cancelling, return_exceptions=True)  # it may wait for the very run
         done, _ = await asyncio.wait([run], timeout=STUCK_S)
-        if not done:
+        if not done and not is_waiting():
             os._exit(1)
         self.loop.call_later(TOLD_S, self.overdue.pop, run)

@@ -46,7 +46,7 @@ def test_a_file_is_answered_with_a_file(front_end):
 
 def test_errors_of_files_are_json(front_end):
     path = "/v1/models/picky:predict"
-    error(front_end.request("POST", path, npy(np.array(["a"]))), 400, "takes float32, not <U1")
+    error(front_end.request("POST", path, npy(np.array(["a"]))), 400, "takes float32, not strings")
     error(front_end.request("POST", path, npy(np.float32([1, 3]))[:-1]), 400, ".npy")
     error(front_end.request("POST", path, npz(x=np.zeros(65 * 2**20, np.int8))), 413, "64 MiB")
     error(front_end.request("POST", path + "?signature_name=no", npy(np.ones(1))), 400, "signature def")

@@ -4,12 +4,13 @@ import errno
 import fcntl
 import os
 import shutil
+import tempfile
 import types
 
 import numpy as np
 import pytest
 
-from shared_graph.checkpoints import Checkpoints
+from shared_graph.checkpoints import Checkpoints, temporary_folder
 from shared_graph.errors import ModelError, Unavailable
 from shared_graph.model_source import ADDER_SOURCE, ModelSource
 from shared_graph.models import object_array
@@ -238,3 +239,12 @@ def test_what_is_found_out_is_found_once_for_each_of_the_last_hundred_keys_and_a
             file.write(contents)
         assert cached("1") == ["1"] == cached("1")
     assert len(found) == 106
+
+
+def test_the_folder_of_a_run_is_the_same_in_each_life_however_full_its_disk_is(monkeypatch, tmp_path):
+    """``tempfile`` would look for one with room."""
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr(tempfile, "gettempdir", lambda: "/elsewhere")
+    assert temporary_folder("1") == str(tmp_path / "ray_tensorflow_1")
+    monkeypatch.setenv("TMPDIR", "/nowhere")
+    assert temporary_folder("1") == "/tmp/ray_tensorflow_1"

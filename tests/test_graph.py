@@ -140,11 +140,19 @@ def chained(tf):
     return {"serving_default": ({"x": x}, {"y": y})}
 """
 
+IMPORTS_LATE = """
+def build(tf):
+    x, before = tf.placeholder(tf.float32, [], name="x"), tf.get_variable("before", initializer=1.0)
+    import late_style
+    return {"serving_default": ({"x": x}, {"y": x + before + tf.get_variable("after", initializer=1.0)})}
+"""
+
 
 def test_what_a_module_switches_off_when_it_is_imported_is_for_its_own_functions_alone(tf, load, tmp_path, monkeypatch):
     """The first line of many a program of TensorFlow 1. What is built before it in one process is built after it in
     another."""
-    (tmp_path / "old_style.py").write_text(OLD_STYLE)
+    for name, text in {"old_style": OLD_STYLE, "late_style": OLD_STYLE, "late": IMPORTS_LATE}.items():
+        (tmp_path / f"{name}.py").write_text(text)
     monkeypatch.syspath_prepend(tmp_path)
     sources = [ADDER_SOURCE, *Options(model=["example_models:line", "example_models:spinning"]).model]
     before = [Graph(tf, source).fingerprint for source in sources]
@@ -153,6 +161,7 @@ def test_what_a_module_switches_off_when_it_is_imported_is_for_its_own_functions
         assert [Graph(tf, source).fingerprint for source in sources] == before
         assert old[0].fingerprint == old[1].fingerprint == load("old_style:chained").fingerprint
         assert one(old[0], np.float32(5)) == [6, 0, 0]  # not so with resource variables
+        assert load("late:build").fingerprint == load("late:build").fingerprint
     finally:
         tf.enable_v2_tensorshape()
         tf.enable_tensor_equality()

@@ -108,6 +108,18 @@ def test_many_variables_take_few_runs_and_those_that_do_not_fit_together_several
         assert len(runs) == 2 * count and variables.get_flat().tolist() == [float(weights["v0"][0] + 1)] * 72
 
 
+def test_strings_and_what_has_no_static_shape_share_no_run_with_what_takes_room(tf, monkeypatch):
+    """Nobody knows how large they are."""
+    words, empty = tf.get_variable("words", initializer=[b"a"]), tf.get_variable("empty", [0, 3])
+    free = tf.get_variable("free", initializer=tf.placeholder_with_default([1.0], [None]), validate_shape=False)
+    numbers = tf.get_variable("numbers", [2])
+    variables = ready(tf, tf.group(*(v.read_value() for v in (words, empty, free, numbers))))
+    runs, run = [], variables.sess.run
+    monkeypatch.setattr(variables.sess, "run", lambda fetches: runs.append(sorted(fetches)) or run(fetches))
+    variables.get_weights()
+    assert runs == [["empty", "free"], ["numbers"], ["words"]]
+
+
 def test_behind_a_training_step_are_slots_and_an_integer_that_go_there_and_back(tf):
     step, loss = tf.train.get_or_create_global_step(), tf.reduce_sum(network(tf))
     train = tf.train.MomentumOptimizer(0.1, 0.9).minimize(loss, global_step=step)
@@ -126,7 +138,7 @@ def test_behind_a_training_step_are_slots_and_an_integer_that_go_there_and_back(
     [
         ({"net/c": [1, 2]}, r"there is no variable 'net/c'; there are \['net/b', 'net/w'\]"),
         ({"net/w": [1, 2]}, r"'net/w' has the shape \(3, 2\), not \(2,\)"),
-        ({"net/w": [["a", "b"]] * 3}, "'net/w' takes float32, not <U1"),
+        ({"net/w": [["a", "b"]] * 3}, "'net/w' takes float32, not strings"),
         (None, "weights are arrays by the names of variables, not NoneType"),
         ([1] * 7, r"\(8,\), not \(7,\)"),
         (np.zeros((2, 4)), r"\(8,\), not \(2, 4\)"),

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from shared_graph.bodies import MAX_BODY_BYTES, is_array_file, unpack
+from shared_graph.bodies import MAX_BODY_BYTES, HttpBody, is_array_file, unpack
 from shared_graph.errors import InvalidRequest
 from shared_graph.json_codec import excerpt, json_text, parse_json, parse_string, parse_tensor, string_problem
 from shared_graph.models import Arrays, Signature, object_array, to_array
@@ -50,7 +50,7 @@ def decode(signatures: dict[str, Signature], verb: str, body: Any) -> Decoded:
     if verb == "arrays":
         signature = find_signature(signatures, body[0])
         return Decoded(signature, feed_of(signature, body[1]), lambda outputs: by_name(signature, outputs), False)
-    content, is_gzip, query = body
+    content, is_gzip, query = HttpBody(*body)
     content = unpack(content) if is_gzip else content
     is_large = len(content) > LARGE_JSON_BYTES and not is_array_file(content)
     with reading_large() if is_large else contextlib.nullcontext():

@@ -184,7 +184,7 @@ def test_no_block_leaves_a_variable_to_the_shell_in_which_the_next_one_is_pasted
 
 def test_the_map_in_the_readme_is_the_package_s():
     with open(os.path.join(REPOSITORY, "README.md")) as file:
-        assert shared_graph.__doc__.partition("above:\n\n")[2].partition("\n\nOne ring")[0] in file.read()
+        assert shared_graph.__doc__.partition("above:\n\n")[2].partition("\n\n")[0] in file.read()
 
 
 @pytest.mark.long

@@ -1,4 +1,5 @@
-"""Imports TensorFlow, all of it or only the part that this package uses; makes the configs of sessions and servers.
+"""Imports TensorFlow, all of it or only the part that this package uses; makes the configs of sessions and servers;
+calls functions of the user's, with the same switches in each process.
 
 A session, a server, a SavedModel and the adder need 600 of the 2,350 modules that ``import tensorflow`` imports, 0.4
 of the time and half of the memory. So there are two kinds of import here, after which the same graphs are built, to the
@@ -207,7 +208,7 @@ def call_function(tf, where: str) -> tuple[Any, Callable, Any]:
     """
     module, _, name = where.partition(":")
     if module not in _switches:
-        switch(tf, True, True)
+        _switch(tf, True, True)
         importlib.import_module(module)
         _switches[module] = tf.resource_variables_enabled(), tf.control_flow_v2_enabled()
     function = getattr(importlib.import_module(module), name)
@@ -218,7 +219,7 @@ def call_function(tf, where: str) -> tuple[Any, Callable, Any]:
 
     for _ in range(3):  # once more when it has switched them itself, as it may by what it imports
         switches, graph = _switches[module], tf.Graph()
-        switch(tf, *switches)
+        _switch(tf, *switches)
         with ThreadPoolExecutor(1) as pool:
             returned = pool.submit(call).result() if "keras" in sys.modules else call()
         _switches[module] = tf.resource_variables_enabled(), tf.control_flow_v2_enabled()
@@ -227,7 +228,7 @@ def call_function(tf, where: str) -> tuple[Any, Callable, Any]:
     return graph, function, returned
 
 
-def switch(tf, has_resource_variables: bool, has_control_flow_v2: bool) -> None:
+def _switch(tf, has_resource_variables: bool, has_control_flow_v2: bool) -> None:
     tf.enable_resource_variables() if has_resource_variables else tf.disable_resource_variables()
     tf.enable_control_flow_v2() if has_control_flow_v2 else tf.disable_control_flow_v2()
 

@@ -79,7 +79,10 @@ class Options:
 
     workers: int = option(4, "worker actors", number(int, 1))
     threads: int = option(
-        1, "CPUs of the Ray that is started, and threads of each TensorFlow server", number(int, 1, 2**12)
+        1,
+        "CPUs of the Ray that is started, and threads of one operation of a TensorFlow server, which runs several"
+        " at once",
+        number(int, 1, 2**12),
     )
     model: tuple[ModelSource, ...] = option(
         (),
@@ -96,7 +99,7 @@ class Options:
     )
     max_batch: int = option(64, "most requests that one session.run takes together", number(int, 1))
     batch_wait_ms: float = option(0.0, "how long a batch may wait for company, in milliseconds", number(float, 0, 1e9))
-    max_queue: int = option(1024, "waiting requests past which new ones are refused", number(int, 1))
+    max_queue: int = option(1024, "waiting requests of one process past which new ones are refused", number(int, 1))
     timeout_s: float = option(30.0, "deadline of one request, in seconds", number(float, 0, 1e8, above=True))
     exact: bool = option(
         False, "merge rows of several requests only where every answer stays the same to the last bit", switch
@@ -114,7 +117,8 @@ class Options:
     port: int = option(8080, "port to listen on; PORT where the platform sets it", number(int, 0, 65535), FRONT_END)
     allow_origin: tuple[str, ...] = option(
         (),
-        "origin whose pages may call the server from a browser, such as https://example.org; *: any; repeatable",
+        "origin whose pages may read answers in a browser, and open a WebSocket, such as https://example.org; *: any;"
+        " repeatable",
         origins,
         FRONT_END,
     )

@@ -551,7 +551,7 @@ def test_a_model_on_two_servers_has_lost_its_connection_when_the_second_has_gone
         for name in ("read", "count", "read"):
             with pytest.raises(ConnectionError):
                 graph.run(name, feed)
-        graph.disconnect()
+        graph.disconnect(is_lost=True)  # else whoever frees it last would wait for them
 
 
 def test_what_is_asked_of_a_server_that_has_gone_ends_after_a_while_be_it_a_run_or_a_session(tf, monkeypatch):

@@ -96,7 +96,4 @@ def as_own_errors(what: str) -> Iterator[None]:
     except Error:
         raise
     except Exception as error:
-        failure = Error(f"{what}: {type(error).__name__}: {first_sentence(error)}")
-    else:
-        return
-    raise failure
+        raise Error(f"{what}: {type(error).__name__}: {first_sentence(error)}") from None

@@ -124,7 +124,7 @@ class ParameterServer:
         if self.workers.get(report.index, ("", None))[0] != report.incarnation:
             worker = await find_actor(f"worker {report.index}", self.namespace)
             self.workers[report.index] = report.incarnation, worker
-            keep_task(self.tasks, self._watch_worker(report.index, report.incarnation, worker))
+            keep_task(self.tasks, watch_death(worker, self.manager.worker_lost, report.index, report.incarnation))
         self.manager.report(report)
         return self.manager.snapshot
 
@@ -135,10 +135,6 @@ class ParameterServer:
         """A slice of the files that a version was loaded from; an empty one is the end."""
         with as_own_errors(f"The files of model {key} cannot be handed out"):
             return await asyncio.to_thread(read_slice, self.loader.bundles[key], offset)
-
-    async def _watch_worker(self, index: int, incarnation: str, worker: Actor) -> None:
-        await watch_death(worker)
-        self.manager.worker_lost(index, incarnation)
 
     def _publish(self, snapshot: Snapshot) -> None:
         for _, worker in self.workers.values():
@@ -166,7 +162,8 @@ class ParameterServer:
         others = [await find_actor(name, self.namespace) for name in names]
         for other in others:
             self.addresses += (await other.call("start")).addresses
-            keep_task(self.tasks, self._end_with(other))  # before anything waits for it that has no end
+            # end with it, so that Ray brings both back and all is loaded anew; before anything waits for it for ever
+            keep_task(self.tasks, watch_death(other, os._exit, 1))
         self.loader.addresses = self.addresses
         await self.manager.reconcile(ADDER, at_once=True)
         if error := self.manager.snapshot.versions[ModelKey(ADDER, 1)].error:
@@ -188,11 +185,6 @@ class ParameterServer:
                 self.troubles.pop(name, None)
             at_once = False
             await asyncio.sleep(LOOK_EVERY_S)
-
-    async def _end_with(self, other: Actor) -> None:
-        """End with another parameter server, so that Ray brings both back and all is loaded anew."""
-        await watch_death(other)
-        os._exit(1)
 
     async def _checkpoint_now_and_then(self) -> None:
         while True:

@@ -47,7 +47,7 @@ class Replica:
         self._bringing_up: set[ModelKey] = set()
         self._changed, self._unreported = asyncio.Event(), asyncio.Event()
         self._tasks: set[asyncio.Task] = set()
-        keep_task(self._tasks, self._watch_server())
+        keep_task(self._tasks, watch_death(server, self.leave))
 
     def changed(self) -> Coroutine:
         """Await this: it returns when something has changed since it was called."""
@@ -208,10 +208,6 @@ class Replica:
     async def _observe(self, *observation: Any) -> None:
         with contextlib.suppress(ActorUnavailable):
             await self.server.call("observe", *observation)
-
-    async def _watch_server(self) -> None:
-        await watch_death(self.server)
-        self.leave()
 
 
 def rules_of(name: str, snapshot: Snapshot) -> tuple[dict, dict]:

@@ -89,11 +89,12 @@ def keep_task(tasks: set[asyncio.Task], coroutine: Coroutine) -> None:
     task.add_done_callback(tasks.discard)
 
 
-async def watch_death(actor: Any) -> None:
-    """Returns when the actor is gone. A ``death_watch`` ends by itself now and then, and is called again."""
+async def watch_death(actor: Any, then: Callable = lambda: None, *arguments: Any) -> None:
+    """Calls ``then`` when the actor is gone. A ``death_watch`` ends by itself now and then, and is called again."""
     with contextlib.suppress(Error):
         while True:
             await actor.call("death_watch")
+    then(*arguments)
 
 
 def check_threads() -> None:

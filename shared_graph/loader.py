@@ -22,7 +22,7 @@ from shared_graph.graph import Graph, build_graph, build_in_own_thread, is_mirro
 from shared_graph.load_marks import LoadMarks
 from shared_graph.memory import free_garbage
 from shared_graph.merging import Verdict, find_batchable
-from shared_graph.model_source import ADDER_SOURCE, Found, ModelSource
+from shared_graph.model_source import ADDER_SOURCE, ModelSource
 from shared_graph.models import Arrays, LoadedVersion, ModelKey
 from shared_graph.options import Options, code_of_package
 from shared_graph.threads import OwnThread, in_own_thread
@@ -30,11 +30,6 @@ from shared_graph.threads import OwnThread, in_own_thread
 CANCEL_LIMIT_S = 15.0  # in which a run ends that is cancelled
 TRIAL_LIMIT_S = 60.0  # in which it is found out which signatures may share runs; else none does
 BUILD_FIRST_S = 5.0  # so long the server waits for the graphs of functions
-
-
-async def look(source: ModelSource) -> Found:
-    """Into a model's folder."""
-    return await in_own_thread(source.look)
 
 
 class Loader:

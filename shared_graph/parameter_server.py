@@ -12,9 +12,9 @@ import shutil
 from shared_graph.bundles import read_slice
 from shared_graph.checkpoints import temporary_folder
 from shared_graph.errors import ActorUnavailable, Error, ModelError, OptionError, as_own_errors, first_sentence
-from shared_graph.loader import Loader, look
+from shared_graph.loader import Loader
 from shared_graph.memory import keep_memory_low
-from shared_graph.model_source import ADDER, ADDER_SOURCE
+from shared_graph.model_source import ADDER, ADDER_SOURCE, ModelSource
 from shared_graph.models import Arrays, ModelKey, ServerInfo, Snapshot, WorkerReport
 from shared_graph.options import Options
 from shared_graph.ray_runtime import WATCH_S, Actor, find_actor, is_first_life, node_address, this_actor, this_process
@@ -45,6 +45,7 @@ class ParameterServer:
         self.starting, self.tasks = asyncio.Lock(), set()
         self.loader = Loader(options)
         sources, loader = [ADDER_SOURCE, *options.model], self.loader
+        look = functools.partial(in_own_thread, ModelSource.look)
         self.manager = VersionManager(sources, look, loader.load, loader.unload, self._publish)
         if options.address:  # from here on: who has made it may be gone before it calls
             keep_task(self.tasks, self._end_when_idle())

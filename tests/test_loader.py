@@ -1,6 +1,7 @@
 """The loader and the version manager together, with TensorFlow in this process: what fails at any step is over."""
 
 import asyncio
+import functools
 import os
 import pickle
 import shutil
@@ -19,6 +20,7 @@ from shared_graph.merging import Verdict
 from shared_graph.model_source import ADDER_SOURCE, ModelSource
 from shared_graph.models import ModelKey
 from shared_graph.options import Options
+from shared_graph.threads import in_own_thread
 from shared_graph.version_manager import VersionManager
 
 GOOD, BAD = (ModelSource(name, 1, function="example_models:linear") for name in ("good", "bad"))
@@ -35,7 +37,8 @@ def a_loader(address: str, folder, *sources: ModelSource, **options) -> tuple[lo
     own = loader.Loader(Options(model=list(sources), **options))
     own.addresses = [address]
     own.open_folder(str(folder), "x", True)
-    manager = VersionManager([ADDER_SOURCE, *sources], loader.look, own.load, own.unload, lambda snapshot: None)
+    look = functools.partial(in_own_thread, ModelSource.look)
+    manager = VersionManager([ADDER_SOURCE, *sources], look, own.load, own.unload, lambda snapshot: None)
     return own, manager
 
 

@@ -7,7 +7,6 @@ import pytest
 
 from shared_graph.bundles import bundled, fetched_bundle, read_slice
 from shared_graph.errors import ModelError
-from shared_graph.loader import look
 from shared_graph.model_source import ModelSource, model_source
 
 CIRCLES = {  # links, by where they are: each of them would be followed for ever by who follows all
@@ -47,7 +46,7 @@ async def test_a_version_with_links_that_lead_nowhere_or_in_circles_is_found_and
     for link, target in links.items():
         os.makedirs(os.path.dirname(os.path.join(top, link)), exist_ok=True)
         os.symlink(target, os.path.join(top, link))
-    found = await look(source)
+    found = source.look()
     files = {path for path, size, _ in found.files_seen[1] if size == 3}
     assert {os.path.join(top, "words"), os.path.join(top, "other words")} <= files and len(found.files_seen[1]) < 10
     with bundled(version, with_assets=True) as bundle:

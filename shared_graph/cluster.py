@@ -263,7 +263,7 @@ class Cluster:
 
     async def _reload(self, model: str) -> int:
         self.status.apply_snapshot(await self._call_server("reload", model))
-        return self.status.get_model(model).version
+        return self.status.get_model(model).key.version
 
     # -- in the home loop ----------------------------------------------------------------------------------------------
 

@@ -79,10 +79,6 @@ class ModelVersion(NamedTuple):
     missing_on: tuple[int, ...] = ()  # the workers that do not have it, or not yet
 
     @property
-    def version(self) -> int:
-        return self.source.version
-
-    @property
     def key(self) -> ModelKey:
         return ModelKey(self.source.name, self.source.version)
 

@@ -161,12 +161,12 @@ class Status:
     def metadata(self, name: str, choice: VersionChoice) -> dict[str, Any]:
         """What TensorFlow Serving's REST API answers to GET .../metadata."""
         version = self.get_model(name, choice)
-        spec = {"name": name, "signature_name": "", "version": str(version.version)}
+        spec = {"name": name, "signature_name": "", "version": str(version.key.version)}
         return {"model_spec": spec, "metadata": version.loaded.metadata}
 
     def version_status(self, name: str, choice: VersionChoice) -> dict[str, Any]:
         """What TensorFlow Serving's REST API answers to GET for a model."""
-        number = self.get_model(name, choice).version if isinstance(choice, str) else choice
+        number = self.get_model(name, choice).key.version if isinstance(choice, str) else choice
         self.get_model(ADDER)  # raises Unavailable while nothing is served
         found = [v for key, v in self.snapshot.versions.items() if key.name == name and number in (None, key.version)]
         if not found and name in self.snapshot.loading:
@@ -178,9 +178,9 @@ class Status:
         def shown(version: ModelVersion) -> dict[str, Any]:
             code = "UNKNOWN" if version.error else "OK"
             status = {"error_code": code, "error_message": version.error or ""}
-            return {"version": str(version.version), "state": version.state, "status": status}
+            return {"version": str(version.key.version), "state": version.state, "status": status}
 
-        return {"model_version_status": [shown(v) for v in sorted(found, key=lambda v: -v.version)]}
+        return {"model_version_status": [shown(v) for v in sorted(found, key=lambda v: -v.key.version)]}
 
     # -- what is told --------------------------------------------------------------------------------------------------
 

@@ -106,15 +106,15 @@ def test_what_is_asked_for_while_a_version_moves_is_the_one_of_before_and_what_h
         status.get_model("m")
     status.apply_snapshot(snapshot(1))
     status.apply_snapshot(snapshot(2)._replace(pointers={("m", None): None, ("m", "stable"): None}))
-    assert status.get_model("m").version == status.get_model("m", "stable").version == 1
+    assert status.get_model("m").key.version == status.get_model("m", "stable").key.version == 1
     status.apply_snapshot(snapshot(2))
-    assert [status.get_model("m", choice).version for choice in (None, "stable", 2)] == [2, 2, 2]
+    assert [status.get_model("m", choice).key.version for choice in (None, "stable", 2)] == [2, 2, 2]
     for name, choice in (("m", 1), ("m", "other"), ("n", None)):
         with pytest.raises(InvalidRequest):
             status.get_model(name, choice)
     status.apply_snapshot(Snapshot())
     status.apply_snapshot(Snapshot(1, {ModelKey("m", 2): ModelVersion(SOURCE, "LOADING")}, frozenset(["m"])))
-    assert status.get_model("m").version == 2, "a parameter server that is back has yet to look"
+    assert status.get_model("m").key.version == 2, "a parameter server that is back has yet to look"
     with pytest.raises(Unavailable):
         status.get_model("m", 1)
 

@@ -86,7 +86,7 @@ class PlayedWorker:
         if not self.is_in_touch():
             return None
         version = self.snapshot.find(name, choice)
-        return version.version if version and version.key in self.ready else None
+        return version.key.version if version and version.key in self.ready else None
 
     def has(self, key: ModelKey) -> bool:
         return key in self.ready

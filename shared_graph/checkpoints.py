@@ -16,7 +16,7 @@ import numpy as np
 
 from shared_graph.errors import ModelError, Unavailable, first_sentence
 from shared_graph.model_source import ADDER_SOURCE, ModelSource
-from shared_graph.models import Arrays, object_array
+from shared_graph.models import Arrays
 
 
 def temporary_folder(run_id: str) -> str:
@@ -121,7 +121,7 @@ class Checkpoints:
         return {
             name.removeprefix("variables/"): array
             if array.dtype.kind != "S"
-            else object_array(text[:-1] for text in array.flat).reshape(array.shape)
+            else np.fromiter((text[:-1] for text in array.flat), object).reshape(array.shape)
             for name, array in arrays.items()
             if not name.startswith("graph/")
         }

@@ -20,7 +20,6 @@ import numpy as np
 import orjson
 
 from shared_graph.errors import InvalidRequest, first_sentence
-from shared_graph.models import object_array
 
 MAX_VALUES = 4_000_000  # commas, colons and opening brackets; strings and lists count two more, objects three more
 MAX_AXES = 64  # numpy's
@@ -126,9 +125,9 @@ def to_vector(flat: list[Any], types: set[type], dtype: np.dtype) -> np.ndarray 
     if dtype == object:
         if types == {str}:
             with contextlib.suppress(UnicodeEncodeError):
-                return object_array(map(str.encode, flat))
+                return np.fromiter(map(str.encode, flat), object)
         strings = list(map(parse_string, flat))
-        return None if None in strings else object_array(strings)
+        return None if None in strings else np.fromiter(strings, object)
     with np.errstate(over="ignore"):
         try:
             return np.array(flat, dtype if dtype.kind in "biu" else float).astype(dtype, copy=False)
@@ -209,7 +208,7 @@ def json_ready(array: np.ndarray, name: str) -> np.ndarray:
     if array.dtype == object:
         flat = array.ravel().tolist()
         values = [{"b64": base64.b64encode(v).decode()} for v in flat] if name.endswith("_bytes") else decoded(flat)
-        return object_array(values).reshape(array.shape)
+        return np.fromiter(values, object).reshape(array.shape)
     if array.dtype.kind not in "biufV":
         raise InvalidRequest(f"Output {name!r} is of type {array.dtype}, which JSON does not have", 501)
     array = np.asarray(array, array.dtype.newbyteorder("="), order="C")
@@ -239,7 +238,7 @@ def shortest(array: np.ndarray) -> np.ndarray:
 def with_tokens(array: np.ndarray) -> np.ndarray:
     """Objects: numbers with the decimals that orjson gives to their dtype, and what JSON only has as bare tokens."""
     flat = array.reshape(-1)
-    result = object_array(orjson.loads(orjson.dumps(flat, option=orjson.OPT_SERIALIZE_NUMPY)))
+    result = np.fromiter(orjson.loads(orjson.dumps(flat, option=orjson.OPT_SERIALIZE_NUMPY)), object)
     result[np.isnan(flat)] = NOT_A_NUMBER
     result[flat == np.inf] = INFINITE
     result[flat == -np.inf] = MINUS_INFINITE

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -196,7 +195,7 @@ def to_array(what: str, value: Any, dtype: np.dtype) -> np.ndarray:
             raise InvalidRequest(f"{what} has a string with half of a surrogate pair, which is no UTF-8") from None
         if not all(isinstance(v, bytes) for v in flat):
             raise InvalidRequest(f"{what} takes strings or bytes, not {array.dtype}")
-        return object_array(flat).reshape(array.shape)
+        return np.fromiter(flat, object).reshape(array.shape)
     if array.dtype.kind == dtype.kind == "V" and array.itemsize == dtype.itemsize:
         array = array.view(dtype)  # bfloat16, which numpy's files do not know
     if array.dtype == dtype:
@@ -215,8 +214,3 @@ def to_array(what: str, value: Any, dtype: np.dtype) -> np.ndarray:
 def array_of(value: Any) -> np.ndarray:
     """Of what TensorFlow gives: a single string as ``bytes``, of which numpy would drop the zeros at its end."""
     return np.array(value, object) if isinstance(value, bytes) else np.asarray(value)
-
-
-def object_array(values: Iterable[Any]) -> np.ndarray:
-    """A vector of these, whatever they are."""
-    return np.fromiter(values, object)

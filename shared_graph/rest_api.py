@@ -20,7 +20,7 @@ import numpy as np
 from shared_graph.bodies import MAX_BODY_BYTES, HttpBody, is_array_file, unpack
 from shared_graph.errors import InvalidRequest
 from shared_graph.json_codec import excerpt, json_text, parse_json, parse_string, parse_tensor, string_problem
-from shared_graph.models import Arrays, Signature, object_array, to_array
+from shared_graph.models import Arrays, Signature, to_array
 from shared_graph.npy_codec import read_arrays, write_arrays
 from shared_graph.tensorflow_runtime import import_tensorflow
 
@@ -189,7 +189,8 @@ def parse_examples(document: dict[str, Any]) -> np.ndarray:
     before = serialize_example("context", context) if context != {} else b""
     if len(before) * len(examples) > MAX_BODY_BYTES:
         raise InvalidRequest(f"context: too large to stand before each of {len(examples)} examples", 413)
-    return object_array(before + serialize_example(f"examples[{i}]", example) for i, example in enumerate(examples))
+    protos = (before + serialize_example(f"examples[{i}]", example) for i, example in enumerate(examples))
+    return np.fromiter(protos, object)
 
 
 INTEGERS, FLOATS, STRINGS = ("int64_list", int), ("float_list", float), ("bytes_list", parse_string)

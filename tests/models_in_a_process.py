@@ -21,7 +21,6 @@ from shared_graph.errors import first_sentence  # noqa: E402
 from shared_graph.graph import Graph  # noqa: E402
 from shared_graph.merging import find_batchable, sample_rows  # noqa: E402
 from shared_graph.model_source import ADDER_SOURCE  # noqa: E402
-from shared_graph.models import object_array  # noqa: E402
 from shared_graph.options import Options  # noqa: E402
 from shared_graph.rest_api import serialize_example  # noqa: E402
 
@@ -54,8 +53,8 @@ def feeds(signature) -> list:
     for rows in (1, 3):
         yield sample_rows(signature, rows)
     if [spec.dtype for spec in signature.inputs.values()] == ["object"]:
-        yield [object_array([example(RIDE)] * 2)]
-        yield [object_array([example({"x": [1.0, 2.0], "name": "a"})])]
+        yield [np.fromiter([example(RIDE)] * 2, object)]
+        yield [np.fromiter([example({"x": [1.0, 2.0], "name": "a"})], object)]
 
 
 def answers(tf, server: str, source) -> dict:

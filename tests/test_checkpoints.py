@@ -13,7 +13,6 @@ import pytest
 from shared_graph.checkpoints import Checkpoints, temporary_folder
 from shared_graph.errors import ModelError, Unavailable
 from shared_graph.model_source import ADDER_SOURCE, ModelSource
-from shared_graph.models import object_array
 
 MODEL = ModelSource("m", 1, function="a:b")
 
@@ -144,7 +143,7 @@ def test_the_marks_of_models_that_are_loaded_stay_for_as_long_as_the_run(tmp_pat
 
 
 def test_strings_come_back_as_they_were_with_zeros_at_their_ends(checkpoints):
-    words = object_array([b"a\0", b"", b"\0\0", "é".encode()]).reshape(2, 2)
+    words = np.fromiter([b"a\0", b"", b"\0\0", "é".encode()], object).reshape(2, 2)
     checkpoints.save(MODEL, {"words": words, "w": np.ones(2, np.float32)})
     back = checkpoints.load(MODEL)
     assert (back["words"].dtype, back["words"].tolist()) == (object, words.tolist())

@@ -20,7 +20,11 @@ BAR = "{percentage:3.0f}% |{bar}| {n_fmt}/{total_fmt}{unit}  {rate_noinv_fmt}  {
 def shown_progress(total: int, unit: str) -> Iterator[Callable[[int], None]]:
     """For a job of so many units; what it yields is called with how many are done more. Log lines go above the bar."""
     if sys.stderr.isatty():
-        with logging_redirect_tqdm(loggers()), tqdm(total=total, unit=f" {unit}", bar_format=BAR, **width()) as bar:
+        ours = logging.getLogger("shared_graph")
+        loggers = [ours if ours.handlers else logging.getLogger()]  # whose lines are shown (see logs)
+        has_width = os.get_terminal_size(sys.stderr.fileno()).columns > 0  # else tqdm would show nothing
+        width = {"dynamic_ncols": True} if has_width else {"ncols": 80}
+        with logging_redirect_tqdm(loggers), tqdm(total=total, unit=f" {unit}", bar_format=BAR, **width) as bar:
             yield bar.update
         return
     begun, shown, done = time.monotonic(), 0.0, 0
@@ -34,14 +38,3 @@ def shown_progress(total: int, unit: str) -> Iterator[Callable[[int], None]]:
             print(f"{done}/{total} {unit}  {rate:.0f} {unit}/s  {left_s:.0f} s left", file=sys.stderr)
 
     yield advance
-
-
-def loggers() -> list[logging.Logger]:
-    """Whose lines are shown: ours, if we show them ourselves (see logs), else the program's."""
-    ours = logging.getLogger("shared_graph")
-    return [ours if ours.handlers else logging.getLogger()]
-
-
-def width() -> dict[str, int]:
-    """For tqdm, which shows nothing on a terminal that does not know how wide it is."""
-    return {"dynamic_ncols": True} if os.get_terminal_size(sys.stderr.fileno()).columns else {"ncols": 80}

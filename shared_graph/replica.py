@@ -6,7 +6,7 @@ import asyncio
 import collections
 import contextlib
 import functools
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable
 from typing import Any
 
 from shared_graph.bundles import fetched_bundle
@@ -45,13 +45,9 @@ class Replica:
         self._settled: dict[str, int] = {}
         self._turns: dict[str, asyncio.Lock] = collections.defaultdict(asyncio.Lock)  # one snapshot after another
         self._bringing_up: set[ModelKey] = set()
-        self._changed, self._unreported = asyncio.Event(), asyncio.Event()
+        self.changed, self._unreported = asyncio.Event(), asyncio.Event()  # the first one is another for each change
         self._tasks: set[asyncio.Task] = set()
         keep_task(self._tasks, watch_death(server, self.leave))
-
-    def changed(self) -> Coroutine:
-        """Await this: it returns when something has changed since it was called."""
-        return self._changed.wait()
 
     def leave(self) -> None:
         """The parameter server is gone. What still runs fails, since it waits for that."""
@@ -74,7 +70,7 @@ class Replica:
                 seen = None
                 while seen is not self.snapshot and not self.has_left:
                     if self._bringing_up - self.failed.keys():
-                        await self._changed.wait()
+                        await self.changed.wait()
                     else:
                         seen = self.snapshot
                         await self._report()
@@ -185,8 +181,8 @@ class Replica:
 
     def _notify(self) -> None:
         self._unreported.set()
-        self._changed.set()
-        self._changed = asyncio.Event()
+        self.changed.set()
+        self.changed = asyncio.Event()
 
     async def _report(self) -> None:
         self._unreported.clear()

@@ -179,7 +179,7 @@ class Worker:
             if version is None and not replica.snapshot.is_moving(name, choice):
                 raise not_found(name, choice)
             try:
-                await asyncio.wait_for(replica.changed(), max(0.0, deadline - time.monotonic()))
+                await asyncio.wait_for(replica.changed.wait(), max(0.0, deadline - time.monotonic()))
             except TimeoutError:
                 raise Unavailable(f"Model {name} was not ready in worker {self.index} in time") from None
 

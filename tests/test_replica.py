@@ -258,7 +258,7 @@ async def test_when_the_parameter_server_is_gone_that_is_told_once_and_nothing_r
     may_end.set()
     replica.apply(there())
     await until(lambda: KEY in replica.graphs)
-    changed, tasks = asyncio.create_task(replica.changed()), set(replica._tasks)
+    changed, tasks = asyncio.create_task(replica.changed.wait()), set(replica._tasks)
     await asyncio.sleep(0)
     for _ in range(2):
         replica.leave()

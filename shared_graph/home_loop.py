@@ -81,8 +81,7 @@ class HomeLoop:
     def run(self, call: Coroutine) -> concurrent.futures.Future:
         """Run it in the loop, from elsewhere. Raises Error when that cannot be."""
         try:
-            if refusal := self._refusal():
-                raise refusal
+            self._check_call()
             future = asyncio.run_coroutine_threadsafe(call, self.loop)
         except Exception as error:
             call.close()
@@ -108,17 +107,16 @@ class HomeLoop:
             return await call
         return await asyncio.wrap_future(self.run(call))
 
-    def _refusal(self) -> Error | None:
+    def _check_call(self) -> None:
         if self._pid not in (0, os.getpid()):
-            return Unavailable("A forked process has no cluster: let each start one, or join one, after the fork.")
+            raise Unavailable("A forked process has no cluster: let each start one, or join one, after the fork.")
         if self.is_over:
-            return self._why_over()
+            raise self._why_over()
         if self._thread is None:
-            return Unavailable("Nothing was started: call start(), or use 'with'.")
+            raise Unavailable("Nothing was started: call start(), or use 'with'.")
         if threading.get_ident() == self._loop_thread:
             what = "A blocking call in the cluster's own event loop would never return"
-            return InvalidRequest(f"{what}: await its twin, or use asyncio.to_thread.")
-        return None
+            raise InvalidRequest(f"{what}: await its twin, or use asyncio.to_thread.")
 
     def _live(self, is_own: bool) -> None:
         try:

@@ -32,19 +32,16 @@ class Pulled:
         numbered = enumerate(self._batches)
         while self.slots.acquire() and not self._is_stopped and (item := next(numbered, None)):
             number, batch = item
-            self.pending[number] = future = self._submitted(batch)
+            try:
+                future = self._submit(batch)
+            except Error as error:
+                future = Future()
+                future.set_exception(error)
+            self.pending[number] = future
             if self._ordered:
                 self.arrived.put((number, future))
             else:
                 future.add_done_callback(lambda future, number=number: self.arrived.put((number, future)))
-
-    def _submitted(self, batch: Any) -> Future:
-        try:
-            return self._submit(batch)
-        except Error as error:
-            future: Future = Future()
-            future.set_exception(error)
-            return future
 
     def stop(self) -> None:
         self._is_stopped = True

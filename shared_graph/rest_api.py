@@ -252,9 +252,6 @@ def encode_results(signature: Signature, verb: str, examples: int, outputs: list
     if verb == "regress" or not named.keys() <= {"classes", "scores"} or not is_table:
         expected = "'outputs' [n]" if verb == "regress" else "'classes', 'scores' or both, [n, classes]"
         raise InvalidRequest(f"To {verb} {examples} examples there must be {expected}, not {list(named)} {shapes}")
-    defaults = {"classes": "", "scores": 0.0}
-    columns = [
-        rows_of(named[name]) if name in named else np.full(shape, default).tolist()
-        for name, default in defaults.items()
-    ]
-    return json_text({"results": [list(zip(*row)) for row in zip(*columns)]})
+    classes = named.get("classes", np.full(shape, "", object))
+    scores = named.get("scores", np.zeros(shape))
+    return json_text({"results": [list(zip(*row)) for row in zip(rows_of(classes), rows_of(scores))]})

@@ -209,7 +209,8 @@ class BatchRunner:
         deadline = max(item.deadline for item in group)
         if self._clock() >= deadline:
             raise DeadlineExceeded(LATE)
-        feed = joined(group) if len(group) > 1 else group[0].feed
+        feeds = [item.feed for item in group]
+        feed = list(map(np.concatenate, zip(*feeds))) if len(feeds) > 1 else feeds[0]
         return self._graph.run(group[0].signature.name, feed, deadline)
 
     def _answer_alone(self, item: Item) -> list[np.ndarray] | None:
@@ -232,11 +233,6 @@ def distinct_rows(item: Item) -> set[tuple]:
     """As what can be compared."""
     columns = (map(repr, a.tolist()) if a.dtype.hasobject else (row.tobytes() for row in a) for a in item.feed)
     return set(zip(*columns))
-
-
-def joined(group: list[Item]) -> list[np.ndarray]:
-    """The rows of all, for each input."""
-    return list(map(np.concatenate, zip(*(item.feed for item in group))))
 
 
 def split(group: list[Item], outputs: list[np.ndarray]) -> list[list[np.ndarray]]:

@@ -275,10 +275,7 @@ class Cluster:
         loop = asyncio.get_running_loop()
         maker = concurrent.futures.ThreadPoolExecutor(1)
         namespace = "ray_tensorflow" if self.options.address else f"ray_tensorflow-{secrets.token_hex(8)}"
-
-        async def create(*what: Any):
-            return await loop.run_in_executor(maker, create_actor, self.options, namespace, *what)
-
+        create = functools.partial(loop.run_in_executor, maker, create_actor, self.options, namespace)
         connect = functools.partial(connect_worker, self.status.batcher)
         supervisor = Supervisor(self.options, self.status, create, kill_process, connect)
         supervising = asyncio.create_task(supervisor.run())

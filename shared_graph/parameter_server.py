@@ -40,7 +40,7 @@ class ParameterServer:
         self.server, self.is_first_life = None, False
         self.incarnation: str | None = None  # the id of this life, once it has started
         self.workers: dict[int, tuple[str, Actor]] = {}  # the incarnation of each, and how to call it
-        self.troubles: dict[str, str] = {}  # with saving variables, or with a model's folder
+        self.troubles: dict[str, str | None] = {}  # with saving variables, or with a model's folder
         self.idle_s = 0  # how long no front end has been heard
         self.starting, self.tasks = asyncio.Lock(), set()
         self.loader = Loader(options)
@@ -88,9 +88,9 @@ class ParameterServer:
 
     async def ping(self, snapshot_id: int) -> tuple[str | None, Snapshot | None]:
         """What is wrong, if anything is; and what is served, if that is another snapshot."""
-        self.idle_s = 0
-        snapshot = self.manager.snapshot
-        return next(iter(self.troubles.values()), None), snapshot if snapshot.snapshot_id != snapshot_id else None
+        self.idle_s, snapshot = 0, self.manager.snapshot
+        trouble = next(filter(None, self.troubles.values()), None)
+        return trouble, snapshot if snapshot.snapshot_id != snapshot_id else None
 
     async def get_weights(self, model: str, version: int | None = None) -> Arrays:
         await self.start()  # should this be a new life that nobody has called yet
@@ -177,13 +177,9 @@ class ParameterServer:
         at_once = True
         while True:
             try:
-                trouble = await self.manager.reconcile(name, at_once)
+                self.troubles[name] = await self.manager.reconcile(name, at_once)
             except Exception as error:
-                trouble = first_sentence(error)
-            if trouble:
-                self.troubles[name] = trouble
-            else:
-                self.troubles.pop(name, None)
+                self.troubles[name] = first_sentence(error)
             at_once = False
             await asyncio.sleep(LOOK_EVERY_S)
 
@@ -192,7 +188,7 @@ class ParameterServer:
             await asyncio.sleep(CHECKPOINT_EVERY_S)
             try:
                 await self.loader.checkpoint_all()
-                self.troubles.pop("variables", None)
+                self.troubles["variables"] = None
             except Error as error:  # it is tried again soon, and meanwhile ping() tells
                 self.troubles["variables"] = str(error)
 

@@ -84,11 +84,10 @@ class TensorFlowVariables:
 
     def get_weights(self) -> Arrays:
         """The variables' values by name."""
-        counts = {name: placeholder.shape.num_elements() for name, placeholder in self.placeholders.items()}
-        sizes = {  # of a string, and without a static shape: unknown
-            name: MAX_RUN_BYTES if counts[name] is None else counts[name] * (placeholder.dtype.size or MAX_RUN_BYTES)
-            for name, placeholder in self.placeholders.items()
-        }
+        sizes = {}  # of a string, and without a static shape: unknown
+        for name, placeholder in self.placeholders.items():
+            count = placeholder.shape.num_elements()
+            sizes[name] = MAX_RUN_BYTES if count is None else count * (placeholder.dtype.size or MAX_RUN_BYTES)
         values: dict[str, Any] = {}
         for names in in_portions(sizes):
             values |= self._run({name: self._values[name] for name in names})

@@ -17,36 +17,19 @@ from typing import Any
 from shared_graph.actors import create_actor
 from shared_graph.adder import require_finite
 from shared_graph.batcher import connect_worker
-from shared_graph.errors import (
-    ActorUnavailable,
-    Error,
-    InvalidRequest,
-    ModelError,
-    OptionError,
-    Unavailable,
-    WorkerLost,
-    first_sentence,
-)
+from shared_graph.errors import ActorUnavailable, Error, InvalidRequest, ModelError, Unavailable, WorkerLost
 from shared_graph.home_loop import HomeLoop
 from shared_graph.logs import counted, show_log
 from shared_graph.mapping import map_asynchronously, map_batches
-from shared_graph.model_source import ADDER, what_is_wrong
+from shared_graph.model_source import ADDER
 from shared_graph.models import Arrays, VersionChoice, as_arrays, as_feed
-from shared_graph.options import Options
+from shared_graph.options import Options, check_start
 from shared_graph.ray_runtime import kill_process, ray_runtime, watch_ray
 from shared_graph.status import CLOSED, Status
 from shared_graph.supervisor import Supervisor
-from shared_graph.threads import check_threads, in_own_thread
+from shared_graph.threads import in_own_thread
 
 log = logging.getLogger(__name__)
-
-
-def check_start(options: Options) -> None:
-    """Raises OptionError for a model that can never be loaded, Error where threads are none."""
-    check_threads()
-    for source in options.model:
-        if why := what_is_wrong(source):
-            raise OptionError(f"--model {source}: {why}")
 
 
 class Cluster:
@@ -69,7 +52,8 @@ class Cluster:
         self.status = Status(self.options)
         why_over = lambda: Unavailable(str(self.status.failure or CLOSED))  # noqa: E731
         around = functools.partial(ray_runtime, self.options)
-        self._home = HomeLoop(self._serve, around, self._fail, why_over)
+        fail = functools.partial(self.status.fail, is_over=True)
+        self._home = HomeLoop(self._serve, around, fail, why_over)
 
     # -- life ----------------------------------------------------------------------------------------------------------
 
@@ -266,9 +250,6 @@ class Cluster:
         return self.status.get_model(model).key.version
 
     # -- in the home loop ----------------------------------------------------------------------------------------------
-
-    def _fail(self, error: Exception) -> None:
-        self.status.fail(error if isinstance(error, Error) else Unavailable(first_sentence(error)), is_over=True)
 
     async def _serve(self, closing: asyncio.Event) -> None:
         """Until ``close``."""

@@ -19,11 +19,10 @@ import uvicorn
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from shared_graph.bodies import MAX_BODY_BYTES
-from shared_graph.cluster import check_start
 from shared_graph.errors import Error
 from shared_graph.logs import listen, start_program
 from shared_graph.memory import keep_memory_low
-from shared_graph.options import FRONT_END, Options
+from shared_graph.options import FRONT_END, Options, check_start
 from shared_graph.threads import keep_task
 
 THREADS = 128  # which wait for bodies and answers; requests beyond these wait for a thread, but not those for pages

@@ -17,7 +17,8 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from shared_graph.errors import OptionError
-from shared_graph.model_source import ModelSource, model_sources
+from shared_graph.model_source import ModelSource, model_sources, what_is_wrong
+from shared_graph.threads import check_threads
 
 log = logging.getLogger(__name__)
 
@@ -210,6 +211,14 @@ def mistyped(environment: Mapping[str, str], names: list[str]) -> dict[str, str]
             near = difflib.get_close_matches(variable.upper().replace("-", "_"), names, 1, 0.93)
             found |= {variable: near[0]} if near else {}
     return found
+
+
+def check_start(options: Options) -> None:
+    """Raises OptionError for a model that can never be loaded, Error where threads are none."""
+    check_threads()
+    for source in options.model:
+        if why := what_is_wrong(source):
+            raise OptionError(f"--model {source}: {why}")
 
 
 # that a front end sends a worker at once, and that run there: one runs while the next one is decoded

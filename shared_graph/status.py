@@ -11,7 +11,7 @@ from typing import Any
 
 from shared_graph.batcher import Batcher
 from shared_graph.connection import Request, WorkerConnection
-from shared_graph.errors import Error, InvalidRequest, Unavailable
+from shared_graph.errors import Error, InvalidRequest, Unavailable, first_sentence
 from shared_graph.logs import counted
 from shared_graph.metrics import Gauges, Metrics
 from shared_graph.model_source import ADDER
@@ -90,8 +90,9 @@ class Status:
         self.tell_when_ready()
         self.notify()
 
-    def fail(self, error: Error, is_over: bool = False) -> None:
+    def fail(self, error: Exception, is_over: bool = False) -> None:
         """Answer everything with this, until the parameter server is well; if ``is_over``, for ever."""
+        error = error if isinstance(error, Error) else Unavailable(first_sentence(error))
         if str(error) != str(self.failure):
             log.error("%s", error)
         failure = error if isinstance(error, Unavailable) else Unavailable(str(error))

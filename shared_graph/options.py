@@ -166,12 +166,8 @@ class Options:
                 default = "off" if field.default is False else "none" if field.default in (None, ()) else field.default
                 how = {"action": "append" if field.default == () else "store", "metavar": field.name.upper()}
                 how = {"action": "store_true"} if field.default is False else how
-                parser.add_argument(
-                    f"--{field.name.replace('_', '-')}",
-                    help=f"{field.metadata['help']} (default: {default})",
-                    default=argparse.SUPPRESS,
-                    **how,
-                )
+                about = f"{field.metadata['help']} (default: {default})"
+                parser.add_argument(f"--{field.name.replace('_', '-')}", help=about, default=argparse.SUPPRESS, **how)
         try:
             return cls.from_environment(kind, **vars(parser.parse_args(arguments)))
         except OptionError as error:

@@ -26,11 +26,10 @@ from shared_graph.status import Status
 
 log = logging.getLogger(__name__)
 
+MODEL = r"/([^/:]+)(?:/versions/(\d+)|/labels/([^/:]+))?"
 PATHS = {  # case-insensitive but for the verb; as sent, still percent-encoded
-    "POST": re.compile(
-        r"(?i:/v1/models/([^/:]+)(?:/versions/(\d+)|/labels/([^/:]+))?):(classify|regress|predict)", re.A
-    ),
-    "GET": re.compile(r"(?i:/v1/models(?:/([^/:]+)(?:/versions/(\d+)|/labels/([^/:]+))?(/metadata)?)?)", re.A),
+    "POST": re.compile(rf"(?i:/v1/models{MODEL}):(classify|regress|predict)", re.A),
+    "GET": re.compile(rf"(?i:/v1/models(?:{MODEL}(/metadata)?)?)", re.A),
 }
 METHODS = ["GET", "HEAD", "POST", "PUT", "DELETE", "PATCH", "OPTIONS", "TRACE"]  # of which /v1/ knows only GET and POST
 PAGES = {  # what is asked for, and the methods that may ask

@@ -73,9 +73,7 @@ class Worker:
                 if replica is None or replica.has_left or replica.server_incarnation != info.incarnation:
                     self._leave()
                     self.compute, self.remote = Lane(MAX_BATCHES_IN_FLIGHT), Lane(REMOTE_CALLS_AT_ONCE)
-                    self.replica = Replica(
-                        self.index, self.incarnation, self.options, server, info, self._close_connections
-                    )
+                    self.replica = Replica(self.index, self.incarnation, self.options, server, info, self._hang_up)
                     try:
                         await self.replica.catch_up(info.snapshot, CATCH_UP_S)
                     except BaseException:
@@ -102,7 +100,7 @@ class Worker:
             self.replica.leave()
             self.replica = None
 
-    def _close_connections(self) -> None:
+    def _hang_up(self) -> None:
         for writer in self.connections:
             writer.close()
 

@@ -138,9 +138,8 @@ class Batcher:
         if request.is_patient and not request.is_sent and self._answered_at > now - self.options.timeout_s:
             return self._set_deadline(request, self._answered_at)  # others get on
         why = MAYBE if request.is_sent else "it has not been sent to a worker, and changed nothing"
-        self.resolve(
-            request, DeadlineExceeded(f"No answer within the deadline of {self.options.timeout_s:g} s; {why}.")
-        )
+        late = DeadlineExceeded(f"No answer within the deadline of {self.options.timeout_s:g} s; {why}.")
+        self.resolve(request, late)
         self.dispatch()
 
     # -- workers -------------------------------------------------------------------------------------------------------

@@ -109,9 +109,8 @@ class Loader:
                 await self._saving.run(self._checkpoint, graph)
             elif graph.mutates_state:  # its first weights are not kept: another SavedModel may begin with others
                 graph.saved_checksum = await in_own_thread(lambda: checksum_of(graph.variables.get_weights()))
-        return LoadedVersion(
-            graph.metadata(), graph.fingerprint, tuple(graph.tokens), *verdict, graph.runs_python, secrets.token_hex(8)
-        )
+        found = graph.metadata(), graph.fingerprint, tuple(graph.tokens)
+        return LoadedVersion(*found, *verdict, graph.runs_python, secrets.token_hex(8))
 
     def _build_and_restore(self, key: ModelKey, source: ModelSource) -> Graph:
         """In a thread of its own, which may take long."""

@@ -37,10 +37,9 @@ class TensorSpec(NamedTuple):
 
     def declares(self, shape: tuple[int, ...]) -> bool:
         """Is it one of those that this has said? TensorFlow may take others, and broadcast them."""
-        declared = self.shape
-        return declared is None or (
-            len(shape) == len(declared) and all(n is None or n == m for n, m in zip(declared, shape))
-        )
+        if self.shape is None:
+            return True
+        return len(shape) == len(self.shape) and all(n is None or n == m for n, m in zip(self.shape, shape))
 
 
 @dataclasses.dataclass
@@ -159,9 +158,8 @@ def as_feed(inputs: Any) -> Any:
     size = sum(array.nbytes for array in arrays)
     size += sum(len(v) for array in arrays if array.dtype == object for v in array.flat if isinstance(v, (str, bytes)))
     if size > MAX_FEED_BYTES:
-        raise InvalidRequest(
-            f"{size:,} bytes of inputs are more than the {MAX_FEED_BYTES:,} that one run can take", 413
-        )
+        why = f"{size:,} bytes of inputs are more than the {MAX_FEED_BYTES:,} that one run can take"
+        raise InvalidRequest(why, 413)
     return found
 
 

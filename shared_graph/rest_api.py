@@ -82,10 +82,8 @@ def decode_content(signatures: dict[str, Signature], verb: str, content: bytes, 
         is_row, feed = parse_predict(document, signature)
         return Decoded(signature, feed, lambda outputs: encode_predict(signature, is_row, outputs), True)
     if signature.method != f"tensorflow/serving/{verb}" or list(signature.inputs) != ["inputs"]:
-        raise InvalidRequest(
-            f"Signature {signature.name!r} is not for {verb}: its method is {signature.method!r}"
-            f" and its inputs are {list(signature.inputs)}"
-        )
+        why = f"its method is {signature.method!r} and its inputs are {list(signature.inputs)}"
+        raise InvalidRequest(f"Signature {signature.name!r} is not for {verb}: {why}")
     examples = parse_examples(document)
     check_rows(signature, len(examples))
     return Decoded(signature, [examples], lambda outputs: encode_results(signature, verb, len(examples), outputs), True)
@@ -128,9 +126,8 @@ def feed_of(signature: Signature, inputs: Any, most_bytes: float = math.inf) -> 
     for name, spec in signature.inputs.items():
         dtype = np.dtype(spec.dtype)
         if np.size(inputs[name]) * dtype.itemsize > most_bytes:
-            raise InvalidRequest(
-                f"input {name!r} takes {dtype}, as which it is larger than {most_bytes >> 20} MiB", 413
-            )
+            why = f"as which it is larger than {most_bytes >> 20} MiB"
+            raise InvalidRequest(f"input {name!r} takes {dtype}, {why}", 413)
         feed.append(to_array(f"input {name!r}", inputs[name], dtype))
     return feed
 

@@ -121,10 +121,9 @@ class WorkerConnection:
 
     async def _listen(self, reader: asyncio.StreamReader, receive: Callable, remove: Callable) -> None:
         try:
-            while True:
-                receive(self, Answers._make(await read_frame(reader)))
-        except (OSError, EOFError):
-            pass
+            with contextlib.suppress(OSError, EOFError):
+                while True:
+                    receive(self, Answers._make(await read_frame(reader)))
         finally:
             self._writer.close()
             remove(self)

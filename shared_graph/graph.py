@@ -218,11 +218,10 @@ class Graph:
 
     def _is_connected(self, session) -> bool:
         """ABORTED and UNAVAILABLE may be the model's own, too."""
-        try:
+        with contextlib.suppress(Exception):
             rerun_refused(session.run, self._probes)
-        except Exception:
-            return False
-        return True
+            return True
+        return False
 
     def restore(self, weights: Arrays) -> None:
         """Put the first values of the variables and tables in place; ``weights`` beat those of the files, of which a

@@ -80,7 +80,7 @@ def read_head(message: bytes, found: dict[str, Any]) -> None:
     """Add to ``found`` what a large message says before the first of BODY_KEYS. Raises InvalidRequest."""
     text, decoder = message[:LARGE_BYTES].decode("utf-8-sig", "replace"), json.JSONDecoder()
     place, expected = BLANK.match(text).end(), "{"
-    try:
+    with contextlib.suppress(ValueError, IndexError, RecursionError):
         while text[place] == expected:
             key, place = decoder.raw_decode(text, BLANK.match(text, place + 1).end())
             place = BLANK.match(text, place).end()
@@ -93,8 +93,6 @@ def read_head(message: bytes, found: dict[str, Any]) -> None:
                 return
             found[key], place = decoder.raw_decode(text, BLANK.match(text, place + 1).end())
             place, expected = BLANK.match(text, place).end(), ","
-    except (ValueError, IndexError, RecursionError):
-        pass
     what = f"A message of more than {LARGE_BYTES // 1024} KiB must be a JSON object"
     raise InvalidRequest(f"{what} that has id, model, version, label and verb before {', '.join(BODY_KEYS)}")
 

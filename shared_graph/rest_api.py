@@ -170,10 +170,8 @@ def check_rows(signature: Signature, rows: int) -> None:
 def columns_of(rows: list[Any], names: list[str]) -> list[list[Any]]:
     """A list for each name, of rows that are objects with exactly these names."""
     if set(map(type, rows)) == {dict} and set(map(len, rows)) == {len(names)}:
-        try:
+        with contextlib.suppress(KeyError):
             return [list(map(operator.itemgetter(name), rows)) for name in names]
-        except KeyError:
-            pass
     i = next(i for i, row in enumerate(rows) if not isinstance(row, dict) or row.keys() != set(names))
     raise InvalidRequest(f"instances[{i}]: expected an object of {names}, got {excerpt(rows[i])}")
 

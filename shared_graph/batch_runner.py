@@ -69,9 +69,8 @@ class BatchRunner:
         shared_runs: collections.Counter[tuple[str, str]],
         clock: Callable[[], float] = time.monotonic,
     ):
-        self._graph, self._batchable, self._undecided = graph, loaded.batchable, loaded.undecided
-        self._exact, self._reply, self._observe, self._clock = exact, reply, observe, clock
-        self._weights_id, self._shared_runs = loaded.weights_id, shared_runs
+        self._graph, self._loaded, self._exact, self._shared_runs = graph, loaded, exact, shared_runs
+        self._reply, self._observe, self._clock = reply, observe, clock
 
     def answer(self, requests: list[WireRequest], arrived: float) -> None:
         """Raises ConnectionError when the parameter server has gone."""
@@ -106,7 +105,7 @@ class BatchRunner:
 
     def _group_of(self, item: Item) -> Hashable:
         signature, name = item.signature, item.signature.name
-        if not (name in self._batchable or name in self._undecided):
+        if not (name in self._loaded.batchable or name in self._loaded.undecided):
             return item.index
         rows, parts = item.feed[0].shape[:1], [item.is_json, name]
         for array, spec in zip(item.feed, signature.inputs.values()):
@@ -141,12 +140,12 @@ class BatchRunner:
     def _trial_limits(self, name: str, count: int) -> tuple[int, float, float]:
         """How many of so many requests are to be run both ways, for how many seconds and with how many rows, before the
         others share a run."""
-        if name in self._undecided:
+        if name in self._loaded.undecided:
             return count, math.inf, TRIED_ROWS
         if self._graph.mutates_state:  # what others change between two runs would speak against sharing them
             return 0, 0, 0
-        self._shared_runs[self._weights_id, name] += 1
-        times = self._shared_runs[self._weights_id, name]
+        self._shared_runs[self._loaded.weights_id, name] += 1
+        times = self._shared_runs[self._loaded.weights_id, name]
         return (0, 0, 0) if times & (times - 1) else (min(count, AUDITED), AUDIT_S, math.inf)
 
     def _answer_together(self, group: list[Item]) -> None:
@@ -201,7 +200,7 @@ class BatchRunner:
             agrees = False
         self._observe(signature.name, agrees)
         if not agrees:
-            self._shared_runs[self._weights_id, signature.name] = 0  # the next group is looked at as well
+            self._shared_runs[self._loaded.weights_id, signature.name] = 0  # the next group is looked at as well
         return agrees
 
     def _run(self, group: list[Item]) -> list[np.ndarray]:

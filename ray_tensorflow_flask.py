@@ -37,8 +37,7 @@ def create_app(options: Options | None = None, on_failure: Callable[[Error], obj
         nonlocal cluster
         with starting:
             if cluster is None:
-                made = Cluster(options or Options.from_environment())
-                cluster = made.start_in_background(home, on_failure)
+                cluster = Cluster(options or Options.from_environment()).start_in_background(home, on_failure)
 
     def stop() -> None:
         if cluster:

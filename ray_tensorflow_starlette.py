@@ -36,8 +36,7 @@ def create_app(options: Options | None = None, on_failure: Callable[[Error], obj
         """Start the cluster, unless it is there."""
         nonlocal cluster
         if cluster is None:
-            made = Cluster(options or Options.from_environment())
-            cluster = made.start_in_background(home, on_failure)
+            cluster = Cluster(options or Options.from_environment()).start_in_background(home, on_failure)
         return cluster
 
     @contextlib.asynccontextmanager

@@ -18,49 +18,37 @@ from shared_graph.threads import OwnThread, in_own_thread
 END = object()
 
 
-class Pulled:
-    """What has been pulled of an iterable; ``arrived`` gets number and future of each batch, in order or when it has
-    its answer, and at last END and what the iterable raised, if it did."""
-
-    def __init__(self, batches: Iterable[Any], submit: Callable[[Any], Future], limit: int, ordered: bool):
-        self._batches, self._submit, self._ordered, self._is_stopped = batches, submit, ordered, False
-        self.slots, self.pending = threading.Semaphore(limit), {}
-        self.arrived: queue.SimpleQueue[tuple[Any, Any]] = queue.SimpleQueue()
-        OwnThread().submit(self._pull).add_done_callback(lambda pulled: self.arrived.put((END, pulled.exception())))
-
-    def _pull(self) -> None:
-        numbered = enumerate(self._batches)
-        while self.slots.acquire() and not self._is_stopped and (item := next(numbered, None)):
-            number, batch = item
-            try:
-                future = self._submit(batch)
-            except Error as error:
-                future = Future()
-                future.set_exception(error)
-            self.pending[number] = future
-            if self._ordered:
-                self.arrived.put((number, future))
-            else:
-                future.add_done_callback(lambda future, number=number: self.arrived.put((number, future)))
-
-    def stop(self) -> None:
-        self._is_stopped = True
-        self.slots.release()
-        for future in list(self.pending.values()):
-            future.cancel()
-
-
 def map_batches(
     batches: Iterable[Any], submit: Callable[[Any], Future], options: Options, ordered: bool
 ) -> Iterator[Arrays]:
     """The answers, in order or as they come. The iterable is pulled in a thread of its own, as places get free: it may
     wait for answers that come from here. Raises Error that says which batch it is about, or what the iterable raises.
     """
-    limit = min(2 * MAX_BATCHES_IN_FLIGHT * options.workers, options.max_queue)
-    pulled, is_ended, failure = Pulled(batches, submit, limit, ordered), False, None
+    slots = threading.Semaphore(min(2 * MAX_BATCHES_IN_FLIGHT * options.workers, options.max_queue))
+    pending: dict[int, Future] = {}
+    # number and future of each batch, in order or when it has its answer; at last END and what the iterable has raised
+    arrived: queue.SimpleQueue[tuple[Any, Any]] = queue.SimpleQueue()
+    is_stopped, is_ended, failure = False, False, None
+
+    def pull() -> None:
+        numbered = enumerate(batches)
+        while slots.acquire() and not is_stopped and (item := next(numbered, None)):
+            number, batch = item
+            try:
+                future = submit(batch)
+            except Error as error:
+                future = Future()
+                future.set_exception(error)
+            pending[number] = future
+            if ordered:
+                arrived.put((number, future))
+            else:
+                future.add_done_callback(lambda future, number=number: arrived.put((number, future)))
+
+    OwnThread().submit(pull).add_done_callback(lambda pulled: arrived.put((END, pulled.exception())))
     try:
-        while not is_ended or pulled.pending:
-            number, future = pulled.arrived.get()
+        while not is_ended or pending:
+            number, future = arrived.get()
             if number is END:
                 is_ended, failure = True, future
                 continue
@@ -68,13 +56,16 @@ def map_batches(
                 outputs = future.result()
             except Error as error:
                 raise type(error)(f"batch {number}: {error}", error.status) from error
-            del pulled.pending[number]
-            pulled.slots.release()
+            del pending[number]
+            slots.release()
             yield outputs
         if failure:
             raise failure
     finally:
-        pulled.stop()
+        is_stopped = True
+        slots.release()
+        for future in list(pending.values()):
+            future.cancel()
 
 
 async def map_asynchronously(map_: Callable[..., Iterator[Any]], batches: Iterable[Any] | AsyncIterable[Any]) -> Any:

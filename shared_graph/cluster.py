@@ -194,10 +194,9 @@ class Cluster:
 
         return map_batches(batches, submit, self.options, ordered)
 
-    async def map_async(self, batches: Iterable[Any] | AsyncIterable[Any], *arguments, **options) -> AsyncIterator[Any]:
+    def map_async(self, batches: Iterable[Any] | AsyncIterable[Any], *arguments, **options) -> AsyncIterator[Any]:
         """As ``map``, for ``async for``; ``batches`` may be asynchronous too."""
-        async for outputs in map_asynchronously(lambda batches: self.map(batches, *arguments, **options), batches):
-            yield outputs
+        return map_asynchronously(lambda batches: self.map(batches, *arguments, **options), batches)
 
     def health(self) -> dict[str, Any]:
         """What ``GET /health`` answers: status, parameter servers, workers, models; asks nobody, waits for nothing."""

@@ -107,12 +107,7 @@ class Threaded:
         if scope["type"] == "websocket":
             return await send({"type": "websocket.close"})
         loop, came = asyncio.get_running_loop(), time.monotonic()
-
-        def receive_part() -> dict[str, Any]:
-            left_s = max(0.0, came + self._timeout_s - time.monotonic())
-            return asyncio.run_coroutine_threadsafe(receive(), loop).result(left_s)
-
-        environ = environ_of(scope, Body(receive_part)) | {CAME: came}
+        environ = environ_of(scope, Body(receive, loop, came + self._timeout_s)) | {CAME: came}
         is_page = scope["method"] != "POST" and scope["path"] != "/"  # such as health, which asks for no work
         pool = self._pages if is_page else self._pool
         status, headers, content = await loop.run_in_executor(pool, answer, self._app, environ)
@@ -126,15 +121,17 @@ def waited_s(environ: dict[str, Any]) -> float:
 
 
 class Body:
-    """Of a request, as it arrives; with the one method of PEP 3333's that the Flask front end calls."""
+    """Of a request, as it arrives in ``loop``; with the one method of PEP 3333's that the Flask front end calls."""
 
-    def __init__(self, receive_part: Callable[[], dict[str, Any]]):
-        self._receive_part, self._part, self._has_more = receive_part, b"", True
+    def __init__(self, receive: Callable, loop: asyncio.AbstractEventLoop, deadline: float):
+        self._receive, self._loop, self._deadline = receive, loop, deadline
+        self._part, self._has_more = b"", True
 
     def read(self, size: int) -> bytes:
         """At most so many bytes, none at its end. Raises OSError when it does not arrive."""
         while not self._part and self._has_more:
-            event = self._receive_part()
+            left_s = max(0.0, self._deadline - time.monotonic())
+            event = asyncio.run_coroutine_threadsafe(self._receive(), self._loop).result(left_s)
             if event["type"] == "http.disconnect":
                 raise ConnectionError("The client has gone")
             self._part, self._has_more = event.get("body", b""), event.get("more_body", False)

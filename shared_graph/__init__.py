@@ -38,19 +38,14 @@ import os
 os.environ.setdefault("RAY_DISABLE_FAILURE_SIGNAL_HANDLER", "1")  # else it takes SIGTERM from whoever handles it
 os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", "^A worker died or was killed")  # a paragraph; we have a line for it
 
-_MODULES = {
-    "Cluster": "cluster",
-    "DeadlineExceeded": "errors",
-    "Error": "errors",
-    "InvalidRequest": "errors",
-    "ModelError": "errors",
-    "OptionError": "errors",
-    "Options": "options",
-    "TensorFlowVariables": "variables",
-    "Unavailable": "errors",
-    "WorkerLost": "errors",
-    "remote_predict": "remote_predict_op",
+_NAMES = {
+    "cluster": ["Cluster"],
+    "errors": ["DeadlineExceeded", "Error", "InvalidRequest", "ModelError", "OptionError", "Unavailable", "WorkerLost"],
+    "options": ["Options"],
+    "remote_predict_op": ["remote_predict"],
+    "variables": ["TensorFlowVariables"],
 }
+_MODULES = {name: module for module, names in _NAMES.items() for name in names}
 __all__ = list(_MODULES)
 
 

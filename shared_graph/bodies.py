@@ -47,9 +47,8 @@ class PendingBytes:
             self.count += size_bytes
 
     def release(self, size_bytes: int) -> None:
-        if size_bytes:
-            with self._lock:
-                self.count -= size_bytes
+        with self._lock:
+            self.count -= size_bytes
 
     @contextlib.contextmanager
     def arriving(self) -> Iterator[Callable[[bytes], None]]:

@@ -155,10 +155,8 @@ class Worker:
             late_s = max(0, deadline - time.monotonic()) + OVERDUE_S
             end = functools.partial(self._end_overdue, replica, version, graph, run)
             timer = self.loop.call_later(late_s, lambda: keep_task(self.tasks, end()))
-            try:
-                await run
-            finally:
-                timer.cancel()
+            run.add_done_callback(lambda _: timer.cancel())
+            await run
         finally:
             lane.gate.leave(kind)
 

@@ -106,8 +106,7 @@ class Batcher:
         if not request.is_patient:
             self.pending.release(request.size_bytes)
         request.size_bytes = 0
-        if request.timer is not None:
-            request.timer.cancel()
+        request.timer.cancel()
         if request.future.done():
             return
         if isinstance(answer, Exception):
@@ -150,8 +149,7 @@ class Batcher:
 
     def remove(self, connection: WorkerConnection) -> None:
         """It is gone. What it had runs once more elsewhere, or is answered with why it cannot."""
-        if connection in self.connections:
-            self.connections.remove(connection)
+        self.connections.remove(connection)
         lost = [request for _, batch in connection.in_flight.values() for request in batch.values()]
         connection.in_flight.clear()
         why = "did not answer any more and was ended" if connection.was_ended else "was lost"

@@ -33,13 +33,7 @@ from shared_graph.graph_definition import (
 from shared_graph.model_source import ADDER, ADDER_SOURCE, ModelSource
 from shared_graph.models import Arrays, array_of
 from shared_graph.options import Options
-from shared_graph.tensorflow_runtime import (
-    call_function,
-    import_tensorflow,
-    rerun_refused,
-    server_config,
-    session_config,
-)
+from shared_graph.tensorflow_runtime import call_function, import_tensorflow, rerun_refused, session_config
 from shared_graph.threads import OwnThread
 from shared_graph.variables import TensorFlowVariables
 
@@ -142,9 +136,8 @@ class Graph:
 
     def connect(self, servers: list[str], options: Options) -> None:
         """To the parameter servers at these addresses, or in this process."""
-        tf = self._tf
         self._target = f"grpc://{servers[self.ps_task]}" if servers else ""
-        self._config = session_config(tf, servers, options) if servers else server_config(tf, options, self.runs_python)
+        self._config = session_config(self._tf, servers, options, self.runs_python)
         self._open_session()
 
     def _open_session(self) -> None:

@@ -233,13 +233,16 @@ def _switch(tf, has_resource_variables: bool, has_control_flow_v2: bool) -> None
     tf.enable_control_flow_v2() if has_control_flow_v2 else tf.disable_control_flow_v2()
 
 
-def session_config(tf, addresses: list[str], options: Options):
-    """The one session config: variables live on the ``ps`` tasks and are shared by all sessions made with it.
+def session_config(tf, addresses: list[str], options: Options, runs_python: bool):
+    """The one session config: variables live on the ``ps`` tasks and are shared by all sessions made with it; without
+    ``addresses`` they live in this process.
 
     The TF servers know nothing of each other; each session brings the cluster along. Without ``share_session_state``
     each would get a private copy of the server's state. Deadlines are kept outside of TensorFlow. The timeout, far
     behind them, is for what waits for a server that is gone, be it the end of a session: it would wait for ever.
     """
+    if not addresses:
+        return server_config(tf, options, runs_python)
     config = tf.ConfigProto(
         allow_soft_placement=True,
         operation_timeout_in_ms=int(1000 * (options.timeout_s + LOST_LIMIT_S)),

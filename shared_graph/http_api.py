@@ -73,9 +73,8 @@ def path_below(prefix: str, sent: str | None, path: str) -> str:
     if not sent.startswith("/"):
         sent = re.sub(r"^\w+://[^/]*", "", sent)  # http://host/path, as proxies are asked
         sent = sent if sent.startswith("/") else f"/{sent}"
-    if not (prefix := prefix.rstrip("/")):
-        return sent
-    parts, count = sent.split("/"), 1 + prefix.count("/")
+    prefix, parts = prefix.rstrip("/"), sent.split("/")
+    count = 1 + prefix.count("/")
     return "/" + "/".join(parts[count:]) if urllib.parse.unquote("/".join(parts[:count])) == prefix else sent
 
 

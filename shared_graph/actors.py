@@ -47,6 +47,4 @@ def create_actor(options: Options, namespace: str, kind: str, index: int, *argum
 
 def gpu_share(gpus: int, actors: int) -> float:
     """How many GPUs each actor gets, such that all of them fit: whole ones, or a part of one."""
-    if not gpus:
-        return 0
-    return 1 if gpus >= actors else math.floor(10_000 / -(-actors // gpus)) / 10_000
+    return math.floor(10_000 / math.ceil(actors / gpus)) / 10_000 if gpus else 0

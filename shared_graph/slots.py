@@ -48,9 +48,7 @@ class Slots:
 
     def give_back(self, key: Hashable) -> None:
         self.free += 1
-        self.taken[key] -= 1
-        if not self.taken[key]:
-            del self.taken[key]
+        self.taken -= collections.Counter([key])  # which forgets a kind that has none any more
 
 
 class Gate:

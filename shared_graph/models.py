@@ -90,6 +90,11 @@ class Snapshot(NamedTuple):
     # by model, and label or None (the latest): the version; None while that changes, and then requests wait for it
     pointers: dict[tuple[str, str | None], int | None] = {}  # noqa: RUF012
 
+    @property
+    def loaded(self) -> dict[ModelKey, LoadedVersion]:
+        """Of the versions that the parameter server has, what it has found out about them."""
+        return {key: version.loaded for key, version in self.versions.items() if version.loaded}
+
     def find(self, name: str, choice: VersionChoice) -> ModelVersion | None:
         """What is asked for, if it is served; where a pointer just moves, what it stood for is not known."""
         version = choice if isinstance(choice, int) else self.pointers.get((name, choice))

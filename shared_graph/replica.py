@@ -85,18 +85,16 @@ class Replica:
         if snapshot.snapshot_id <= self.snapshot.snapshot_id or self.has_left:
             return
         before, self.snapshot = self.snapshot, snapshot
-        ids = {version.loaded.weights_id for version in snapshot.versions.values() if version.loaded}
+        ids = {loaded.weights_id for loaded in snapshot.loaded.values()}
         for known in [known for known in list(self.shared_runs) if known[0] not in ids]:
             self.shared_runs.pop(known, None)
-        for key, version in snapshot.versions.items():
-            if version.loaded is None:
-                continue
-            if key in self.graphs and self.graphs[key].fingerprint != version.loaded.fingerprint:
+        for key, loaded in snapshot.loaded.items():
+            if key in self.graphs and self.graphs[key].fingerprint != loaded.fingerprint:
                 self.graphs.pop(key).disconnect()  # of other files: it was replaced before anybody had heard of it
                 self.weights.pop(key, None)
-            if key in self.graphs and not is_mirrored(self.options, version.source):
-                self.weights[key] = version.loaded.weights_id
-            if key not in self._bringing_up and self.weights.get(key) != version.loaded.weights_id:
+            if key in self.graphs and not is_mirrored(self.options, snapshot.versions[key].source):
+                self.weights[key] = loaded.weights_id
+            if key not in self._bringing_up and self.weights.get(key) != loaded.weights_id:
                 self._bringing_up.add(key)
                 keep_task(self._tasks, self._bring_up(key))
         for name in {key.name for key in [*before.versions, *snapshot.versions, *self.graphs]}:
@@ -109,8 +107,7 @@ class Replica:
         async with self._turns[name]:
             if is_other and (runs := list(self.runs[name])):
                 await asyncio.wait(runs)
-            loaded = {key for key, version in snapshot.versions.items() if version.loaded is not None}
-            dropped = [key for key in self.graphs if key.name == name and key not in loaded]
+            dropped = [key for key in self.graphs if key.name == name and key not in snapshot.loaded]
             endings = [self.graphs.pop(key).disconnect() for key in dropped]
             for key in dropped:
                 self.weights.pop(key, None)
@@ -140,8 +137,7 @@ class Replica:
 
     def _wanted(self, key: ModelKey) -> LoadedVersion | None:
         """What the parameter server has loaded of it at the moment."""
-        version = self.snapshot.versions.get(key)
-        return version and version.loaded
+        return self.snapshot.loaded.get(key)
 
     async def _build(self, key: ModelKey, loaded: LoadedVersion) -> None:
         """Build, connect and warm up, or give a mirror other weights: those that are wanted by then."""
@@ -208,9 +204,5 @@ class Replica:
 
 def rules_of(name: str, snapshot: Snapshot) -> tuple[dict, dict]:
     """What of a snapshot says how requests for a model are answered."""
-    versions = {
-        key: (version.loaded.batchable, version.loaded.undecided)
-        for key, version in snapshot.versions.items()
-        if key.name == name and version.loaded is not None
-    }
-    return versions, {pointer: version for pointer, version in snapshot.pointers.items() if pointer[0] == name}
+    loaded = {key: (known.batchable, known.undecided) for key, known in snapshot.loaded.items() if key.name == name}
+    return loaded, {pointer: version for pointer, version in snapshot.pointers.items() if pointer[0] == name}

@@ -9,7 +9,7 @@ from starlette.websockets import WebSocket, WebSocketDisconnect, WebSocketDiscon
 
 from shared_graph.bodies import HttpBody
 from shared_graph.cluster import Cluster
-from shared_graph.http_api import may_open_socket, own_error
+from shared_graph.http_api import Call, may_open_socket, own_error
 from shared_graph.messages import BadMessage, error_text, read_message, result_text
 
 RESTARTING = 1012  # why a WebSocket is closed when the server ends
@@ -59,7 +59,7 @@ class WebSockets:
             answering.add_done_callback(lambda _: slots.release())
 
     async def _answer(self, websocket: WebSocket, cluster: Cluster, message: bytes) -> None:
-        identity, call = "null", None
+        identity, call = "null", Call("", None, "")
         try:
             identity, call, value = read_message(message)
             if call.verb == "add":
@@ -69,6 +69,5 @@ class WebSockets:
             text = result_text(identity, result)
         except Exception as error:
             identity = error.identity if isinstance(error, BadMessage) else identity
-            asked = (call.model, call.verb) if call else ()
-            text = error_text(identity, own_error(error, cluster.status, *asked))
+            text = error_text(identity, own_error(error, cluster.status, call.model, call.verb))
         await websocket.send_text(text)

@@ -205,8 +205,8 @@ def to_array(what: str, value: Any, dtype: np.dtype) -> np.ndarray:
         return array
     may_cast = np.can_cast(array.dtype, dtype, "same_kind") or (array.dtype.kind == "i" and dtype.kind == "u")
     if not (may_cast or array.size == 0):
-        kind = "strings" if array.dtype.kind in "OSU" else array.dtype
-        raise InvalidRequest(f"{what} takes {dtype}, not {kind}")
+        has_text = array.dtype.kind in "OSU" and any(isinstance(v, (str, bytes)) for v in array.flat)
+        raise InvalidRequest(f"{what} takes {dtype}, not {'strings' if has_text else array.dtype}")
     with np.errstate(over="ignore"):
         result = array.astype(dtype)
     if dtype.kind in "iu" and not np.array_equal(result, array):

@@ -60,10 +60,20 @@ def replica(tmp_path):
     return lambda **options: Replica(0, "life", Options(**options), PlayedServer(), info, lambda: None)
 
 
+class Awaited(threading.Event):
+    """Knows how often it was waited for."""
+
+    waits = 0
+
+    def wait(self, timeout: float | None = None) -> bool:
+        self.waits += 1
+        return super().wait(timeout)
+
+
 @pytest.fixture
 def building(monkeypatch):
     """Graphs that are built from now on, and an event without which no build ends; one that is None fails."""
-    graphs, may_end = [], threading.Event()
+    graphs, may_end = [], Awaited()
 
     def build(*arguments, **origin):
         graph = graphs[-1]
@@ -87,7 +97,7 @@ async def test_a_version_that_is_given_up_while_it_is_built_is_not_kept(replica,
     replica, (graphs, may_end) = replica(), building
     graphs.append(PlayedGraph())
     replica.apply(Snapshot(1, {KEY: THERE}, frozenset(), {}))
-    await asyncio.sleep(0.05)
+    await until(lambda: may_end.waits)
     replica.apply(Snapshot(2, {KEY: LEAVING}, frozenset(), {}))
     may_end.set()
     await until(lambda: not replica._bringing_up)
@@ -117,7 +127,7 @@ async def test_a_worker_that_catches_up_when_the_parameter_server_dies_says_so_a
     replica, (graphs, may_end) = replica(), building
     graphs.append(PlayedGraph())
     catching_up = asyncio.create_task(replica.catch_up(Snapshot(1, {KEY: THERE}, frozenset(), {}), 1000))
-    await asyncio.sleep(0.05)
+    await until(lambda: may_end.waits)
     replica.leave()
     with pytest.raises(ActorUnavailable):
         await asyncio.wait_for(catching_up, 10)
@@ -171,7 +181,7 @@ async def test_a_mirror_is_not_answered_from_until_it_has_the_weights_that_were_
     monkeypatch.setattr(module, "build_graph", lambda *arguments, **origin: graph)
     replica.server.weights = "old"
     replica.apply(Snapshot(1, {KEY: THERE}, frozenset(), {}))
-    await asyncio.sleep(0.05)
+    await until(lambda: may_end.waits)
     replica.server.weights = "new"
     others = ModelVersion(SOURCES["a"], "AVAILABLE", None, LOADED._replace(weights_id="others"))
     replica.apply(Snapshot(2, {KEY: others}, frozenset(), {}))
@@ -221,25 +231,27 @@ async def test_a_version_that_is_dropped_is_kept_for_what_runs_on_it_whatever_co
     replica, graph = replica(), PlayedGraph()
     replica.graphs[KEY], replica.weights[KEY] = graph, "weights"
 
-    async def settled(snapshot_id: int, versions: dict, pointers: dict) -> int:
-        """Up to which snapshot the model is settled when this one has come."""
-        replica.apply(Snapshot(snapshot_id, versions, frozenset(), pointers))
+    async def is_still(settled: int) -> bool:
+        """Is this the last snapshot up to which the model is settled, a moment after it was?"""
+        await until(lambda: replica._settled.get("a") == settled)
         await asyncio.sleep(0.01)
-        return replica._settled["a"]
+        return replica._settled["a"] == settled
 
-    assert await settled(1, {KEY: THERE}, {("a", None): 1}) == 1
+    replica.apply(Snapshot(1, {KEY: THERE}, frozenset(), {("a", None): 1}))
+    assert await is_still(1)
     run = asyncio.get_running_loop().create_future()
     replica.runs["a"].add(run)
-    assert await settled(2, {KEY: THERE}, {}) == 1
-    assert await settled(3, {KEY: LEAVING}, {}) == 1
-    assert await settled(4, {KEY: LEAVING, OTHER: ModelVersion(SOURCES["b"], "LOADING")}, {}) == 1
+    with_other = {KEY: LEAVING, OTHER: ModelVersion(SOURCES["b"], "LOADING")}
+    for number, versions in enumerate([{KEY: THERE}, {KEY: LEAVING}, with_other], 2):
+        replica.apply(Snapshot(number, versions))
+        assert await is_still(1)
     assert graph.is_connected
     replica.runs["a"] = {begun_since := asyncio.get_running_loop().create_future()}
     run.set_result(None)
-    await asyncio.sleep(0.01)
-    assert replica._settled["a"] == 2 and graph.is_connected
+    assert await is_still(2) and graph.is_connected
     begun_since.set_result(None)
-    assert await settled(5, {KEY: LEAVING}, {}) == 5 and not graph.is_connected
+    replica.apply(Snapshot(5, {KEY: LEAVING}))
+    assert await is_still(5) and not graph.is_connected
     replica.leave()
 
 
@@ -273,7 +285,7 @@ async def test_a_graph_of_a_version_that_was_loaded_anew_while_it_was_built_is_b
     replica, (graphs, may_end) = replica(), building
     graphs.append(first := PlayedGraph())
     replica.apply(there())
-    await asyncio.sleep(0.05)
+    await until(lambda: may_end.waits)
     graphs.append(second := PlayedGraph())
     second.fingerprint = change.get("fingerprint", "")
     replica.apply(there(**change, weights_id="second"))
@@ -365,7 +377,7 @@ async def test_what_a_run_shows_is_told_of_the_weights_with_which_it_began(repli
 async def test_a_run_that_never_ends_ends_the_worker_unless_its_parameter_server_has_gone_and_it_waits_for_that(
     replica, monkeypatch, is_lost
 ):
-    mine, graph, may_end = replica(), PlayedGraph(), threading.Event()
+    mine, graph, may_end = replica(), PlayedGraph(), Awaited()
     mine.snapshot = Snapshot(1, {KEY: THERE}, frozenset(), {("a", None): 1})
     mine.graphs[KEY], mine.weights[KEY], graph.cancel_runs = graph, "weights", lambda: None
     graph.is_mirror = False
@@ -375,11 +387,13 @@ async def test_a_run_that_never_ends_ends_the_worker_unless_its_parameter_server
     its.index, its.options, its.loop, its.compute = 0, mine.options, asyncio.get_running_loop(), worker.Lane(1)
     its.tasks, its.overdue = set(), {}
     run = asyncio.create_task(its._run(mine, Batch(0, ("a", None), "", [("arrays", None, 0.1, False)]), lambda a: None))
-    await asyncio.sleep(0.05)
+    await until(lambda: may_end.waits)
     if is_lost:
         mine.leave()
-    await asyncio.sleep(0.4)
-    assert bool(its.overdue) is not is_lost
+        await asyncio.sleep(0.4)
+        assert not its.overdue
+    else:
+        await until(lambda: its.overdue)
     may_end.set()
     await run
     mine.leave()

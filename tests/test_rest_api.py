@@ -456,6 +456,8 @@ def test_adds_and_arrays_from_python_are_taken_as_they_are():
     assert decoded.encode([np.float64([1, 3])])["sum"].tolist() == [1, 3]
     refused("['value'], not ['x']", decode, adder, "arrays", ("", {"x": np.ones(2)}))
     refused("signature def", decode, adder, "arrays", ("no", np.ones(2)))
+    for value, kind in [([2**70], "object"), ([None, 1.0], "object"), ([1.0, "a"], "strings")]:
+        refused(f"'value' takes float64, not {kind}", decode, adder, "arrays", ("", np.array(value, object)))
 
 
 @pytest.mark.parametrize(

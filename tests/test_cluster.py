@@ -297,6 +297,7 @@ def test_closing_while_starting_is_quick_and_clean(tmp_path):
     assert max(report["seconds"]) < 60
 
 
+@pytest.mark.long
 def test_a_start_that_is_interrupted_twice_or_runs_out_of_time_has_ended_all_when_it_raises(tmp_path):
     report = run_script(
         """

@@ -124,6 +124,7 @@ def test_it_can_be_ended_at_any_moment_and_leaves_nothing(moment, end):
         assert "Traceback" not in run.read("stderr") and not any(line.startswith("sum:") for line in run.lines)
 
 
+@pytest.mark.long
 def test_a_second_ctrl_c_while_it_stops_changes_nothing():
     with running("--workers", "2") as run:
         wait_until(lambda: "gcs_server" in " ".join(processes(run.owner).values()), what="Ray")
@@ -202,7 +203,7 @@ os.kill(os.getpid(), signal.SIGHUP)
     assert (done.returncode, done.stdout.decode()) == (0, told)
 
 
-@pytest.mark.parametrize("closed", [long("<&-"), long(">&-"), "2>&-", "<&- >&- 2>&-"])
+@pytest.mark.parametrize("closed", [long("<&-"), long(">&-"), long("2>&-"), "<&- >&- 2>&-"])
 def test_with_standard_streams_closed_it_serves(closed):
     with Server("starlette", "--workers", "1", before=["sh", "-c", f'exec "$0" "$@" {closed}']) as server:
         server.wait_ready()

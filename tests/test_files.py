@@ -276,6 +276,7 @@ def test_a_large_file_is_predicted_with_a_fraction_of_it_in_memory(large_file, t
     assert 0 < peak - before < 200
 
 
+@pytest.mark.long
 def test_interrupted_half_way_no_file_and_no_process_is_left(large_file, tmp_path):
     with command(large_file, tmp_path / "out.npy") as run:
         wait_until(lambda: "rows/s" in run.read("stderr"), what="progress")

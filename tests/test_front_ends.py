@@ -247,7 +247,7 @@ def test_a_large_body_that_is_allowed_is_read(front_end):
     assert good(front_end.predict("picky", b'{"instances": [1]' + b" " * 8 * 2**20 + b"}")) == {"predictions": [0.5]}
 
 
-@KINDS
+@pytest.mark.parametrize("kind", [long("flask"), "starlette"])
 def test_while_it_starts_all_that_needs_the_graph_is_503_and_a_signal_ends_it(kind):
     with Server(kind, "--workers", "2") as server:
         wait_until(server.is_listening)
@@ -265,7 +265,7 @@ def test_while_it_starts_all_that_needs_the_graph_is_503_and_a_signal_ends_it(ki
         assert "Traceback" not in server.output()
 
 
-@KINDS
+@pytest.mark.parametrize("kind", [long("flask"), "starlette"])
 def test_ctrl_c_ends_it_in_order_and_leaves_nothing_however_often_it_comes(kind):
     before = folders()
     with Server(kind, "--workers", "1") as server:
@@ -309,7 +309,7 @@ def test_a_model_that_can_never_be_loaded_is_told_in_one_sentence_before_anythin
     assert server.output().count("\n") == 1 and "no_such_module" in server.output()
 
 
-@KINDS
+@pytest.mark.parametrize("kind", ["flask", long("starlette")])
 def test_when_nothing_can_be_served_any_more_the_program_ends_with_status_1_and_one_sentence(kind):
     with Server(kind, "--workers", "1", "--checkpoint-dir", "/proc/none") as server:
         assert server.process.wait(60) == 1
@@ -330,7 +330,8 @@ def test_when_ray_dies_the_program_ends_with_status_1(kind):
             os.kill(pid, signal.SIGKILL)
 
 
-@pytest.mark.parametrize("kind", [long("flask"), "starlette"])
+@pytest.mark.long
+@pytest.mark.parametrize("kind", ["flask", "starlette"])
 def test_the_log_says_with_date_and_level_what_happens(kind):
     with Server(kind, "--workers", "2", "--host", "::1", "--model", "example_models:linear") as server:
         log = lambda what: re.findall(rf"^\d{{4}}-\d\d-\d\d \d\d:\d\d:\d\d INFO {what}$", server.output(), re.M)

@@ -180,6 +180,7 @@ with ray_runtime(options):
 """
 
 
+@pytest.mark.long
 def test_nothing_is_left_of_actors_that_were_made_and_never_called(nodes, address):
     subprocess.run([sys.executable, "-c", MAKE_AND_DIE, address], check=True, timeout=180)
     wait_until(nodes.actors)
@@ -251,6 +252,7 @@ def test_gpus_are_shared_out_evenly(gpus, actors, share):
     assert gpu_share(gpus, actors) == share
 
 
+@pytest.mark.long
 def test_each_actor_is_pinned_to_its_part_of_a_gpu(monkeypatch, tmp_path):
     """Three workers and the parameter server are two to each GPU."""
     options = "--workers", "3", "--checkpoint-dir", str(tmp_path)

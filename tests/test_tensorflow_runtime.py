@@ -226,7 +226,7 @@ print([name for name in os.environ if name.lower().endswith("_proxy")], round(sy
 # -- models ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module", params=["ours", long("real")])
+@pytest.fixture(scope="module", params=["ours", "real"])
 def sources(request, tmp_path_factory) -> list[str]:
     """NAME=SOURCE of all SavedModels: those of the tests, or real ones where they are."""
     import example_models
@@ -246,6 +246,7 @@ def answers(how: str, sources: list[str]) -> dict:
     return json.loads(done.stdout)
 
 
+@pytest.mark.long
 def test_all_saved_models_and_the_adder_are_the_same_with_a_part_to_the_last_bit_and_sentence(sources):
     part, whole = answers("slim", sources), answers("whole", sources)
     assert part["is_bare"] and not whole["is_bare"]

@@ -180,7 +180,7 @@ def options(folder: Folder, *more: str) -> list[str]:
     return ["--workers", "2", "--threads", "2", "--model", f"m={folder.path}", *more]
 
 
-@pytest.mark.parametrize("seconds", [5, long(60)])
+@pytest.mark.parametrize("seconds", [3, long(60)])
 @pytest.mark.parametrize("kind", [long("flask"), "starlette"])
 def test_no_request_fails_while_versions_come_and_go_and_one_is_broken(kind, seconds, folder):
     with Server(kind, *options(folder)) as server:

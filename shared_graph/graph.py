@@ -33,7 +33,7 @@ from shared_graph.graph_definition import (
 from shared_graph.model_source import ADDER, ADDER_SOURCE, ModelSource
 from shared_graph.models import Arrays, array_of
 from shared_graph.options import Options
-from shared_graph.tensorflow_runtime import call_function, import_tensorflow, rerun_refused, session_config
+from shared_graph.tensorflow_runtime import Switches, call_function, import_tensorflow, rerun_refused, session_config
 from shared_graph.threads import OwnThread
 from shared_graph.variables import TensorFlowVariables
 
@@ -54,14 +54,16 @@ class Graph:
         ps_tasks: int = 1,
         folder: str | None = None,
         tokens: list[str] | None = None,
+        switches: Switches | None = None,
     ):
         """``folder``: from where a SavedModel is read, by default the source's. ``tokens``: what the process that runs
-        the graph calls the Python functions in it, by default this process."""
+        the graph calls the Python functions in it, by default this process. ``switches``: see ``call_function``."""
         from tensorflow.python.saved_model import loader_impl
 
         self._tf, self.source, self.ps_task, self.is_mirror, self.atomic = tf, source, ps_task, not ps_tasks, False
         self.session, self._callables, self._initializers = None, None, []
         self.own_thread: OwnThread | None = None  # held as long as this lives, for the sake of memory
+        self.switches = switches
         self.saved_checksum: int | None = None  # of its variables when they were saved last
         self._loader = loader_impl.SavedModelLoader(folder or source.folder) if source.folder else None
         meta_graph = self._loader.get_meta_graph_def_from_tags(["serve"]) if self._loader else self._build(tf)
@@ -109,7 +111,7 @@ class Graph:
         """Call the user's function, in a graph of its own, and describe what it made as a SavedModel would."""
         from tensorflow.core.protobuf import meta_graph_pb2
 
-        self._builder, function, signatures = call_function(tf, self.source.function)
+        self._builder, function, signatures, self.switches = call_function(tf, self.source.function, self.switches)
         # the builder is kept: it owns the Python functions of its py_func operations
         self.atomic = getattr(function, "atomic", False)
         meta_graph = meta_graph_pb2.MetaGraphDef()
@@ -201,12 +203,16 @@ class Graph:
         else:
             return list(map(array_of, outputs))
         # out here, where it does not hold the session: its end would wait for its server
-        if code in CANCELLED and self.session is not session and may_repeat and time.monotonic() < deadline:
-            return self.run(signature, feed, deadline)  # see cancel_runs
+        was_cancelled = code in CANCELLED and self.session is not session  # see cancel_runs
+        if was_cancelled and may_repeat and time.monotonic() < deadline:
+            return self.run(signature, feed, deadline)
         if code in PERHAPS_DISCONNECTED and not self._is_connected(session):
             raise ConnectionError(str(failure))
         if code in PERHAPS_DISCONNECTED and is_first and may_repeat:
             return self.run(signature, feed, deadline, is_first=False)  # UNAVAILABLE, but the probes got through
+        # TensorFlow sends a run again when its connection was lost; the server refuses it, whatever the first one did
+        if not may_repeat and (was_cancelled or "(Master) request was received twice" in str(failure)):
+            raise ModelError("The run was interrupted; what it changes may or may not have been changed.", 502)
         raise failure
 
     def _is_connected(self, session) -> bool:

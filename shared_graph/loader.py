@@ -110,7 +110,7 @@ class Loader:
             elif graph.mutates_state:  # its first weights are not kept: another SavedModel may begin with others
                 graph.saved_checksum = await in_own_thread(lambda: checksum_of(graph.variables.get_weights()))
         found = graph.metadata(), graph.fingerprint, tuple(graph.tokens)
-        return LoadedVersion(*found, *verdict, graph.runs_python, secrets.token_hex(8))
+        return LoadedVersion(*found, *verdict, graph.runs_python, secrets.token_hex(8), graph.switches)
 
     def _build_and_restore(self, key: ModelKey, source: ModelSource) -> Graph:
         """In a thread of its own, which may take long."""
@@ -154,10 +154,10 @@ class Loader:
             await in_own_thread(free_garbage, [ending])
 
     def _set_and_save(self, graph: Graph, weights: Arrays) -> None:
-        """Where they cannot be saved the old ones are put back."""
+        """Where they cannot be set or saved the old ones are put back."""
         before = {name: value for name, value in graph.variables.get_weights().items() if name in weights}
-        graph.variables.set_weights(weights)
         try:
+            graph.variables.set_weights(weights)
             self._checkpoint(graph)
         except Exception:
             graph.variables.set_weights(before)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import ctypes
 import gc
 import threading
@@ -43,10 +44,11 @@ async def keep_memory_low() -> None:
     least = _resident_pages()
     while True:
         await asyncio.sleep(LOOK_EVERY_S)
-        if _resident_pages() > least + GROWN_PAGES:
-            await in_own_thread(give_memory_back)
-            least = _resident_pages()
-        least = min(least, _resident_pages())
+        with contextlib.suppress(OSError):  # too many files are open
+            if _resident_pages() > least + GROWN_PAGES:
+                await in_own_thread(give_memory_back)
+                least = _resident_pages()
+            least = min(least, _resident_pages())
 
 
 def _glibc() -> ctypes.CDLL | None:

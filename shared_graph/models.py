@@ -65,6 +65,7 @@ class LoadedVersion(NamedTuple):
     undecided: tuple[str, ...]  # those of which that is to be found out from real requests
     runs_python: bool
     weights_id: str  # another one whenever weights have been set
+    switches: tuple[bool, bool] | None = None  # with which its function was called, see call_function
 
 
 class ModelVersion(NamedTuple):

@@ -58,7 +58,7 @@ class ParameterServer:
         Raises ModelError or Unavailable, and OptionError to a front end that ``wanted`` another cluster than this one,
         which it would share.
         """
-        self.idle_s, ours = 0, self.options.shared
+        ours = self.options.shared
         differs = [
             f"{name} {it} (it runs with {ours.get(name)})"
             for name, it in (wanted or ours).items()
@@ -80,6 +80,7 @@ class ParameterServer:
                         await self._begin()
                     keep_task(self.tasks, keep_memory_low())
                 self.incarnation = secrets.token_hex(8)
+            self.idle_s = 0  # not before: who cannot have it is not to keep it, however often that comes
             return ServerInfo(self.process, self.incarnation, self.folder, self.addresses, self.manager.snapshot)
 
     async def death_watch(self) -> None:
@@ -88,7 +89,9 @@ class ParameterServer:
 
     async def ping(self, snapshot_id: int) -> tuple[str | None, Snapshot | None]:
         """What is wrong, if anything is; and what is served, if that is another snapshot."""
-        self.idle_s, snapshot = 0, self.manager.snapshot
+        if snapshot_id or self.index:  # else who asks has not had this cluster yet, see start
+            self.idle_s = 0
+        snapshot = self.manager.snapshot
         trouble = next(filter(None, self.troubles.values()), None)
         return trouble, snapshot if snapshot.snapshot_id != snapshot_id else None
 
@@ -125,7 +128,8 @@ class ParameterServer:
         if self.workers.get(report.index, ("", None))[0] != report.incarnation:
             worker = await find_actor(f"worker {report.index}", self.namespace)
             self.workers[report.index] = report.incarnation, worker
-            keep_task(self.tasks, watch_death(worker, self.manager.worker_lost, report.index, report.incarnation))
+            lost = report.index, report.incarnation, worker
+            keep_task(self.tasks, watch_death(worker, self._lose_worker, *lost))
         self.manager.report(report)
         return self.manager.snapshot
 
@@ -136,6 +140,12 @@ class ParameterServer:
         """A slice of the files that a version was loaded from; an empty one is the end."""
         with as_own_errors(f"The files of model {key} cannot be handed out"):
             return await asyncio.to_thread(read_slice, self.loader.bundles[key], offset)
+
+    def _lose_worker(self, index: int, incarnation: str, worker: Actor) -> None:
+        """It is gone; or it could not be called, and goes on: then its next report has it watched again."""
+        if self.workers[index][0] == incarnation:
+            self.workers[index] = "", worker
+        self.manager.worker_lost(index, incarnation)
 
     def _publish(self, snapshot: Snapshot) -> None:
         for _, worker in self.workers.values():
@@ -199,10 +209,15 @@ class ParameterServer:
             with contextlib.suppress(ActorUnavailable):  # nor has one that is cut off, and for so long has no answer
                 await find_actor(f"parameter server {self.index}", self.namespace)
             self.idle_s += not self.starting.locked()
+        await self.starting.acquire()  # who comes now waits, and then hears that this one has ended
         if self.incarnation or self.is_first_life:  # else it could not begin with what is there, which others may
             with contextlib.suppress(Error):
                 await self.finish()
-        for index in range(self.options.workers if self.index == 0 else 0):
+        for task in self.tasks - {asyncio.current_task()}:  # one would end this process with another server
+            task.cancel()
+        names = [f"parameter server {index}" for index in range(1, self.options.parameter_servers)]
+        names += [f"worker {index}" for index in range(self.options.workers)]
+        for name in names if self.index == 0 else []:
             with contextlib.suppress(ActorUnavailable):
-                await asyncio.to_thread((await find_actor(f"worker {index}", self.namespace)).end)
+                await asyncio.to_thread((await find_actor(name, self.namespace)).end)
         await asyncio.to_thread(this_actor().end)

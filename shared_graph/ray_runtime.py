@@ -76,7 +76,7 @@ async def find_actor(name: str, namespace: str) -> Actor:
     _check_ray()
     try:
         return Actor(await asyncio.to_thread(ray.get_actor, name, namespace))
-    except ValueError:
+    except (ValueError, ray.exceptions.RayError):  # the second where Ray cannot tell just now
         raise ActorUnavailable(f"There is no {name}.") from None
 
 

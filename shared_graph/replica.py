@@ -76,8 +76,7 @@ class Replica:
                         await self._report()
         if self.has_left:
             raise ActorUnavailable("The parameter server was lost.")
-        if self._unreported.is_set():
-            await self._report()
+        await self._report()  # also where the limit has cut one short, with the snapshot that it brought
         keep_task(self._tasks, self._keep_reporting())
 
     def apply(self, snapshot: Snapshot) -> None:
@@ -149,7 +148,8 @@ class Replica:
             self.weights[key] = loaded.weights_id
             return
         async with contextlib.AsyncExitStack() as stack:
-            origin: dict[str, Any] = {"tokens": None if is_mirror else list(loaded.tokens)}
+            tokens = None if is_mirror else list(loaded.tokens)
+            origin: dict[str, Any] = {"tokens": tokens, "switches": loaded.switches}
             if source.folder:
                 read = functools.partial(self.server.call, "read_bundle", key)
                 origin["folder"] = await stack.enter_async_context(fetched_bundle(read))

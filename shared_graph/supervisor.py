@@ -126,7 +126,10 @@ class Supervisor:
         start, ping = asyncio.ensure_future(actor.handle.call("start", *arguments)), None
         try:
             while not start.done():
-                ping = asyncio.ensure_future(actor.handle.call("ping", 0))
+                if ping is None or ping.done():
+                    forget(ping)
+                    known = self._status.snapshot.snapshot_id if actor is self._primary else 0
+                    ping = asyncio.ensure_future(actor.handle.call("ping", known))
                 await asyncio.wait([start, ping], timeout=START_PATIENCE_S, return_when=asyncio.FIRST_COMPLETED)
                 if not start.done() and not ping.done():
                     if actor.process:
@@ -196,7 +199,7 @@ class Supervisor:
 
     async def end_actors(self) -> None:
         """Save what is to be saved, and end the actors that are this cluster's alone."""
-        if self._server_ready.is_set():
+        if self._server_ready.is_set() and self._primary.handle is not None:
             try:
                 await asyncio.wait_for(self._primary.handle.call("finish"), 10)
             except (Error, TimeoutError) as error:

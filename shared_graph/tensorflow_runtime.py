@@ -195,12 +195,13 @@ def _slim_namespace(package: ModuleType) -> SimpleNamespace:
     return tf
 
 
-_switches: dict[str, tuple[bool, bool]] = {}  # by module: are there resource variables, and control flow v2?
+Switches = tuple[bool, bool]  # are there resource variables, and control flow v2?
+_switches: dict[str, Switches] = {}  # by module
 
 
-def call_function(tf, where: str) -> tuple[Any, Callable, Any]:
+def call_function(tf, where: str, given: Switches | None = None) -> tuple[Any, Callable, Any, Switches]:
     """Call ``module:function`` in a new graph, with the same around it each time and in each process; the graph, the
-    function, and what it returned.
+    function, what it returned, and the switches, which are ``given`` where another process has found them out.
 
     What calls ``disable_v2_behavior()``, as many a program of TensorFlow 1 does when it is imported, does so for all
     that is built later in its process, and another process imports in another order: here it is for that module alone.
@@ -218,14 +219,14 @@ def call_function(tf, where: str) -> tuple[Any, Callable, Any]:
             return function(tf)
 
     for _ in range(3):  # once more when it has switched them itself, as it may by what it imports
-        switches, graph = _switches[module], tf.Graph()
+        switches, graph = given or _switches[module], tf.Graph()
         _switch(tf, *switches)
         with ThreadPoolExecutor(1) as pool:
             returned = pool.submit(call).result() if "keras" in sys.modules else call()
         _switches[module] = tf.resource_variables_enabled(), tf.control_flow_v2_enabled()
-        if _switches[module] == switches:
+        if given or _switches[module] == switches:
             break
-    return graph, function, returned
+    return graph, function, returned, switches
 
 
 def _switch(tf, has_resource_variables: bool, has_control_flow_v2: bool) -> None:
@@ -270,11 +271,12 @@ def rerun_refused(run: Callable, *arguments: Any) -> Any:
     """What ``run`` returns; a parameter server refuses one run in 43,000, as one that it has had before.
 
     It knows the last 100,000 runs by a number each, which a run's thread draws first thing, from a generator seeded
-    with 32 bits (TensorFlow's ``GetUniqueRequestId``). A refused run has done nothing, so it is run again.
+    with 32 bits (TensorFlow's ``GetUniqueRequestId``). A run that is refused as a worker's has done nothing, so it is
+    run again. Not one that is refused as a master's: that one TensorFlow itself has sent again, see Graph.run.
     """
     for is_last in (False, False, True):
         try:
             return run(*arguments)
         except Exception as error:
-            if is_last or "request was received twice" not in str(error):
+            if is_last or "(Worker) request was received twice" not in str(error):
                 raise

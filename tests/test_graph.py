@@ -75,6 +75,37 @@ def test_a_run_that_tensorflow_takes_for_another_one_is_run_again_unless_a_part_
         assert one(adder, np.array([3.0])) == [3]
 
 
+@pytest.mark.parametrize("is_cancelled", [True, False], ids=["cancelled beside another", "sent twice"])
+def test_a_run_that_may_have_been_applied_is_told_so_and_not_run_again_but_one_that_reads_is(load, is_cancelled):
+    """TensorFlow sends a run again when its connection was lost, and the server refuses it, whatever the first did."""
+    from tensorflow.python.framework.errors_impl import AbortedError, CancelledError
+
+    def interrupt(graph) -> list:
+        """What has been run by then, once more than it is answered."""
+        run, seen = graph._callables["serving_default"], []
+
+        def interrupted(*feed):
+            seen.append(run(*feed))
+            if is_cancelled:
+                graph.cancel_runs()
+                raise CancelledError(None, None, "Step was cancelled by an explicit call to `Session::Close()`.")
+            if len(seen) < 2:
+                raise AbortedError(None, None, "The same RunCallable (Master) request was received twice. step_id: 1")
+            return seen[-1]
+
+        graph._callables["serving_default"] = interrupted
+        return seen
+
+    adder, reader = load(ADDER_SOURCE), load("example_models:linear")
+    added, feed = interrupt(adder), [np.float32([[1, 2, 3]])]
+    with pytest.raises(ModelError, match="what it changes may or may not have been changed") as failure:
+        adder.run("serving_default", [np.array([3.0])], time.monotonic() + 30)
+    assert failure.value.status == 502 and [array.tolist() for [array] in added] == [[3.0]]
+    expected = reader.run("serving_default", feed)
+    interrupt(reader)
+    assert np.array_equal(reader.run("serving_default", feed, time.monotonic() + 30), expected)
+
+
 @pytest.mark.long
 def test_of_a_quarter_of_a_million_adds_none_is_refused_or_added_twice(add):
     """One in 43,000 is taken by TensorFlow for one of the last 100,000: five in these, none in one of 100 trials."""
@@ -165,6 +196,47 @@ def test_what_a_module_switches_off_when_it_is_imported_is_for_its_own_functions
     finally:
         tf.enable_v2_tensorshape()
         tf.enable_tensor_equality()
+
+
+COMMON = """
+import tensorflow.compat.v1 as tf
+tf.disable_v2_behavior()
+
+def build(tf):
+    x = tf.placeholder(tf.float32, [], name="x")
+    return {"serving_default": ({"x": x}, {"y": x + tf.get_variable("w", initializer=1.0)})}
+"""
+
+BUILD = """
+import sys
+from shared_graph.graph import Graph
+from shared_graph.model_source import ModelSource
+from shared_graph.tensorflow_runtime import import_tensorflow
+tf, made = import_tensorflow(whole=True), {}
+for name, *switches in eval(sys.argv[1]):
+    graph = Graph(tf, ModelSource(name, 1, function=f"{name}:build"), switches=switches and switches[0])
+    made[name] = graph.fingerprint, graph.switches
+print(made)
+"""
+
+
+def test_models_whose_modules_share_one_that_switches_are_the_same_in_a_process_that_builds_them_in_another_order(
+    tmp_path,
+):
+    """Whoever imports that one first gets what it switches: so the parameter server tells."""
+    (tmp_path / "common.py").write_text(COMMON)
+    for name in ("first", "second"):
+        (tmp_path / f"{name}.py").write_text("from common import build")
+
+    def built(order: list) -> dict:
+        environment = os.environ | {"PYTHONPATH": f"{REPOSITORY}:{tmp_path}"}
+        command = [sys.executable, "-c", BUILD, repr(order)]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=100)
+        assert done.returncode == 0, done.stderr
+        return ast.literal_eval(done.stdout.splitlines()[-1])
+
+    told = built([("first",), ("second",)])
+    assert built([("second", told["second"][1]), ("first", told["first"][1])]) == told
 
 
 def calls_python(tf):
@@ -543,6 +615,7 @@ def test_a_model_on_two_servers_has_lost_its_connection_when_the_second_has_gone
         options = Options(parameter_servers=2, model=["test_graph:spread"])
         graph = build_graph(options, options.model[0])
         graph.connect(addresses, options)
+        stack.callback(graph.disconnect, is_lost=True)  # else whoever frees it last would wait for them
         graph.restore({})
         feed = [np.float32([1, 2])]
         assert [graph.run(name, feed)[0].tolist() for name in ("read", "count")] == [[8, 16], [9, 17]]
@@ -551,7 +624,6 @@ def test_a_model_on_two_servers_has_lost_its_connection_when_the_second_has_gone
         for name in ("read", "count", "read"):
             with pytest.raises(ConnectionError):
                 graph.run(name, feed)
-        graph.disconnect(is_lost=True)  # else whoever frees it last would wait for them
 
 
 def test_what_is_asked_of_a_server_that_has_gone_ends_after_a_while_be_it_a_run_or_a_session(tf, monkeypatch):

@@ -135,6 +135,26 @@ async def test_a_worker_that_catches_up_when_the_parameter_server_dies_says_so_a
     may_end.set()
 
 
+async def test_what_a_report_brings_that_the_limit_cuts_short_is_not_lost(replica, building):
+    """A pointer that moves waits for every worker that has reported."""
+    mine, (graphs, may_end) = replica(), building
+    graphs.append(PlayedGraph())
+    may_end.set()
+    reports, later = [], Snapshot(2, {KEY: THERE}, frozenset(), {("a", None): None})
+
+    async def call(method: str, *arguments):
+        if method == "report":
+            reports.append(arguments)
+            await asyncio.sleep(0.5 if len(reports) == 1 else 0)  # the server has it, and its answer is on its way
+            return later
+        await asyncio.sleep(1000)
+
+    mine.server.call = call
+    await mine.catch_up(Snapshot(1, {KEY: THERE}, frozenset(), {}), 0.2)
+    assert mine.snapshot == later and len(reports) == 2
+    mine.leave()
+
+
 async def test_what_came_while_a_worker_caught_up_is_there_before_it_is_ready(replica, building):
     replica, (graphs, may_end) = replica(), building
     graphs.append(PlayedGraph())

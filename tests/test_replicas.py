@@ -158,7 +158,7 @@ def played(monkeypatch):
     async def fetched_bundle(read):
         yield await read(0)
 
-    def build_graph(options, source, is_mirror, tokens, folder):
+    def build_graph(options, source, is_mirror, folder, **about):
         return PlayedGraph(ModelKey(source.name, source.version), *folder)
 
     async def build_in_own_thread(build):

@@ -36,6 +36,7 @@ class PlayedActor:
         self.stage, self.kind, self.index = stage, kind, index
         self.connections: list[PlayedConnection] = []
         self.is_stopped, self.is_ended, self.starts, self.pings, self.failure = False, False, [], 0, None
+        self.known = set()  # the snapshots that those have who ping
         self.trouble: str | None = None
         self.cause: str | None = None  # for which it is dead for good
         self.begin()
@@ -82,6 +83,7 @@ class PlayedActor:
 
     async def ping(self, snapshot_id: int):
         self.pings += 1
+        self.known.add(snapshot_id)
         await self.unless_stopped(0.001)
         if self.kind == "worker" or snapshot_id >= self.stage.snapshot.snapshot_id:
             return self.trouble, None
@@ -156,6 +158,17 @@ async def test_all_become_ready_the_parameter_server_and_one_worker_first():
         assert max(actor.pings for actor in stage.actors.values()) < 20 / PING_S + 5, "it is asked over and over"
 
 
+async def test_who_has_had_the_parameter_server_tells_it_so_while_another_life_starts():
+    """That of a shared cluster is not to end then, which it does for those who have not."""
+    async with playing(workers=1) as stage:
+        await asyncio.sleep(20)
+        server = stage.actors["parameter server 0"]
+        server.known.clear()
+        server.kill()
+        await asyncio.sleep(20)
+        assert stage.states() == ["ready"] * 2 and server.known == {1}
+
+
 async def test_of_an_actor_for_which_ray_has_no_place_that_is_told_and_nothing_is_ended():
     async with playing(workers=2) as stage:
         create = stage.supervisor._create
@@ -166,8 +179,9 @@ async def test_of_an_actor_for_which_ray_has_no_place_that_is_told_and_nothing_i
             return actor
 
         stage.supervisor._create = without_a_place
-        await asyncio.sleep(60)
+        await asyncio.sleep(3600)
         waiting = stage.status.workers[1]
+        assert stage.actors["worker 1"].pings == 1, "calls that wait would pile up"
         assert stage.states() == ["ready", "ready", "starting"] and stage.killed == []
         assert waiting.as_json()["trouble"] == NO_PLACE
         stage.actors["worker 1"].is_stopped = False
@@ -434,6 +448,18 @@ async def test_ends_save_and_then_end_every_actor_workers_first(without_threads)
         assert all(connection.closed.done() for a in stage.actors.values() for connection in a.connections)
         await stage.supervisor.end_actors()
         assert stage.events == ["finish", "end worker 0", "end worker 1", "end parameter server 0"]
+
+
+async def test_all_are_ended_also_while_the_parameter_server_is_made_anew(without_threads):
+    async with playing(workers=1, checkpoint_dir="/kept") as stage:
+        await asyncio.sleep(20)
+        server = stage.actors["parameter server 0"]
+        server.cause, server.is_alive = "ray.kill", False
+        server.died.set()
+        while stage.status.servers[0].handle is not None:
+            await asyncio.sleep(0.01)
+        await stage.supervisor.end_actors()
+        assert stage.events == ["end worker 0"]
 
 
 @pytest.mark.parametrize(

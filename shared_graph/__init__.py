@@ -11,6 +11,7 @@ requests into batches and hands them round-robin to the workers. From the bottom
     errors, wire, threads, memory             what everybody uses: errors, frames, threads, memory given back
     logs                                      log lines, open files, the address to listen on
     model_source, models, options             models, their sources and arrays; one dataclass for all options
+    handles                                   actors as others hold them: found, called, ended
     ray_runtime, tensorflow_runtime           Ray and TensorFlow, each started in one place
     adder, checkpoints, bundles, load_marks   the built-in model; variables, graphs and marks of loading, in files
     graph_definition, variables, graph        a model's graph in one process, and the variables behind its outputs

@@ -8,9 +8,9 @@ from typing import Any
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from shared_graph.handles import Actor
 from shared_graph.options import Options
 from shared_graph.parameter_server import ParameterServer
-from shared_graph.ray_runtime import Actor
 from shared_graph.worker import Worker
 
 CLASSES = {"parameter server": ParameterServer, "worker": Worker}

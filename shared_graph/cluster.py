@@ -18,13 +18,14 @@ from shared_graph.actors import create_actor
 from shared_graph.adder import require_finite
 from shared_graph.batcher import connect_worker
 from shared_graph.errors import ActorUnavailable, Error, InvalidRequest, ModelError, Unavailable, WorkerLost
+from shared_graph.handles import kill_process
 from shared_graph.home_loop import HomeLoop
 from shared_graph.logs import counted, show_log
 from shared_graph.mapping import map_asynchronously, map_batches
 from shared_graph.model_source import ADDER
 from shared_graph.models import Arrays, VersionChoice, as_arrays, as_feed
 from shared_graph.options import Options, check_start
-from shared_graph.ray_runtime import kill_process, ray_runtime, watch_ray
+from shared_graph.ray_runtime import ray_runtime, watch_ray
 from shared_graph.status import CLOSED, Status
 from shared_graph.supervisor import Supervisor
 from shared_graph.threads import in_own_thread

@@ -44,7 +44,7 @@ async def keep_memory_low() -> None:
     least = _resident_pages()
     while True:
         await asyncio.sleep(LOOK_EVERY_S)
-        with contextlib.suppress(OSError):  # too many files are open
+        with contextlib.suppress(OSError, RuntimeError):  # no file, or no thread, is to be had just now
             if _resident_pages() > least + GROWN_PAGES:
                 await in_own_thread(give_memory_back)
                 least = _resident_pages()

@@ -12,12 +12,12 @@ import shutil
 from shared_graph.bundles import read_slice
 from shared_graph.checkpoints import temporary_folder
 from shared_graph.errors import ActorUnavailable, Error, ModelError, OptionError, as_own_errors, first_sentence
+from shared_graph.handles import WATCH_S, Actor, find_actor, is_first_life, node_address, this_actor, this_process
 from shared_graph.loader import Loader
 from shared_graph.memory import keep_memory_low
 from shared_graph.model_source import ADDER, ADDER_SOURCE, ModelSource
 from shared_graph.models import Arrays, ModelKey, ServerInfo, Snapshot, WorkerReport
 from shared_graph.options import Options
-from shared_graph.ray_runtime import WATCH_S, Actor, find_actor, is_first_life, node_address, this_actor, this_process
 from shared_graph.tensorflow_runtime import import_tensorflow_for, server_config
 from shared_graph.threads import in_own_thread, keep_task, watch_death
 from shared_graph.version_manager import VersionManager

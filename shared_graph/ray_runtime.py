@@ -1,7 +1,4 @@
-"""Starts Ray, once for all clusters of a process; finds, calls and ends actors.
-
-A call after Ray's end would start another one with Ray's defaults, behind our back: so only ``actors`` calls it, too.
-"""
+"""Starts Ray, once for all clusters of a process; and watches it, and ends it."""
 
 from __future__ import annotations
 
@@ -12,123 +9,21 @@ import logging
 import os
 import secrets
 import shutil
-import signal
 import socket
 import sys
 import tempfile
 import threading
-import warnings
 from collections.abc import Awaitable, Iterator
 from concurrent.futures import Future
 from typing import Any
 
 import ray
 from ray._private import ray_constants
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from shared_graph.errors import ActorUnavailable, Error, Unavailable, first_sentence
+from shared_graph.errors import Error, Unavailable, first_sentence
 from shared_graph.options import Options
-from shared_graph.threads import in_own_thread
-from shared_graph.wire import ProcessInfo
 
 log = logging.getLogger(__name__)
-
-WATCH_S = 60.0  # how long one ``death_watch`` lasts: the call of a caller that is gone is not to stay for ever
-
-
-class Actor:
-    """An actor, whose methods are called by name and awaited."""
-
-    def __init__(self, handle: Any):
-        self._handle = handle
-
-    async def call(self, method: str, *arguments: Any) -> Any:
-        """What the method returns. Raises the Error that it raised, or ActorUnavailable."""
-        _check_ray()
-        reference = getattr(self._handle, method).remote(*arguments)
-        try:
-            return await reference
-        except ray.exceptions.RayTaskError as error:
-            failure = error.cause if isinstance(error.cause, Error) else Error(first_sentence(error))
-        except ray.exceptions.RayError as error:
-            is_final = isinstance(error, ray.exceptions.ActorDiedError)
-            why = str(error).strip().rpartition("\n")[2] if is_final else error  # behind its traceback, if it has one
-            failure = ActorUnavailable(first_sentence(why))
-            failure.is_final = is_final
-        try:
-            raise failure.with_traceback(None)
-        finally:
-            del failure  # whose traceback holds this frame, and the arguments
-
-    def end(self) -> None:
-        """For good: Ray does not start it anew."""
-        _check_ray()
-        ray.kill(self._handle)
-
-
-def _check_ray() -> None:
-    if not ray.is_initialized():
-        raise ActorUnavailable("Ray has ended.")
-
-
-async def find_actor(name: str, namespace: str) -> Actor:
-    """Raises ActorUnavailable when there is none."""
-    _check_ray()
-    try:
-        return Actor(await asyncio.to_thread(ray.get_actor, name, namespace))
-    except (ValueError, ray.exceptions.RayError):  # the second where Ray cannot tell just now
-        raise ActorUnavailable(f"There is no {name}.") from None
-
-
-def this_actor() -> Actor:
-    return Actor(ray.get_runtime_context().current_actor)
-
-
-def is_first_life() -> bool:
-    """Has Ray not started this actor anew?"""
-    with warnings.catch_warnings(action="ignore"):  # at what Ray itself calls for this
-        return not ray.get_runtime_context().was_current_actor_reconstructed
-
-
-def this_process() -> ProcessInfo:
-    """What an actor is. Call it before TensorFlow is imported: it hides the GPUs, which Ray shows to actors that asked
-    for none (ray#28215), and TensorFlow would take."""
-    node, gpus = ray.get_runtime_context().get_node_id(), ray.get_gpu_ids()
-    if not gpus:
-        os.environ["CUDA_VISIBLE_DEVICES"] = ""
-    return ProcessInfo(os.getpid(), node, gpus, os.environ.get("CUDA_VISIBLE_DEVICES"))
-
-
-def node_address() -> str:
-    return ray.util.get_node_ip_address()
-
-
-async def kill_process(process: ProcessInfo, actor: Actor) -> None:
-    """End the process of an actor that hears nothing, on its own node; Ray by itself would leave it as it is."""
-    _check_ray()
-    if process.node == ray.get_runtime_context().get_node_id():
-        return _kill(process.pid)
-    there = NodeAffinitySchedulingStrategy(process.node, soft=False)
-    kill = ray.remote(num_cpus=0, scheduling_strategy=there)(_kill_if_silent).remote  # which waits for Ray
-    with contextlib.suppress(ray.exceptions.RayError):  # the node is gone as well
-        await (await in_own_thread(kill, process.pid, actor._handle))
-
-
-def _kill_if_silent(pid: int, handle: Any) -> None:
-    """On its own node: it may be the network between that and others that was cut, and is not any more."""
-    try:
-        ray.get(handle.ping.remote(0), timeout=2)
-    except ray.exceptions.RayError:
-        _kill(pid)
-
-
-def _kill(pid: int) -> None:
-    with contextlib.suppress(OSError), open(f"/proc/{pid}/cmdline") as file:
-        if file.read().startswith("ray::"):  # else it has ended, and its number is another's by now
-            os.kill(pid, signal.SIGKILL)
-
-
-# -- Ray itself --------------------------------------------------------------------------------------------------------
 
 # For the Ray that we start.
 RAY_SETTINGS = {
@@ -250,8 +145,12 @@ def local_ray(options: Options) -> Iterator[None]:
     folder = tempfile.mkdtemp(prefix="ray_tensorflow_", dir=temporary if is_short else "/tmp")
     try:
         if shutil.disk_usage(folder).free < 2**20:  # Ray would try for ever
-            raise Unavailable(f"Less than 1 MiB is free in {os.path.dirname(folder)}: make room, or set TMPDIR.")
+            where = f"Less than 1 MiB is free in {os.path.dirname(folder)}"
+            raise Unavailable(f"{where}: make room, or set TMPDIR, to a folder of less than 18 characters.")
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN"):
+            if os.environ.get(name) == "":  # which Ray takes for no authentication, and for no token
+                del os.environ[name]
         if not os.environ.get("RAY_AUTH_TOKEN_PATH"):  # else it is written to the home folder
             os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
         ray_constants.ENABLE_RAY_CLUSTER = False  # of several nodes: nothing else keeps all of Ray on 127.0.0.1
@@ -259,6 +158,7 @@ def local_ray(options: Options) -> Iterator[None]:
         variables = variables_of_actors() | {
             "KERAS_HOME": os.path.join(folder, "keras"),  # else Keras makes a folder at home
             "RAY_gcs_server_port_wait_time_s": "15",  # for so long all threads stand still when it ends while it starts
+            "PYTHONOPTIMIZE": "",  # at 2 Ray's agents fail, which need docstrings, and Ray with them
             "TMPDIR": os.path.join(folder, "t"),  # what actors leave when they are killed is gone at the end
         }
         with in_environment(variables):

@@ -12,13 +12,13 @@ from typing import Any
 from shared_graph.bundles import fetched_bundle
 from shared_graph.errors import ActorUnavailable, ModelError, first_sentence
 from shared_graph.graph import Graph, build_graph, build_in_own_thread, is_mirrored
+from shared_graph.handles import Actor
 from shared_graph.load_marks import LoadMarks
 from shared_graph.memory import free_garbage
 from shared_graph.merging import warm_up
 from shared_graph.model_source import ADDER_SOURCE
 from shared_graph.models import LoadedVersion, ModelKey, ServerInfo, Snapshot, WorkerReport
 from shared_graph.options import Options
-from shared_graph.ray_runtime import Actor
 from shared_graph.threads import in_own_thread, keep_task, watch_death
 
 BUILD_LIMIT_S = 90.0  # in which a version is built and connected, else it has failed

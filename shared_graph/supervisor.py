@@ -37,7 +37,7 @@ LONGEST_PAUSE_S = 8.0  # between two attempts to start what cannot start: it wou
 
 
 class Supervisor:
-    """``create(kind, index, *arguments)`` makes a ``ray_runtime.Actor``, or finds it; ``kill`` ends a process;
+    """``create(kind, index, *arguments)`` makes a ``handles.Actor``, or finds it; ``kill`` ends a process;
     ``connect`` makes the connection to a worker that has said where it is."""
 
     def __init__(

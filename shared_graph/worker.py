@@ -15,10 +15,10 @@ from typing import Any
 from shared_graph.batch_runner import BatchRunner
 from shared_graph.errors import Error, Unavailable, as_own_errors, first_sentence
 from shared_graph.graph import Graph
+from shared_graph.handles import WATCH_S, find_actor, node_address, this_process
 from shared_graph.memory import keep_memory_low
 from shared_graph.models import ModelVersion, Snapshot, not_found
 from shared_graph.options import MAX_BATCHES_IN_FLIGHT, REMOTE_CALLS_AT_ONCE, Options
-from shared_graph.ray_runtime import WATCH_S, find_actor, node_address, this_process
 from shared_graph.replica import Replica
 from shared_graph.slots import Gate
 from shared_graph.tensorflow_runtime import import_tensorflow_for

@@ -3,14 +3,12 @@
 import asyncio
 
 import pytest
-import ray
 
 import shared_graph.parameter_server as module
 from shared_graph.errors import ActorUnavailable, OptionError
 from shared_graph.models import WorkerReport
 from shared_graph.options import Options
 from shared_graph.parameter_server import IDLE_SHUTDOWN_S, ParameterServer
-from shared_graph.ray_runtime import find_actor
 from shared_graph.wire import ProcessInfo
 
 pytestmark = pytest.mark.simulated
@@ -101,19 +99,3 @@ async def test_who_comes_while_a_shared_cluster_ends_is_not_told_that_it_is_ther
     await asyncio.sleep(60)
     assert events[-1] == "end itself" and not coming.done()
     coming.cancel()
-
-
-async def test_an_actor_of_which_ray_cannot_tell_just_now_is_unavailable(monkeypatch):
-    """A shared cluster did not end any more after that."""
-
-    def get_actor(name: str, namespace: str):
-        raise ray.exceptions.GetTimeoutError("There was timeout in getting the actor handle")
-
-    async def in_thread(function, *arguments):
-        return function(*arguments)
-
-    monkeypatch.setattr(ray, "is_initialized", lambda: True)
-    monkeypatch.setattr(ray, "get_actor", get_actor)
-    monkeypatch.setattr(asyncio, "to_thread", in_thread)
-    with pytest.raises(ActorUnavailable):
-        await find_actor("worker 0", "namespace")

@@ -12,46 +12,14 @@ import ray
 from conftest import REPOSITORY
 
 from shared_graph import ray_runtime
-from shared_graph.errors import ActorUnavailable, Unavailable
+from shared_graph.errors import Unavailable
 from shared_graph.options import Options
-
-TRACE = """Traceback (most recent call last):
-  File "worker.py", line 3, in <module>
-ModuleNotFoundError: No module named 'shared_graph'
-"""
 
 
 @pytest.fixture
 def without_ends(monkeypatch):
     """Ray may run in this process, and is not to be ended."""
     monkeypatch.setattr(ray, "shutdown", lambda: None)
-
-
-IN_CREATION = ray.exceptions.RayTaskError(
-    "Worker.__init__", TRACE, ModuleNotFoundError("No module named 'shared_graph'")
-)
-
-
-@pytest.mark.parametrize(
-    "error, sentence, is_final",
-    [
-        (ray.exceptions.ActorDiedError(IN_CREATION), "ModuleNotFoundError: No module named 'shared_graph'", True),
-        (ray.exceptions.ActorUnavailableError("It is away.", None), "It is away.", False),
-    ],
-)
-def test_of_an_actor_that_cannot_be_made_the_reason_is_told(monkeypatch, error, sentence, is_final):
-    async def fail(*arguments):
-        raise error
-
-    class Handle:
-        class start:
-            remote = fail
-
-    monkeypatch.setattr(ray, "is_initialized", lambda: True)
-    with pytest.raises(ActorUnavailable) as caught:
-        asyncio.run(ray_runtime.Actor(Handle).call("start"))
-    assert sentence in str(caught.value) and caught.value.is_final == is_final
-    assert "\n" not in str(caught.value) and "\x1b" not in str(caught.value)
 
 
 @pytest.mark.parametrize("address", ["127.0.0.1:PORT", "localhost:PORT", "[::1]:PORT", "no-such-host.invalid:PORT"])
@@ -126,3 +94,17 @@ def test_a_start_of_ray_that_fails_half_way_leaves_no_process_of_its_behind():
     """``ray.shutdown`` does not know of it then."""
     run = subprocess.run([sys.executable, "-c", FAILS], cwd=REPOSITORY, capture_output=True, text=True, timeout=60)
     assert run.stdout.splitlines() == ["Ray could not be started: The raylet did not start"] * 2 + ["[-9, -9]"], run
+
+
+def test_what_is_set_to_nothing_is_as_if_it_were_not_set_and_ray_starts_where_python_leaves_docstrings_out(
+    monkeypatch, without_ends
+):
+    """Compose files make such variables. Ray took them for no authentication, and did not start without docstrings."""
+    seen = []
+    for name, value in {"RAY_AUTH_MODE": "", "RAY_AUTH_TOKEN": "", "PYTHONOPTIMIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("RAY_AUTH_TOKEN_PATH", raising=False)
+    monkeypatch.setattr(ray_runtime, "start_ray", lambda **where: seen.append(dict(os.environ)))
+    with ray_runtime.local_ray(Options()):
+        assert "RAY_AUTH_MODE" not in seen[0] and len(seen[0]["RAY_AUTH_TOKEN"]) == 64
+        assert seen[0]["PYTHONOPTIMIZE"] == "" and os.environ["PYTHONOPTIMIZE"] == "2"

@@ -8,13 +8,14 @@ import shutil
 import subprocess
 import sys
 import threading
+import types
 
 import numpy as np
 import pytest
 from conftest import one, wait_until
 
 from shared_graph import loader
-from shared_graph.errors import Error
+from shared_graph.errors import Error, ModelError
 from shared_graph.graph import Graph
 from shared_graph.merging import Verdict
 from shared_graph.model_source import ADDER_SOURCE, ModelSource
@@ -297,3 +298,25 @@ async def test_who_may_share_runs_is_found_anew_when_a_function_reads_other_weig
             tf.train.Saver().save(session, str(tmp_path / "old"))
         own = await a_life(address, tmp_path, source, before=own)
     assert found == [Verdict(undecided=("serving_default",)), Verdict()]  # with zeros all answers are the same
+
+
+def test_where_only_some_of_the_weights_can_be_set_the_old_ones_are_put_back(monkeypatch):
+    """Many are set in several runs."""
+
+    class Variables:
+        def __init__(self):
+            self.weights = {"a": 1, "b": 2}
+
+        def get_weights(self) -> dict:
+            return dict(self.weights)
+
+        def set_weights(self, weights: dict) -> None:
+            for name, value in weights.items():
+                if value == "too large":
+                    raise ModelError("there is no memory for it")
+                self.weights = self.weights | {name: value}
+
+    graph = types.SimpleNamespace(variables=Variables())
+    with pytest.raises(ModelError, match="no memory"):
+        loader.Loader(Options())._set_and_save(graph, {"a": 10, "b": "too large"})
+    assert graph.variables.weights == {"a": 1, "b": 2}

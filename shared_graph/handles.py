@@ -1,6 +1,7 @@
 """Actors as others hold them: found by their names, called, and ended; and what an actor knows of itself.
 
-A call after Ray's end would start another Ray with Ray's defaults, behind our back: so only ``actors`` calls it, too.
+A call after Ray's end would start another Ray with Ray's defaults, behind our back: so nobody calls Ray but this module,
+``actors``, which makes them, and ``ray_runtime``.
 """
 
 from __future__ import annotations
@@ -29,7 +30,8 @@ class Actor:
         self._handle = handle
 
     async def call(self, method: str, *arguments: Any) -> Any:
-        """What the method returns. Raises the Error that it raised, or ActorUnavailable."""
+        """What the method returns. Raises the Error that it raised, ActorUnavailable, or Unavailable where Ray has no
+        room for the arguments."""
         _check_ray()
         try:
             reference = getattr(self._handle, method).remote(*arguments)

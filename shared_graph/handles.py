@@ -1,6 +1,6 @@
 """Actors as others hold them: found by their names, called, and ended; and what an actor knows of itself.
 
-A call after Ray's end would start another Ray with Ray's defaults, behind our back: so nobody calls Ray but this module,
+A call after Ray's end would start another Ray with Ray's defaults, behind our back: so nobody calls it but this module,
 ``actors``, which makes them, and ``ray_runtime``.
 """
 

@@ -292,14 +292,19 @@ def is_mirrored(options: Options, source: ModelSource) -> bool:
     return options.placement == "mirrored" and source != ADDER_SOURCE
 
 
-_building = threading.Lock()
+BUILD_PATIENCE_S = 10.0
+_building, _begun = threading.Lock(), 0
 
 
 def build_graph(options: Options, source: ModelSource, is_mirror: bool = False, **origin: Any) -> Graph:
     """A version's graph, under the same device rule in every process."""
+    global _begun
     index = [ADDER, *(model.name for model in options.model)].index(source.name)
     ps_task = 0 if source.function else index % options.parameter_servers
-    is_alone = _building.acquire(timeout=10)  # imports in two threads may block each other; but none waits for ever
+    is_alone, others = False, -1  # imports in two threads may block each other; but none waits for one that never ends
+    while not is_alone and others != _begun:
+        others, is_alone = _begun, _building.acquire(timeout=BUILD_PATIENCE_S)
+    _begun += 1
     try:
         return Graph(import_tensorflow(), source, ps_task, 0 if is_mirror else options.parameter_servers, **origin)
     finally:

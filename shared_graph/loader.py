@@ -24,8 +24,8 @@ from shared_graph.memory import free_garbage
 from shared_graph.merging import Verdict, find_batchable
 from shared_graph.model_source import ADDER_SOURCE, ModelSource
 from shared_graph.models import Arrays, LoadedVersion, ModelKey
-from shared_graph.options import Options, code_of_package
-from shared_graph.threads import OwnThread, in_own_thread
+from shared_graph.options import LOAD_PATIENCE_S, LOADED_AT_ONCE, Options, code_of_package
+from shared_graph.threads import OwnThread, Turns, in_own_thread
 
 CANCEL_LIMIT_S = 15.0  # in which a run ends that is cancelled
 TRIAL_LIMIT_S = 60.0  # in which it is found out which signatures may share runs; else none does
@@ -42,6 +42,7 @@ class Loader:
         self._checkpoints: Checkpoints | None = None
         self.bundles: dict[ModelKey, IO[bytes]] = {}
         self._saving = OwnThread()  # what is saved is saved in order
+        self._turns = Turns(LOADED_AT_ONCE, LOAD_PATIENCE_S)
 
     def open_folder(self, folder: str, run_id: str, is_first_life: bool) -> None:
         """Where variables are saved. Idempotent. Raises Unavailable."""
@@ -94,6 +95,10 @@ class Loader:
         return any(graph.runs_python for graph in self._built.values())
 
     async def load(self, source: ModelSource) -> LoadedVersion:
+        async with self._turns.turn():
+            return await self._load(source)
+
+    async def _load(self, source: ModelSource) -> LoadedVersion:
         key = ModelKey(source.name, source.version)
         files = await in_own_thread(source.files_seen)
         async with self._marks.loading(key, files) if source != ADDER_SOURCE else contextlib.nullcontext():

@@ -18,8 +18,8 @@ from shared_graph.memory import free_garbage
 from shared_graph.merging import warm_up
 from shared_graph.model_source import ADDER_SOURCE
 from shared_graph.models import LoadedVersion, ModelKey, ServerInfo, Snapshot, WorkerReport
-from shared_graph.options import Options
-from shared_graph.threads import in_own_thread, keep_task, watch_death
+from shared_graph.options import LOAD_PATIENCE_S, LOADED_AT_ONCE, Options
+from shared_graph.threads import Turns, in_own_thread, keep_task, watch_death
 
 BUILD_LIMIT_S = 90.0  # in which a version is built and connected, else it has failed
 WARM_UP_LIMIT_S = 30.0  # in which its first runs are done, else it is used without them
@@ -45,6 +45,7 @@ class Replica:
         self._settled: dict[str, int] = {}
         self._turns: dict[str, asyncio.Lock] = collections.defaultdict(asyncio.Lock)  # one snapshot after another
         self._bringing_up: set[ModelKey] = set()
+        self._builds = Turns(LOADED_AT_ONCE, LOAD_PATIENCE_S)
         self.changed, self._unreported = asyncio.Event(), asyncio.Event()  # the first one is another for each change
         self._tasks: set[asyncio.Task] = set()
         keep_task(self._tasks, watch_death(server, self.leave))
@@ -120,8 +121,11 @@ class Replica:
         pause_s, longest_s = RETRY_S
         while (loaded := self._wanted(key)) and self.weights.get(key) != loaded.weights_id:
             try:
-                async with asyncio.timeout(BUILD_LIMIT_S):
-                    await self._build(key, loaded)
+                is_there = key in self.graphs  # then it only gets other weights
+                turn = contextlib.nullcontext() if is_there else self._builds.turn()
+                async with turn, asyncio.timeout(BUILD_LIMIT_S):
+                    if loaded := self._wanted(key):
+                        await self._build(key, loaded)
                 self.failed.pop(key, None)
             except Exception as error:  # a version that others have may be in use, and so is tried again
                 self.failed[key] = "it took too long" if isinstance(error, TimeoutError) else first_sentence(error)

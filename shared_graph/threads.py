@@ -1,4 +1,4 @@
-"""Work in the background: a thread of its own for each call that may never return, and tasks that stay referenced."""
+"""Work in the background: a thread of its own for a call that may never return, tasks that stay referenced, turns."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import queue
 import socket
 import threading
 import weakref
-from collections.abc import Callable, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine
 from concurrent.futures import Future, InvalidStateError
 from typing import Any
 
@@ -80,6 +80,32 @@ def _outcome(work: Callable[[], Any]) -> tuple[Any, Exception | None]:
 async def in_own_thread(function: Callable, *arguments: Any) -> Any:
     """As ``OwnThread.run``, in one for this alone."""
     return await OwnThread().run(function, *arguments)
+
+
+class Turns:
+    """So many at once have a turn; who takes longer than ``patience_s`` keeps nobody waiting any more."""
+
+    def __init__(self, count: int, patience_s: float):
+        self._free, self._patience_s = asyncio.Semaphore(count), patience_s
+
+    @contextlib.asynccontextmanager
+    async def turn(self) -> AsyncIterator[None]:
+        """For as long as the block runs."""
+        await self._free.acquire()
+        is_left = False
+
+        def leave() -> None:
+            nonlocal is_left
+            if not is_left:
+                is_left = True
+                self._free.release()
+
+        timer = asyncio.get_running_loop().call_later(self._patience_s, leave)
+        try:
+            yield
+        finally:
+            timer.cancel()
+            leave()
 
 
 def keep_task(tasks: set[asyncio.Task], coroutine: Coroutine) -> None:

@@ -21,7 +21,7 @@ from shared_graph.models import LoadedVersion, ModelKey, ModelVersion, Snapshot,
 
 log = logging.getLogger(__name__)
 
-BRING_UP_LIMIT_S = 150.0  # in which a worker has a new version, or says why not; it has shorter limits of its own
+SILENT_LIMIT_S = 150.0  # in which workers that lack a version tell of one thing or another; they have shorter limits
 EVIDENCE = 3  # so many observations decide whether the requests of a signature may share runs
 
 
@@ -76,7 +76,7 @@ class VersionManager:
         self._files_seen: dict[str, dict[int, list]] = {}  # of each model's versions, at the last look
         self._loading = set(self.sources)  # those that have never been looked at to the end
         self._turns = {name: asyncio.Lock() for name in self.sources}  # one change of a model at a time
-        self._changed = asyncio.Event()
+        self._changed, self._told = asyncio.Event(), asyncio.Event()  # others for each time
 
     # -- what workers tell ---------------------------------------------------------------------------------------------
 
@@ -84,12 +84,12 @@ class VersionManager:
         self._reports[report.index] = report
         for key in report.ready.keys() & self._versions.keys():
             self._versions[key].was_ready |= self._versions[key].is_ready_in(report)
-        self._update()
+        self._update(is_told=True)
 
     def worker_lost(self, index: int, incarnation: str) -> None:
         if (report := self._reports.get(index)) and report.incarnation == incarnation:
             del self._reports[index]
-            self._update()
+            self._update(is_told=True)
 
     def observe(self, key: ModelKey, weights_id: str, signature: str, agrees: bool) -> None:
         """What a run showed of whether requests for a signature may share runs. One run may be an accident, so it takes
@@ -236,8 +236,9 @@ class VersionManager:
     async def _until_brought_up(self, version: Version) -> None:
         """Raises ModelError with what a worker says that could not."""
         with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(BRING_UP_LIMIT_S):
-                await self._until(lambda: self._failures(version) or not self._lacking(version))
+            while self._lacking(version) and not self._failures(version):
+                async with asyncio.timeout(SILENT_LIMIT_S):
+                    await self._told.wait()
         missing = [f"worker {index} does not have it" for index in self._lacking(version)]
         if why := self._failures(version) or missing:
             raise ModelError(why[0])
@@ -282,8 +283,9 @@ class VersionManager:
     def _lacking(self, version: Version) -> tuple[int, ...]:
         return tuple(sorted(report.index for report in self._reports.values() if not version.is_ready_in(report)))
 
-    def _update(self) -> None:
-        """Publish what there is now, if that is something else than before; and look again at what is waited for."""
+    def _update(self, is_told: bool = False) -> None:
+        """Publish what there is now, if that is something else than before; and look again at what is waited for.
+        ``is_told``: a worker has told of itself."""
         versions = {key: self._described(version) for key, version in self._versions.items()}
         pointers = {(name, choice): n for name, of_model in self._pointers.items() for choice, n in of_model.items()}
         now = versions, frozenset(self._loading), pointers
@@ -292,6 +294,9 @@ class VersionManager:
             self._publish(self.snapshot)
         self._changed.set()
         self._changed = asyncio.Event()
+        if is_told:
+            self._told.set()
+            self._told = asyncio.Event()
 
     def _described(self, version: Version) -> ModelVersion:
         """For a snapshot. This is also where a loaded version becomes AVAILABLE, or LOADING again."""

@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 
@@ -15,6 +16,7 @@ import numpy as np
 import pytest
 from conftest import HERE, REPOSITORY, one, wait_until
 
+import shared_graph.graph as module
 from shared_graph import tensorflow_runtime
 from shared_graph.errors import ModelError
 from shared_graph.graph import Graph, build_graph, end_session, failure_of
@@ -593,6 +595,32 @@ def spread(tf):
     w = tf.get_variable("w", [8], initializer=tf.ones_initializer(), partitioner=tf.fixed_size_partitioner(2))
     y = x * tf.reduce_sum(w)
     return {"read": ({"x": x}, {"y": y}), "count": ({"x": x}, {"y": y + count.assign_add(1.0)})}
+
+
+def test_graphs_are_built_one_at_a_time_for_as_long_as_they_get_on_and_one_that_never_ends_holds_up_no_other(
+    monkeypatch,
+):
+    """What a function switches in TensorFlow holds for all that is built meanwhile."""
+    never, at_work, most = threading.Event(), 0, 0
+
+    def build(tf, source: ModelSource, *rule) -> None:
+        nonlocal at_work, most
+        at_work += 1
+        most = max(most, at_work)
+        never.wait() if source.name == "never" else time.sleep(0.5)
+        at_work -= 1
+
+    monkeypatch.setattr(module, "BUILD_PATIENCE_S", 1.5)
+    monkeypatch.setattr(module, "Graph", build)
+    monkeypatch.setattr(module, "import_tensorflow", lambda: None)
+    options = Options(model=[f"{name}=test_graph:spread" for name in ("never", *"abcdef")])
+    with ThreadPoolExecutor(7) as pool:
+        list(pool.map(lambda source: build_graph(options, source), options.model[1:]))
+        assert most == 1
+        hanging = pool.submit(build_graph, options, options.model[0])
+        list(pool.map(lambda source: build_graph(options, source), options.model[1:4]))
+        assert not hanging.done() and most == 2
+        never.set()
 
 
 SERVER = """

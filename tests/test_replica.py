@@ -105,6 +105,37 @@ async def test_a_version_that_is_given_up_while_it_is_built_is_not_kept(replica,
     replica.leave()
 
 
+@pytest.mark.simulated
+async def test_many_versions_are_built_a_few_at_once_and_the_time_of_others_is_not_theirs(replica, monkeypatch):
+    """On two processors 25 at once took so long that most of them were over for good, and the event loop's life."""
+    names, at_work, most = [f"m{index}" for index in range(20)], 0, 0
+    build_s = module.LOAD_PATIENCE_S - 5
+    assert len(names) / module.LOADED_AT_ONCE * build_s > module.BUILD_LIMIT_S
+
+    async def build(*arguments):
+        nonlocal at_work, most
+        at_work += 1
+        most = max(most, at_work)
+        await asyncio.sleep(build_s)
+        at_work -= 1
+        return PlayedGraph()
+
+    async def run(function, *arguments):
+        return function(*arguments)
+
+    monkeypatch.setattr(module, "build_in_own_thread", build)
+    monkeypatch.setattr(module, "warm_up", lambda graph: None)
+    monkeypatch.setattr(PlayedGraph, "own_thread", types.SimpleNamespace(run=run))
+    mine = replica()
+    there = {ModelKey(name, 1): THERE._replace(source=ModelSource(name, 1, function=f"{name}:build")) for name in names}
+    mine.apply(Snapshot(1, there, frozenset(), {}))
+    while mine._bringing_up:
+        await mine.changed.wait()
+        assert not mine.failed
+    assert mine.graphs.keys() == there.keys() and most == module.LOADED_AT_ONCE
+    mine.leave()
+
+
 async def test_a_graph_of_files_that_were_replaced_before_it_was_reported_is_built_anew(replica, building):
     replica, (graphs, may_end) = replica(), building
     graphs.append(before := PlayedGraph())

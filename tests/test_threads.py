@@ -8,7 +8,7 @@ import weakref
 
 import pytest
 
-from shared_graph.threads import OwnThread, in_own_thread
+from shared_graph.threads import OwnThread, Turns, in_own_thread
 
 
 def raise_it(error: BaseException) -> None:
@@ -137,3 +137,32 @@ def test_where_no_thread_can_be_started_any_more_it_says_so_and_later_ones_do_no
         del busy
 
     asyncio.run(scenario())
+
+
+@pytest.mark.simulated
+async def test_so_many_have_a_turn_at_once_and_who_takes_long_keeps_nobody_waiting():
+    turns, loop = Turns(2, 30), asyncio.get_running_loop()
+
+    async def work(seconds: float) -> float:
+        """When it was done."""
+        async with turns.turn():
+            await asyncio.sleep(seconds)
+        return loop.time()
+
+    def at_work(*durations: float) -> list[asyncio.Task]:
+        return [asyncio.create_task(work(seconds)) for seconds in durations]
+
+    async def ends(tasks: list[asyncio.Task], began: float) -> list[int]:
+        return [round(end - began) for end in await asyncio.gather(*tasks)]
+
+    began = loop.time()
+    assert await ends(at_work(10, 10, 10, 10, 10), began) == [10, 10, 20, 20, 30]
+    began = loop.time()
+    slow = at_work(100, 100)
+    cancelled, *others = at_work(1, 10, 10, 10)
+    await asyncio.sleep(1)
+    cancelled.cancel()
+    assert await ends(others, began) == [40, 40, 50]
+    assert await ends(slow, began) == [100, 100]
+    began = loop.time()
+    assert await ends(at_work(10, 10, 10), began) == [10, 10, 20], "who took long has given two turns back"

@@ -14,7 +14,7 @@ import pytest
 from shared_graph.errors import InvalidRequest, ModelError, Unavailable
 from shared_graph.model_source import Found, ModelSource
 from shared_graph.models import LoadedVersion, ModelKey, Snapshot, WorkerReport
-from shared_graph.version_manager import BRING_UP_LIMIT_S, EVIDENCE, VersionManager
+from shared_graph.version_manager import EVIDENCE, SILENT_LIMIT_S, VersionManager
 
 pytestmark = pytest.mark.simulated
 
@@ -292,7 +292,7 @@ async def test_a_version_that_one_worker_cannot_have_is_end_and_touches_nothing_
         stage.folders["n"][2] = "files 2"
         await asyncio.sleep(20)
         assert stage.latest("n") == 2, "it waits for another model"
-        await asyncio.sleep(BRING_UP_LIMIT_S)
+        await asyncio.sleep(SILENT_LIMIT_S)
         assert stage.state("m", 2) == "END" and stage.latest("m") == 1 and stage.state("m", 1) == "AVAILABLE"
         assert "worker 1" in stage.manager.snapshot.versions["m", 2].error
         assert ModelKey("m", 2) not in stage.on_server
@@ -302,6 +302,24 @@ async def test_a_version_that_one_worker_cannot_have_is_end_and_touches_nothing_
         stage.folders["m"][2] = "other files"
         await asyncio.sleep(20)
         assert stage.latest("m") == 2
+
+
+async def test_a_worker_that_has_much_to_bring_up_is_waited_for_as_long_as_it_gets_on():
+    numbers = range(1, 13)
+    async with playing() as stage:
+        stage.folders["n"] = {number: f"files {number}" for number in numbers}
+        stage.labels["n"] = {f"label {number}": number for number in numbers}
+        await asyncio.sleep(200)
+        assert stage.on_server >= {ModelKey("n", number) for number in numbers}
+        stage.fates |= {(1, ModelKey("n", number)): "is slow" for number in numbers}
+        stage.kill_worker(1)
+        stage.start_worker(1)
+        while not stage.workers[1].has_reported:
+            await asyncio.sleep(0.1)
+        stage.folders["m"][2] = "files 2"
+        assert len(numbers) * SLOW_S > 1.5 * SILENT_LIMIT_S
+        await asyncio.sleep(2 * len(numbers) * SLOW_S)
+        assert stage.latest("m") == 2 and stage.state("m", 2) == "AVAILABLE"
 
 
 async def test_files_that_still_change_are_left_alone_and_what_is_broken_is_told_once_and_gone_with_its_files():
@@ -598,7 +616,7 @@ async def live_at_random(seed: int, make_worker: Callable) -> None:
             for _ in range(chance.randint(1, 40)):
                 await asyncio.sleep(0.25)
                 look()
-        await asyncio.sleep((len(stage.fates) + 4) * BRING_UP_LIMIT_S)
+        await asyncio.sleep((len(stage.fates) + 4) * SILENT_LIMIT_S)
         look()
         for task in setting:
             assert task.done(), "weights are never set"

@@ -6,7 +6,6 @@ import contextlib
 import copy
 import hashlib
 import math
-import re
 import threading
 import time
 from collections.abc import Callable
@@ -14,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from shared_graph.errors import ModelError, first_sentence
+from shared_graph.errors import ModelError
 from shared_graph.graph_definition import (
     ITERATOR,
     check_keras,
@@ -33,7 +32,14 @@ from shared_graph.graph_definition import (
 from shared_graph.model_source import ADDER, ADDER_SOURCE, ModelSource
 from shared_graph.models import Arrays, array_of
 from shared_graph.options import Options
-from shared_graph.tensorflow_runtime import Switches, call_function, import_tensorflow, rerun_refused, session_config
+from shared_graph.tensorflow_runtime import (
+    Switches,
+    call_function,
+    failure_of,
+    import_tensorflow,
+    rerun_refused,
+    session_config,
+)
 from shared_graph.threads import OwnThread
 from shared_graph.variables import TensorFlowVariables
 
@@ -203,22 +209,25 @@ class Graph:
         else:
             return list(map(array_of, outputs))
         # out here, where it does not hold the session: its end would wait for its server
-        was_cancelled = code in CANCELLED and self.session is not session  # see cancel_runs
-        if was_cancelled and may_repeat and time.monotonic() < deadline:
-            return self.run(signature, feed, deadline)
-        if code in PERHAPS_DISCONNECTED and not self._is_connected(session):
+        is_other = self.session is not session  # see cancel_runs
+        was_cancelled = is_other and (code in CANCELLED or NOT_CREATED in str(failure))
+        if was_cancelled and may_repeat:
+            if time.monotonic() < deadline:
+                return self.run(signature, feed, deadline)
+            failure.status = 499  # whatever it has heard
+        elif code in PERHAPS_DISCONNECTED and not self._is_connected():
             raise ConnectionError(str(failure))
-        if code in PERHAPS_DISCONNECTED and is_first and may_repeat:
+        elif code in PERHAPS_DISCONNECTED and is_first and may_repeat:
             return self.run(signature, feed, deadline, is_first=False)  # UNAVAILABLE, but the probes got through
         # TensorFlow sends a run again when its connection was lost; the server refuses it, whatever the first one did
-        if not may_repeat and (was_cancelled or "(Master) request was received twice" in str(failure)):
+        if not may_repeat and (was_cancelled or "request was received twice" in str(failure)):
             raise ModelError("The run was interrupted; what it changes may or may not have been changed.", 502)
         raise failure
 
-    def _is_connected(self, session) -> bool:
+    def _is_connected(self) -> bool:
         """ABORTED and UNAVAILABLE may be the model's own, too."""
         with contextlib.suppress(Exception):
-            rerun_refused(session.run, self._probes)
+            rerun_refused(self.session.run, self._probes)
             return True
         return False
 
@@ -274,18 +283,8 @@ def end_session(left: list, is_lost: bool) -> None:
     left.clear()
 
 
-# tensorflow::error::Code to HTTP status, as TensorFlow Serving has it; any other is 500
-STATUS = {1: 499, 3: 400, 4: 504, 5: 404, 6: 409, 7: 403, 8: 429, 9: 400, 10: 409, 11: 400, 12: 501, 14: 503, 16: 401}
-CANCELLED, PERHAPS_DISCONNECTED = (1, 9), (10, 14)  # 9: as it began, its session was closed
-
-
-def failure_of(error: Exception) -> ModelError:
-    """What a run raises when TensorFlow raised this. Our own Python functions in graphs fail with "HTTP 503: why"."""
-    if ours := re.search(r"RuntimeError: HTTP ([45]\d\d): (.*)", str(error)):
-        return ModelError(ours[2], int(ours[1]))
-    if isinstance(error, UnicodeDecodeError):  # what was wrong with a request's bytes has no code any more
-        return ModelError(first_sentence(error), 400)
-    return ModelError(first_sentence(error), STATUS.get(getattr(error, "error_code", None), 500))
+CANCELLED, PERHAPS_DISCONNECTED = (1, 9, 10), (10, 14)  # 9, 10: as it began, its session was closed, or gone
+NOT_CREATED = "A session is not created yet"  # the same, before it was sent
 
 
 def is_mirrored(options: Options, source: ModelSource) -> bool:

@@ -164,6 +164,8 @@ class Loader:
         try:
             graph.variables.set_weights(weights)
             self._checkpoint(graph)
+        except InvalidRequest:  # none was set, and what runs have changed since is not to be taken back
+            raise
         except Exception:
             graph.variables.set_weights(before)
             raise

@@ -206,18 +206,18 @@ class ParameterServer:
         """End a shared cluster when no front end has been heard for a while, also one that never was well."""
         while self.idle_s < IDLE_SHUTDOWN_S * (1 if self.index == 0 else 2):  # the primary saves what they hold
             await asyncio.sleep(1)  # counted, not timed: a process that was stopped for long has heard nobody,
-            with contextlib.suppress(ActorUnavailable):  # nor has one that is cut off, and for so long has no answer
+            with contextlib.suppress(Exception):  # nor has one that is cut off, and for so long has no answer
                 await find_actor(f"parameter server {self.index}", self.namespace)
             self.idle_s += not self.starting.locked()
         await self.starting.acquire()  # who comes now waits, and then hears that this one has ended
         if self.incarnation or self.is_first_life:  # else it could not begin with what is there, which others may
-            with contextlib.suppress(Error):
+            with contextlib.suppress(Exception):
                 await self.finish()
         for task in self.tasks - {asyncio.current_task()}:  # one would end this process with another server
             task.cancel()
         names = [f"parameter server {index}" for index in range(1, self.options.parameter_servers)]
         names += [f"worker {index}" for index in range(self.options.workers)]
         for name in names if self.index == 0 else []:
-            with contextlib.suppress(ActorUnavailable):
+            with contextlib.suppress(Exception):  # whatever it is: nobody else would end what is left
                 await asyncio.to_thread((await find_actor(name, self.namespace)).end)
         await asyncio.to_thread(this_actor().end)

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 from shared_graph.bundles import fetched_bundle
-from shared_graph.errors import ActorUnavailable, ModelError, first_sentence
+from shared_graph.errors import ActorUnavailable, Error, ModelError, first_sentence
 from shared_graph.graph import Graph, build_graph, build_in_own_thread, is_mirrored
 from shared_graph.handles import Actor
 from shared_graph.load_marks import LoadMarks
@@ -107,7 +107,8 @@ class Replica:
         async with self._turns[name]:
             if is_other and (runs := list(self.runs[name])):
                 await asyncio.wait(runs)
-            dropped = [key for key in self.graphs if key.name == name and key not in snapshot.loaded]
+            of_model = [key for key in self.graphs if key.name == name]
+            dropped = [key for key in of_model if key not in snapshot.loaded and not self._wanted(key)]
             endings = [self.graphs.pop(key).disconnect() for key in dropped]
             for key in dropped:
                 self.weights.pop(key, None)
@@ -192,10 +193,13 @@ class Replica:
 
     async def _keep_reporting(self) -> None:
         """Whenever something has changed."""
-        with contextlib.suppress(ActorUnavailable):
-            while True:
-                await self._unreported.wait()
+        while True:  # until leave() cancels it
+            await self._unreported.wait()
+            try:
                 await self._report()
+            except Error:  # not now
+                self._unreported.set()
+                await asyncio.sleep(RETRY_S[0])
 
     def observe(self, *observation: Any) -> None:
         """Tell what a run showed, as ``ParameterServer.observe`` has it."""

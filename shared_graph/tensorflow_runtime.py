@@ -1,5 +1,5 @@
 """Imports TensorFlow, all of it or only the part that this package uses; makes the configs of sessions and servers;
-calls functions of the user's, with the same switches in each process.
+calls functions of the user's, with the same switches in each process; tells what a run's error means.
 
 A session, a server, a SavedModel and the adder need 600 of the 2,350 modules that ``import tensorflow`` imports, 0.4
 of the time and half of the memory. So there are two kinds of import here, after which the same graphs are built, to the
@@ -26,6 +26,7 @@ import importlib
 import importlib.util
 import logging
 import os
+import re
 import sys
 import threading
 from collections.abc import Callable
@@ -33,6 +34,7 @@ from concurrent.futures import ThreadPoolExecutor
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
+from shared_graph.errors import ModelError, first_sentence
 from shared_graph.options import REMOTE_CALLS_AT_ONCE, Options
 
 log = logging.getLogger(__name__)
@@ -224,7 +226,7 @@ def call_function(tf, where: str, given: Switches | None = None) -> tuple[Any, C
         with ThreadPoolExecutor(1) as pool:
             returned = pool.submit(call).result() if "keras" in sys.modules else call()
         _switches[module] = tf.resource_variables_enabled(), tf.control_flow_v2_enabled()
-        if given or _switches[module] == switches:
+        if _switches[module] == switches:
             break
     return graph, function, returned, switches
 
@@ -280,3 +282,16 @@ def rerun_refused(run: Callable, *arguments: Any) -> Any:
         except Exception as error:
             if is_last or "(Worker) request was received twice" not in str(error):
                 raise
+
+
+# tensorflow::error::Code to HTTP status, as TensorFlow Serving has it; any other is 500
+STATUS = {1: 499, 3: 400, 4: 504, 5: 404, 6: 409, 7: 403, 8: 429, 9: 400, 10: 409, 11: 400, 12: 501, 14: 503, 16: 401}
+
+
+def failure_of(error: Exception) -> ModelError:
+    """What a run raises when TensorFlow raised this. Our own Python functions in graphs fail with "HTTP 503: why"."""
+    if ours := re.search(r"RuntimeError: HTTP ([45]\d\d): (.*)", str(error)):
+        return ModelError(ours[2], int(ours[1]))
+    if isinstance(error, UnicodeDecodeError):  # what was wrong with a request's bytes has no code any more
+        return ModelError(first_sentence(error), 400)
+    return ModelError(first_sentence(error), STATUS.get(getattr(error, "error_code", None), 500))

@@ -18,12 +18,14 @@ from conftest import HERE, REPOSITORY, one, wait_until
 
 import shared_graph.graph as module
 from shared_graph import tensorflow_runtime
+from shared_graph.batch_runner import NOT_HALVED
 from shared_graph.errors import ModelError
-from shared_graph.graph import Graph, build_graph, end_session, failure_of
+from shared_graph.graph import Graph, build_graph, end_session
 from shared_graph.graph_definition import STATE_CHANGING
 from shared_graph.merging import find_batchable
 from shared_graph.model_source import ADDER_SOURCE, ModelSource
 from shared_graph.options import Options
+from shared_graph.tensorflow_runtime import failure_of
 
 BIG = np.finfo(np.float64).max
 ONES = np.ones((1, 3), np.float32)
@@ -70,9 +72,9 @@ def test_a_run_that_tensorflow_takes_for_another_one_is_run_again_unless_a_part_
 
     adder._callables["serving_default"] = refusing
     if servers > 1:
-        with pytest.raises(ModelError, match="received twice"):
+        with pytest.raises(ModelError, match="may or may not have been changed") as failure:
             one(adder, np.array([3.0]))
-        assert next(refusals)
+        assert next(refusals) and failure.value.status in NOT_HALVED
     else:
         assert one(adder, np.array([3.0])) == [3]
 
@@ -227,8 +229,6 @@ def test_models_whose_modules_share_one_that_switches_are_the_same_in_a_process_
 ):
     """Whoever imports that one first gets what it switches: so the parameter server tells."""
     (tmp_path / "common.py").write_text(COMMON)
-    for name in ("first", "second"):
-        (tmp_path / f"{name}.py").write_text("from common import build")
 
     def built(order: list) -> dict:
         environment = os.environ | {"PYTHONPATH": f"{REPOSITORY}:{tmp_path}"}
@@ -237,8 +237,11 @@ def test_models_whose_modules_share_one_that_switches_are_the_same_in_a_process_
         assert done.returncode == 0, done.stderr
         return ast.literal_eval(done.stdout.splitlines()[-1])
 
-    told = built([("first",), ("second",)])
-    assert built([("second", told["second"][1]), ("first", told["first"][1])]) == told
+    for text in ("from common import build", "def build(tf):\n    import common\n    return common.build(tf)"):
+        for name in ("first", "second"):
+            (tmp_path / f"{name}.py").write_text(text)
+        told = built([("first",), ("second",)])
+        assert built([("second", told["second"][1]), ("first", told["first"][1])]) == told
 
 
 def calls_python(tf):
@@ -573,15 +576,24 @@ def test_when_runs_are_cancelled_those_that_may_be_in_time_begin_anew_and_the_ot
     assert one(graph, np.float32([1])) == [1]
 
 
-def test_a_run_that_finds_its_session_closed_since_another_run_is_cancelled_begins_anew(tf, address, load):
-    """Of two threads that run without pause, every sixth time."""
-    from tensorflow.python.framework.errors_impl import FailedPreconditionError
+@pytest.mark.parametrize(
+    "error, message",
+    [
+        ("FailedPreconditionError", "Session is closed."),
+        ("AbortedError", "Session 483654ae2098c332 is not found."),
+        ("InvalidArgumentError", "A session is not created yet...."),
+    ],
+)
+def test_a_run_that_finds_its_session_closed_since_another_run_is_cancelled_begins_anew(load, error, message):
+    """Of two threads that run without pause, every sixth time; of two that feed a megabyte, every fifth time it was not
+    found."""
+    from tensorflow.python.framework import errors_impl
 
     graph = load("example_models:linear")
 
     def closed(*feed):
         graph.cancel_runs()
-        raise FailedPreconditionError(None, None, "Session is closed.")
+        raise getattr(errors_impl, error)(None, None, message)
 
     feed = [np.float32([[1, 2, 3]])]
     expected = graph.run("serving_default", feed)
@@ -726,6 +738,7 @@ import numpy as np
 from shared_graph.graph import Graph
 from shared_graph.model_source import ModelSource
 from shared_graph.options import Options
+from shared_graph.tensorflow_runtime import failure_of
 from shared_graph.tensorflow_runtime import import_tensorflow
 tf, address, tokens, before = import_tensorflow(whole=True), sys.argv[1], json.loads(sys.argv[2]), sys.argv[3:]
 for name in before:

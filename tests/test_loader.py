@@ -15,7 +15,7 @@ import pytest
 from conftest import one, wait_until
 
 from shared_graph import loader
-from shared_graph.errors import Error, ModelError
+from shared_graph.errors import Error, InvalidRequest, ModelError
 from shared_graph.graph import Graph
 from shared_graph.merging import Verdict
 from shared_graph.model_source import ADDER_SOURCE, ModelSource
@@ -320,3 +320,22 @@ def test_where_only_some_of_the_weights_can_be_set_the_old_ones_are_put_back(mon
     with pytest.raises(ModelError, match="no memory"):
         loader.Loader(Options())._set_and_save(graph, {"a": 10, "b": "too large"})
     assert graph.variables.weights == {"a": 1, "b": 2}
+
+
+def test_weights_of_which_one_is_wrong_take_nothing_back_that_runs_have_counted():
+    class Counting:
+        count = 0
+
+        def get_weights(self) -> dict:
+            seen, self.count = {"count": self.count}, self.count + 1  # a run comes right after
+            return seen
+
+        def set_weights(self, weights: dict) -> None:
+            if "typo" in weights:
+                raise InvalidRequest("there is no variable 'typo'")
+            self.count = weights["count"]
+
+    graph = types.SimpleNamespace(variables=Counting())
+    with pytest.raises(InvalidRequest):
+        loader.Loader(Options())._set_and_save(graph, {"count": 0, "typo": 1})
+    assert graph.variables.count == 1

@@ -19,6 +19,7 @@ class Played:
 
     def __init__(self, name: str, events: list[str]):
         self.name, self.events, self.watches, self.failures = name, events, 0, 0
+        self.is_endless = False
 
     async def call(self, method: str, *arguments):
         assert method == "death_watch"
@@ -29,6 +30,8 @@ class Played:
         await asyncio.sleep(10**6)
 
     def end(self) -> None:
+        if self.is_endless:
+            raise RuntimeError("can't start new thread")
         self.events.append(f"end {self.name}")
 
 
@@ -99,3 +102,11 @@ async def test_who_comes_while_a_shared_cluster_ends_is_not_told_that_it_is_ther
     await asyncio.sleep(60)
     assert events[-1] == "end itself" and not coming.done()
     coming.cancel()
+
+
+async def test_what_nobody_foresaw_leaves_no_cluster_that_neither_ends_nor_begins(make):
+    _, found, events = make(address="auto", workers=2)
+    found["worker 0"] = Played("worker 0", events)
+    found["worker 0"].is_endless = True
+    await asyncio.sleep(3 * IDLE_SHUTDOWN_S)
+    assert events == ["end worker 1", "end itself"]

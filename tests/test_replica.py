@@ -136,6 +136,52 @@ async def test_many_versions_are_built_a_few_at_once_and_the_time_of_others_is_n
     mine.leave()
 
 
+async def test_what_a_later_snapshot_has_is_not_dropped_by_an_earlier_one_that_waits_for_a_run(replica, building):
+    mine, (graphs, may_end) = replica(), building
+    graphs.append(PlayedGraph())
+    may_end.set()
+    mine.apply(Snapshot(1, {KEY: THERE}, frozenset(), {}))
+    await until(lambda: KEY in mine.graphs)
+    mine.runs["a"].add(run := asyncio.get_running_loop().create_future())
+    shares = THERE._replace(loaded=LOADED._replace(batchable=("serving_default",)))
+    mine.apply(Snapshot(2, {KEY: shares}, frozenset(), {}))  # for which it waits until the run has ended
+    graphs.append(later := PlayedGraph())
+    second = ModelVersion(SOURCES["a"]._replace(version=2), "LOADING", None, LOADED)
+    mine.apply(Snapshot(3, {KEY: shares, second.key: second}, frozenset(), {}))
+    await until(lambda: second.key in mine.graphs)
+    mine.runs["a"].remove(run)
+    run.set_result(None)
+    await until(lambda: mine._settled["a"] == 3)
+    assert mine.graphs[second.key] is later and later.is_connected
+    mine.leave()
+
+
+async def test_a_report_that_could_not_be_made_once_is_made_again(replica, building, monkeypatch):
+    """Such as one that finds no worker, since Ray cannot tell just now: a worker that never reported again would keep
+    old weights without anybody's waiting for it."""
+    mine, (graphs, may_end) = replica(), building
+    graphs.append(PlayedGraph())
+    may_end.set()
+    monkeypatch.setattr(module, "RETRY_S", (0.01, 0.01))
+    reports, may_fail = [], False
+
+    async def call(method: str, *arguments):
+        if method != "report":
+            await asyncio.sleep(1000)
+        reports.append(arguments[1])
+        if may_fail and len(reports) % 3:
+            raise ActorUnavailable("There is no worker 0.")
+        return mine.snapshot
+
+    mine.server.call = call
+    await mine.catch_up(Snapshot(1, {KEY: THERE}, frozenset(), {}), 1000)
+    may_fail = True
+    for number in range(2, 6):
+        mine.apply(Snapshot(number, {KEY: THERE}, frozenset(), {}))
+        await until(lambda number=number: reports[-1].settled["a"] == number and len(reports) % 3 == 0)
+    mine.leave()
+
+
 async def test_a_graph_of_files_that_were_replaced_before_it_was_reported_is_built_anew(replica, building):
     replica, (graphs, may_end) = replica(), building
     graphs.append(before := PlayedGraph())

@@ -42,7 +42,7 @@ class Loader:
         self._checkpoints: Checkpoints | None = None
         self.bundles: dict[ModelKey, IO[bytes]] = {}
         self._saving = OwnThread()  # what is saved is saved in order
-        self._turns = Turns(LOADED_AT_ONCE, LOAD_PATIENCE_S)
+        self._loads = Turns(LOADED_AT_ONCE, LOAD_PATIENCE_S)
 
     def open_folder(self, folder: str, run_id: str, is_first_life: bool) -> None:
         """Where variables are saved. Idempotent. Raises Unavailable."""
@@ -95,7 +95,7 @@ class Loader:
         return any(graph.runs_python for graph in self._built.values())
 
     async def load(self, source: ModelSource) -> LoadedVersion:
-        async with self._turns.turn():
+        async with self._loads.turn():
             return await self._load(source)
 
     async def _load(self, source: ModelSource) -> LoadedVersion:

@@ -221,6 +221,6 @@ def check_start(options: Options) -> None:
 MAX_BATCHES_IN_FLIGHT = 2
 SHARED = ("workers", "threads", "model", "parameter_servers", "placement", "max_batch", "exact", "checkpoint_dir")
 REMOTE_CALLS_AT_ONCE = 16  # in a worker, of models that call out, perhaps to each other
-# versions in a process: more of them at once take more memory and are no sooner done; but what takes longer than this
-# keeps no other waiting
+# versions in each process: more at once take more memory and are no sooner done; one that takes longer than so many
+# seconds keeps no other waiting
 LOADED_AT_ONCE, LOAD_PATIENCE_S = 4, 30.0

@@ -76,7 +76,7 @@ class VersionManager:
         self._files_seen: dict[str, dict[int, list]] = {}  # of each model's versions, at the last look
         self._loading = set(self.sources)  # those that have never been looked at to the end
         self._turns = {name: asyncio.Lock() for name in self.sources}  # one change of a model at a time
-        self._changed, self._told = asyncio.Event(), asyncio.Event()  # others for each time
+        self._changed, self._told = asyncio.Event(), asyncio.Event()  # each another one once it is set
 
     # -- what workers tell ---------------------------------------------------------------------------------------------
 

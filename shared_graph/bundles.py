@@ -1,8 +1,10 @@
-"""The files that a version was loaded from, as workers get them: what was loaded, not what lies there now."""
+"""What a version was loaded from, as workers get it: the files that were loaded, not what lies there now; or what a
+function has made in the parameter server, and nowhere else."""
 
 from __future__ import annotations
 
 import contextlib
+import io
 import os
 import tarfile
 import tempfile
@@ -31,6 +33,17 @@ def bundled(source: ModelSource, with_assets: bool) -> Iterator[IO[bytes]]:
     yield file
     if source.files_seen() != before:
         raise ModelError("its files changed while it was loaded")
+
+
+def bundle_of(saved_model: bytes) -> IO[bytes]:
+    """A bundle of this file alone."""
+    file = tempfile.TemporaryFile()  # noqa: SIM115
+    with tarfile.open(fileobj=file, mode="w") as tar:
+        about = tarfile.TarInfo(SAVED_MODEL_FILES[0])
+        about.size = len(saved_model)
+        tar.addfile(about, io.BytesIO(saved_model))
+    file.flush()
+    return file
 
 
 def read_slice(bundle: IO[bytes], offset: int) -> bytes:

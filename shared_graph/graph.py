@@ -14,32 +14,22 @@ from typing import Any
 import numpy as np
 
 from shared_graph.errors import ModelError
+from shared_graph.functions import ATOMIC, INITIALIZERS, as_saved_model, call_function, import_module_of
 from shared_graph.graph_definition import (
     ITERATOR,
-    check_keras,
-    check_signatures,
     describe_signature,
-    ingredients,
     is_initialized,
     memory_graph,
     metadata_of,
-    name_python_functions,
     operations_behind,
     prepare_nodes,
     probes,
-    tensor_info,
+    unknown_operations,
 )
 from shared_graph.model_source import ADDER, ADDER_SOURCE, ModelSource
 from shared_graph.models import Arrays, array_of
 from shared_graph.options import Options
-from shared_graph.tensorflow_runtime import (
-    Switches,
-    call_function,
-    failure_of,
-    import_tensorflow,
-    rerun_refused,
-    session_config,
-)
+from shared_graph.tensorflow_runtime import failure_of, import_tensorflow, rerun_refused, session_config
 from shared_graph.threads import OwnThread
 from shared_graph.variables import TensorFlowVariables
 
@@ -59,24 +49,21 @@ class Graph:
         ps_task: int = 0,
         ps_tasks: int = 1,
         folder: str | None = None,
-        tokens: list[str] | None = None,
-        switches: Switches | None = None,
+        has_variables: bool = True,
     ):
-        """``folder``: from where a SavedModel is read, by default the source's. ``tokens``: what another process, which
-        has the variables, calls the Python functions in it; then there are no operations here to set or free them: half
-        of the time and a fifth of the memory where there are many. ``switches``: see ``call_function``."""
-        from tensorflow.python.saved_model import loader_impl
-
-        self._tf, self.source, self.ps_task, self.is_mirror, self.atomic = tf, source, ps_task, not ps_tasks, False
-        self.session, self._callables, self._initializers = None, None, []
+        """``folder``: from where a SavedModel is read, by default the source's; or what a function has made in another
+        process, see ``made``: then it is not called here. ``has_variables``: else another process has
+        them, and there are no operations here to set or free them: half of the time and a fifth of the memory where
+        there are many."""
+        self._tf, self.source, self.ps_task, self.is_mirror = tf, source, ps_task, not ps_tasks
+        self.session, self._callables = None, None
         self.own_thread: OwnThread | None = None  # held as long as this lives, for the sake of memory
-        self.switches = switches
         self.saved_checksum: int | None = None  # of its variables when they were saved last
-        self._loader = loader_impl.SavedModelLoader(folder or source.folder) if source.folder else None
-        meta_graph = self._loader.get_meta_graph_def_from_tags(["serve"]) if self._loader else self._build(tf)
-        read = hashlib.sha256(meta_graph.SerializeToString(deterministic=True)) if self._loader else None
+        self.made: bytes | None = None  # by its function, as a SavedModel, until others have it
+        meta_graph = self._read(folder or source.folder)
+        self.fingerprint = hashlib.sha256(meta_graph.SerializeToString(deterministic=True)).hexdigest()
+        self.atomic = source.function is not None and ATOMIC in meta_graph.collection_def
         prepare_nodes(meta_graph, container=f"{source.name}/{source.version}".encode().hex())
-        self.tokens = name_python_functions(meta_graph.graph_def, tokens)
         self._definitions = copy.deepcopy(dict(sorted(meta_graph.signature_def.items())))  # a part would hold all of it
 
         device = f"/job:ps/task:{ps_task}" if ps_tasks else None
@@ -85,7 +72,7 @@ class Graph:
         with self.graph.as_default(), tf.device(spread if source.function else device):
             self._saver = tf.train.import_meta_graph(meta_graph)
             outputs = self._add_outputs(tf, meta_graph.graph_def)
-            self.variables = TensorFlowVariables(outputs if tokens is None else [])
+            self.variables = TensorFlowVariables(outputs if has_variables else [])
             self._probes = probes(tf, self.graph)
             self._initialized = [is_initialized(tf, operation) for operation in self.variables.operations]
         self._restoring = [self._saver.saver_def.restore_op_name] if self._saver else []
@@ -93,11 +80,26 @@ class Graph:
         common = restoring & operations_behind([tensor.op for tensor in outputs])
         self.has_tables_in_checkpoint = any("HashTable" in operation.type for operation in common)
         self.graph.finalize()
-        self._memory = memory_graph(tf, self.graph, device) if tokens is None else (None, [], [])
+        self._memory = memory_graph(tf, self.graph, device) if has_variables else (None, [], [])
         self._outputs = [tensor.op for tensor in outputs]
-        self.fingerprint = read.hexdigest() if read else self._fingerprint(tf, meta_graph.graph_def)
+        if not has_variables:
+            self._forget_files()
         self.mutates_state = any(signature.mutates_state for signature in self.signatures.values())
         self.runs_python = any(signature.runs_python for signature in self.signatures.values())
+
+    def _read(self, folder: str | None):
+        """The MetaGraphDef in a SavedModel's folder, or of what the function makes."""
+        from tensorflow.python.saved_model import loader_impl
+
+        self._loader = loader_impl.SavedModelLoader(folder) if folder else None
+        if self._loader is None:
+            self._builder, made = call_function(self._tf, self.source.function)  # which owns the Python functions in it
+            self.made = as_saved_model(made)
+            return made
+        meta_graph = self._loader.get_meta_graph_def_from_tags(["serve"])
+        if self.source.function and unknown_operations(meta_graph.graph_def):
+            import_module_of(self.source.function)  # which brings them along
+        return meta_graph
 
     def _add_outputs(self, tf, graph_def) -> list:
         """Describe each signature, and make what is fetched for it; its outputs."""
@@ -105,7 +107,7 @@ class Graph:
         for name, definition in self._definitions.items():
             if not definition.outputs:
                 continue  # an operation to be run at the start
-            about = name, definition, self.atomic, self._loader is not None
+            about = name, definition, self.atomic, self.source.folder is not None
             signature, feeds, fetches = describe_signature(tf, self.graph, graph_def, *about)
             self.signatures[name] = signature
             if signature.refusal is None:
@@ -113,35 +115,6 @@ class Graph:
                 # an output may be an input itself, or another output, and TensorFlow fetches neither
                 self._feeds_and_fetches[name] = [t.name for t in feeds], [tf.identity(t).name for t in fetches]
         return outputs
-
-    def _build(self, tf):
-        """Call the user's function, in a graph of its own, and describe what it made as a SavedModel would."""
-        from tensorflow.core.protobuf import meta_graph_pb2
-
-        self._builder, function, signatures, self.switches = call_function(tf, self.source.function, self.switches)
-        # the builder is kept: it owns the Python functions of its py_func operations
-        self.atomic = getattr(function, "atomic", False)
-        meta_graph = meta_graph_pb2.MetaGraphDef()
-        with self._builder.as_default():
-            check_signatures(self.source.function.partition(":")[2], signatures)
-            for signature, sides in signatures.items():
-                infos = [
-                    {key: tensor_info(tf, f"signature {signature!r}: {kind} {key!r}", t) for key, t in side.items()}
-                    for kind, side in zip(("input", "output"), sides)
-                ]
-                definition = tf.saved_model.build_signature_def(*infos, tf.saved_model.PREDICT_METHOD_NAME)
-                meta_graph.signature_def[signature].CopyFrom(definition)
-            initializers = tf.global_variables_initializer(), tf.local_variables_initializer(), tf.tables_initializer()
-            check_keras(self._builder, initializers)
-            self._initializers = [tf.group(initializer).name for initializer in initializers]
-            meta_graph.graph_def.CopyFrom(self._builder.as_graph_def())
-        return meta_graph
-
-    def _fingerprint(self, tf, graph_def) -> str:
-        """Of what answers in a function's graph, and not of what only initializes, which may be random."""
-        names = sorted({operation.name for operation in self._outputs})
-        parts = ingredients(tf.graph_util.extract_sub_graph(graph_def, names), self._definitions)
-        return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
     def connect(self, servers: list[str], options: Options) -> None:
         """To the parameter servers at these addresses, or in this process."""
@@ -241,9 +214,9 @@ class Graph:
         if allocate and self._target:
             with self._tf.Session(self._target, graph, self._config) as own:
                 rerun_refused(own.run, allocate)
-        initializers = [self.graph.get_operation_by_name(name) for name in self._initializers]
+        initializers = self.graph.get_collection(INITIALIZERS)  # of a function
         steps: list[tuple] = [(operation, self.session.run, operation) for operation in initializers]
-        if self._loader:
+        if self.source.folder:
             with self.graph.as_default():
                 at_start = loader_impl.get_init_op(self._loader.get_meta_graph_def_from_tags(["serve"]))
             steps = [(at_start, self._loader.run_init_ops, self.session, ["serve"])]
@@ -255,8 +228,11 @@ class Graph:
             rerun_refused(*step)
             if any("Assign" in behind.type for behind in operations_behind([operation])):
                 self.variables.set_weights(weights)
-        self._loader = self._saver = None  # they hold all that was read
+        self._forget_files()
         self._check_initialized(initializers, set(weights))
+
+    def _forget_files(self) -> None:
+        self._loader = self._saver = None  # they hold all that was read
 
     def _check_initialized(self, initializers: list, given: set[str]) -> None:
         run, states = operations_behind(initializers), rerun_refused(self.session.run, self._initialized)
@@ -296,17 +272,25 @@ BUILD_PATIENCE_S = 10.0
 _building, _begun = threading.Lock(), 0
 
 
-def build_graph(options: Options, source: ModelSource, is_mirror: bool = False, **origin: Any) -> Graph:
-    """A version's graph, under the same device rule in every process."""
+def build_graph(
+    options: Options,
+    source: ModelSource,
+    is_mirror: bool = False,
+    folder: str | None = None,
+    has_variables: bool = True,
+) -> Graph:
+    """A version's graph, under the same device rule in every process; see Graph."""
     global _begun
     index = [ADDER, *(model.name for model in options.model)].index(source.name)
     ps_task = 0 if source.function else index % options.parameter_servers
+    calls_users_function = folder is None and source.function is not None and source != ADDER_SOURCE
     is_alone, others = False, -1  # imports in two threads may block each other; but none waits for one that never ends
     while not is_alone and others != _begun:
         others, is_alone = _begun, _building.acquire(timeout=BUILD_PATIENCE_S)
     _begun += 1
     try:
-        return Graph(import_tensorflow(), source, ps_task, 0 if is_mirror else options.parameter_servers, **origin)
+        tf = import_tensorflow(whole=calls_users_function)
+        return Graph(tf, source, ps_task, 0 if is_mirror else options.parameter_servers, folder, has_variables)
     finally:
         if is_alone:
             _building.release()

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import collections
-import hashlib
 import itertools
 import re
 from collections.abc import Iterator
@@ -11,7 +9,6 @@ from typing import Any
 
 import numpy as np
 
-from shared_graph.errors import ModelError, first_sentence
 from shared_graph.models import Signature, TensorSpec
 
 # Operations that change what a later run sees
@@ -24,7 +21,6 @@ STATE_CHANGING = re.compile(
 PYTHON_FUNCTION = re.compile(r"(Eager)?PyFunc(Stateless)?")
 VARIABLE = ("VarHandleOp", "VariableV2", "Variable")
 ITERATOR = ("Iterator", "IteratorV2")
-KERAS = "a Keras model is served by what model.export(DIR) writes: call that, and give the DIR"
 
 
 def prepare_nodes(meta_graph, container: str) -> None:
@@ -32,8 +28,8 @@ def prepare_nodes(meta_graph, container: str) -> None:
     from tensorflow.python.framework import op_def_registry
 
     inputs = {info.name.partition(":")[0] for d in meta_graph.signature_def.values() for info in d.inputs.values()}
-    functions, tables = meta_graph.graph_def.library.function, {}
-    for node in itertools.chain(meta_graph.graph_def.node, *(function.node_def for function in functions)):
+    tables = {}
+    for node in all_nodes(meta_graph.graph_def):
         node.device = ""  # of the machine that saved it (tensorflow#4011)
         definition = op_def_registry.get(node.op)
         attributes = {attribute.name for attribute in definition.attr} if definition else ()
@@ -50,60 +46,29 @@ def prepare_nodes(meta_graph, container: str) -> None:
             node.attr["use_locking"].b = True
 
 
-def name_python_functions(graph_def, names: list[str] | None) -> list[str]:
-    """The tokens by which a graph calls its Python functions, in the order in which it has them; each process numbers
-    its own. If ``names`` are given, the graph calls them these from now on; the tokens of before are returned."""
-    nodes = [node for node, *_ in nodes_run(graph_def) if PYTHON_FUNCTION.fullmatch(node.op)]
-    tokens = list(dict.fromkeys(node.attr["token"].s.decode() for node in nodes))
-    if names is not None:
-        if len(names) != len(tokens):
-            raise ValueError(f"there are {len(tokens)} Python functions in it, and {len(names)} where it runs")
-        new = dict(zip(tokens, names))
-        for node in nodes:
-            node.attr["token"].s = new[node.attr["token"].s.decode()].encode()
-    return tokens
+def unknown_operations(graph_def) -> set[str]:
+    """Those that nobody has brought into this process."""
+    from tensorflow.python.framework import op_def_registry
+
+    functions = {function.signature.name for function in graph_def.library.function}
+    wanted = {node.op for node in all_nodes(graph_def)} - functions
+    return {operation for operation in wanted if op_def_registry.get(operation) is None}
 
 
-def nodes_run(graph_def) -> Iterator[tuple[Any, list[str], str]]:
-    """The nodes of a graph and of all functions that are called in it, each with the names that it calls and that of
-    the function that it is in; in the same order in each process, which a library and a node's attributes are not."""
+def all_nodes(graph_def) -> Iterator[Any]:
+    """The nodes of a graph, and those of the functions in it."""
+    return itertools.chain(graph_def.node, *(function.node_def for function in graph_def.library.function))
+
+
+def operations_run(graph_def) -> set[str]:
+    """The types of a graph's operations, and of those in all functions that are called in it."""
     functions = {function.signature.name: function.node_def for function in graph_def.library.function}
-    nodes = [(node, "") for node in graph_def.node]
-    for node, where in nodes:  # which grow meanwhile
-        attributes = [node.attr[key] for key in sorted(node.attr)]
-        called = [f.name for attribute in attributes for f in [attribute.func, *attribute.list.func] if f.name]
+    nodes = list(graph_def.node)
+    for node in nodes:  # which grow meanwhile
+        called = [f.name for attribute in node.attr.values() for f in [attribute.func, *attribute.list.func]]
         for name in [node.op, *called]:
-            nodes.extend([(inner, name) for inner in functions.pop(name, ())])
-        yield node, called, where
-
-
-def ingredients(graph_def, definitions: dict[str, Any]) -> list[str]:
-    """What a graph and the functions in it are made of, sorted: a hash for each operation, of its attributes (such as
-    the value of a constant) and of what its inputs are made of; and one entry for each output of a signature. What
-    signatures call their inputs and outputs counts; other names, numbers and orders, which differ from process to
-    process as does the order of what a function captures, do not."""
-    names, hashes = {function.signature.name for function in graph_def.library.function}, {}
-    roles = collections.defaultdict(list)
-    for signature, definition in definitions.items():
-        for key, info in sorted(definition.inputs.items()):
-            roles[info.name.partition(":")[0]].append((signature, key))
-
-    def made_of(tensor: str, where: str) -> str:  # made before, but for a function's arguments and what closes a loop
-        name, _, output = tensor.partition(":")
-        made, by_call = hashes.get((where, name), ("", False))
-        return f"{made} {'' if by_call else output}"
-
-    for node, called, where in nodes_run(graph_def):
-        is_call = bool(called) or node.op in names
-        inputs = [f"{source[0] == '^'} {made_of(source.removeprefix('^'), where)}" for source in node.input]
-        ordered = [] if is_call else [data for data, source in zip(inputs, node.input) if source[0] != "^"]
-        attributes = {} if is_call else {key: a for key, a in node.attr.items() if key[0] != "_" and key != "token"}
-        plain = sorted((key, attribute.SerializeToString(deterministic=True)) for key, attribute in attributes.items())
-        kind, role = "a function" if node.op in names else node.op, "" if where else roles.get(node.name)
-        parts = f"{kind} {role} {plain} {ordered} {sorted(inputs)}"
-        hashes[where, node.name] = hashlib.sha256(parts.encode()).hexdigest(), is_call
-    outputs = [f"{n} {key} {made_of(info.name, '')}" for n, d in definitions.items() for key, info in d.outputs.items()]
-    return sorted([*(made for made, _ in hashes.values()), *outputs])
+            nodes.extend(functions.pop(name, ()))
+    return {node.op for node in nodes}
 
 
 def operations_behind(operations: list) -> set:
@@ -115,40 +80,6 @@ def operations_behind(operations: list) -> set:
             seen.add(operation)
             stack.extend([*(tensor.op for tensor in operation.inputs), *operation.control_inputs])
     return seen
-
-
-def check_signatures(name: str, returned: Any) -> None:
-    """Raises ModelError unless it is what a model's function has to return."""
-    pairs = list(returned.values()) if isinstance(returned, dict) else []
-    are_sides = [isinstance(pair, (tuple, list)) and [isinstance(side, dict) for side in pair] for pair in pairs]
-    if not pairs or any(kinds != [True, True] for kinds in are_sides):
-        raise ModelError(f"{name} returned {returned!r:.100}, not a dict of signatures: (inputs, outputs), both dicts")
-
-
-def tensor_info(tf, what: str, value):
-    """Of a variable: its value."""
-    kind = type(value).__name__
-    if kind in ("SparseTensor", "SparseTensorValue"):
-        raise ModelError(f"{what} is a SparseTensor; give its indices, values and dense_shape")
-    if kind == "KerasTensor":
-        raise ModelError(f"{what} is Keras's: {KERAS}")
-    if "RaggedTensor" in kind:
-        raise ModelError(f"{what} is a RaggedTensor; give its flat_values and row_splits, or to_tensor() of it")
-    try:
-        tensor = tf.convert_to_tensor(value)
-    except (TypeError, ValueError) as error:
-        raise ModelError(f"{what} is no tensor: {first_sentence(error)}") from None
-    return tf.saved_model.build_tensor_info(tensor)
-
-
-def check_keras(graph, initializers: list) -> None:
-    """Raises ModelError where Keras has loaded weights, which it does by operations that nobody runs."""
-    run = operations_behind(initializers)
-    for operation in graph.get_operations():
-        if STATE_CHANGING.fullmatch(operation.type) and operation not in run:
-            keras = {frame.name for frame in operation.traceback or () if re.search(r"/(tf_)?keras/", frame.filename)}
-            if keras & {"load_model", "load_weights", "set_weights"}:
-                raise ModelError(f"it has a Keras model whose weights would not be the loaded ones; {KERAS}")
 
 
 def describe_signature(
@@ -168,7 +99,7 @@ def describe_signature(
         signature.refusal = f"Signature {name!r} cannot be served: two of its inputs are one tensor"
         return signature, [], []
     part = tf.graph_util.extract_sub_graph(graph_def, [tensor.op.name for tensor in fetches.values()])
-    types = {node.op for node, *_ in nodes_run(part)}
+    types = operations_run(part)
     calls_python = any(map(PYTHON_FUNCTION.fullmatch, types))
     if calls_python and is_saved:  # by a token, which in this process is another function's, such as the adder's
         signature.refusal = f"Signature {name!r} cannot be served: it calls a Python function, which no SavedModel has"

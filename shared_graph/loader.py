@@ -15,7 +15,7 @@ from typing import IO
 import numpy as np
 
 from shared_graph.adder import checkpoint_with
-from shared_graph.bundles import bundled
+from shared_graph.bundles import bundle_of, bundled
 from shared_graph.checkpoints import Checkpoints
 from shared_graph.errors import InvalidRequest, ModelError, as_own_errors
 from shared_graph.graph import Graph, build_graph, build_in_own_thread, is_mirrored
@@ -114,8 +114,8 @@ class Loader:
                 await self._saving.run(self._checkpoint, graph)
             elif graph.mutates_state:  # its first weights are not kept: another SavedModel may begin with others
                 graph.saved_checksum = await in_own_thread(lambda: checksum_of(graph.variables.get_weights()))
-        found = graph.metadata(), graph.fingerprint, tuple(graph.tokens)
-        return LoadedVersion(*found, *verdict, graph.runs_python, secrets.token_hex(8), graph.switches)
+        found = graph.metadata(), graph.fingerprint, *verdict, graph.runs_python
+        return LoadedVersion(*found, secrets.token_hex(8))
 
     def _build_and_restore(self, key: ModelKey, source: ModelSource) -> Graph:
         """In a thread of its own, which may take long."""
@@ -123,8 +123,11 @@ class Loader:
             if source.folder:
                 self.bundles[key] = stack.enter_context(bundled(source, is_mirrored(self._options, source)))
             graph = self._built.pop(key, None) or build_graph(self._options, source)
-            if is_mirrored(self._options, source) and (graph.mutates_state or graph.has_tables_in_checkpoint):
-                what = "changes its variables when it runs" if graph.mutates_state else "has tables in its checkpoint"
+            if graph.made:
+                self.bundles[key], graph.made = bundle_of(graph.made), None
+            mutates_state = graph.mutates_state or graph.atomic
+            if is_mirrored(self._options, source) and (mutates_state or graph.has_tables_in_checkpoint):
+                what = "changes its variables when it runs" if mutates_state else "has tables in its checkpoint"
                 raise ModelError(f"it {what} and cannot be mirrored: use --placement shared")
             self._graphs[key] = graph
             graph.connect(self.addresses, self._options)

@@ -60,12 +60,10 @@ class LoadedVersion(NamedTuple):
 
     metadata: dict[str, Any]  # its SignatureDefs as proto3 JSON
     fingerprint: str  # of its graph
-    tokens: tuple[str, ...]  # what the parameter server calls the Python functions in it
     batchable: tuple[str, ...]  # the signatures of which several requests may share one run
     undecided: tuple[str, ...]  # those of which that is to be found out from real requests
     runs_python: bool
     weights_id: str  # another one whenever weights have been set
-    switches: tuple[bool, bool] | None = None  # with which its function was called, see call_function
 
 
 class ModelVersion(NamedTuple):

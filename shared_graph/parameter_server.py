@@ -18,7 +18,7 @@ from shared_graph.memory import keep_memory_low
 from shared_graph.model_source import ADDER, ADDER_SOURCE, ModelSource
 from shared_graph.models import Arrays, ModelKey, ServerInfo, Snapshot, WorkerReport
 from shared_graph.options import Options
-from shared_graph.tensorflow_runtime import import_tensorflow_for, server_config
+from shared_graph.tensorflow_runtime import import_tensorflow, server_config
 from shared_graph.threads import in_own_thread, keep_task, watch_death
 from shared_graph.version_manager import VersionManager
 
@@ -73,8 +73,9 @@ class ParameterServer:
                     if is_primary:  # before what takes memory and time: another life cannot do it any more
                         self.is_first_life = await in_own_thread(is_first_life)
                         await in_own_thread(self.loader.open_folder, self.folder, self.run_id, self.is_first_life)
-                    tf = await in_own_thread(import_tensorflow_for, self.options)
-                    runs_python = is_primary and await self.loader.build_functions()  # there all functions run
+                    functions = is_primary and [source for source in self.options.model if source.function]
+                    tf = await in_own_thread(import_tensorflow, bool(functions))  # all of it before the first graph
+                    runs_python = is_primary and await self.loader.build_functions()
                     self.addresses = [await in_own_thread(self._boot, tf, runs_python)]
                     if is_primary:
                         await self._begin()

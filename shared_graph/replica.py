@@ -153,24 +153,25 @@ class Replica:
             self.weights[key] = loaded.weights_id
             return
         async with contextlib.AsyncExitStack() as stack:
-            tokens = None if is_mirror else list(loaded.tokens)
-            origin: dict[str, Any] = {"tokens": tokens, "switches": loaded.switches}
-            if source.folder:
+            folder, runs_python_here = None, is_mirror and loaded.runs_python  # then it is called here as well
+            if not runs_python_here:
                 read = functools.partial(self.server.call, "read_bundle", key)
-                origin["folder"] = await stack.enter_async_context(fetched_bundle(read))
-            build = functools.partial(build_graph, self.options, source, is_mirror, **origin)
+                folder = await stack.enter_async_context(fetched_bundle(read))
+            build = functools.partial(build_graph, self.options, source, is_mirror, folder, has_variables=is_mirror)
             if source != ADDER_SOURCE:
                 await stack.enter_async_context(self._marks.loading(key, [loaded.fingerprint]))
             graph = await build_in_own_thread(build)
+            if runs_python_here:
+                graph.fingerprint = loaded.fingerprint
             if graph.fingerprint != loaded.fingerprint:
-                raise ModelError("its graph is not the one that the parameter server has built: is it the same code?")
+                raise ModelError("it was loaded anew meanwhile")
             await graph.own_thread.run(graph.connect, [] if is_mirror else self.addresses, self.options)
             if is_mirror:
                 await graph.own_thread.run(graph.restore, weights)
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(WARM_UP_LIMIT_S):
                     await graph.own_thread.run(warm_up, graph)
-        while (now := self._wanted(key)) and (now.fingerprint, now.tokens) == (loaded.fingerprint, loaded.tokens):
+        while (now := self._wanted(key)) and now.fingerprint == loaded.fingerprint:
             if not is_mirror or now.weights_id == loaded.weights_id:
                 self.graphs[key], self.weights[key] = graph, now.weights_id
                 return

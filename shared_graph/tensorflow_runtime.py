@@ -1,11 +1,11 @@
 """Imports TensorFlow, all of it or only the part that this package uses; makes the configs of sessions and servers;
-calls functions of the user's, with the same switches in each process; tells what a run's error means.
+tells what a run's error means.
 
 A session, a server, a SavedModel and the adder need 600 of the 2,350 modules that ``import tensorflow`` imports, 0.4
 of the time and half of the memory. So there are two kinds of import here, after which the same graphs are built, to the
 last byte, and the same kernels are found, all of which are in the C++ library:
 
-*whole* is ``import tensorflow.compat.v1``, for functions of the user's, which are given ``tf``.
+*whole* is ``import tensorflow.compat.v1``, for functions of the user's, which are given ``tf``: where they are called.
 
 *slim* imports ``NAMES`` and ``MODULES`` and what these need themselves. Python imports a package before its modules,
 and it is ``tensorflow/__init__.py`` that imports all the rest. So ``sys.modules["tensorflow"]`` is then a bare module,
@@ -30,7 +30,6 @@ import re
 import sys
 import threading
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
@@ -112,11 +111,6 @@ def import_tensorflow(whole: bool = False, is_ours: bool = True) -> Any:
         return tf
 
 
-def import_tensorflow_for(options: Options) -> Any:
-    """As an actor with these options needs it, before its first graph: the whole for functions of the user's."""
-    return import_tensorflow(whole=any(source.function for source in options.model))
-
-
 @functools.cache
 def _prepare_environment() -> None:
     """What TensorFlow reads when it is imported."""
@@ -195,45 +189,6 @@ def _slim_namespace(package: ModuleType) -> SimpleNamespace:
             owner = functools.reduce(lambda owner, part: vars(owner).setdefault(part, SimpleNamespace()), scope, tf)
             setattr(owner, last, getattr(module, other or last))
     return tf
-
-
-Switches = tuple[bool, bool]  # are there resource variables, and control flow v2?
-_switches: dict[str, Switches] = {}  # by module
-
-
-def call_function(tf, where: str, given: Switches | None = None) -> tuple[Any, Callable, Any, Switches]:
-    """Call ``module:function`` in a new graph, with the same around it each time and in each process; the graph, the
-    function, what it returned, and the switches, which are ``given`` where another process has found them out.
-
-    What calls ``disable_v2_behavior()``, as many a program of TensorFlow 1 does when it is imported, does so for all
-    that is built later in its process, and another process imports in another order: here it is for that module alone.
-    And Keras numbers layers on for as long as a thread lives.
-    """
-    module, _, name = where.partition(":")
-    if module not in _switches:
-        _switch(tf, True, True)
-        importlib.import_module(module)
-        _switches[module] = tf.resource_variables_enabled(), tf.control_flow_v2_enabled()
-    function = getattr(importlib.import_module(module), name)
-
-    def call() -> Any:
-        with graph.as_default():
-            return function(tf)
-
-    for _ in range(3):  # once more when it has switched them itself, as it may by what it imports
-        switches, graph = given or _switches[module], tf.Graph()
-        _switch(tf, *switches)
-        with ThreadPoolExecutor(1) as pool:
-            returned = pool.submit(call).result() if "keras" in sys.modules else call()
-        _switches[module] = tf.resource_variables_enabled(), tf.control_flow_v2_enabled()
-        if _switches[module] == switches:
-            break
-    return graph, function, returned, switches
-
-
-def _switch(tf, has_resource_variables: bool, has_control_flow_v2: bool) -> None:
-    tf.enable_resource_variables() if has_resource_variables else tf.disable_resource_variables()
-    tf.enable_control_flow_v2() if has_control_flow_v2 else tf.disable_control_flow_v2()
 
 
 def session_config(tf, addresses: list[str], options: Options, runs_python: bool):

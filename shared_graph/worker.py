@@ -21,7 +21,7 @@ from shared_graph.models import ModelVersion, Snapshot, not_found
 from shared_graph.options import MAX_BATCHES_IN_FLIGHT, REMOTE_CALLS_AT_ONCE, Options
 from shared_graph.replica import Replica
 from shared_graph.slots import Gate
-from shared_graph.tensorflow_runtime import import_tensorflow_for
+from shared_graph.tensorflow_runtime import import_tensorflow
 from shared_graph.threads import OwnThread, in_own_thread, keep_task
 from shared_graph.wire import Batch, WorkerInfo, read_frame, to_frame
 
@@ -50,7 +50,7 @@ class Worker:
         self.tasks: set[asyncio.Task] = set()
         self.starting = asyncio.Lock()
         self.overdue: dict[asyncio.Future, str] = {}  # runs that do not end, and what is told of them
-        self.tensorflow = OwnThread().submit(import_tensorflow_for, options)  # while the parameter server does the same
+        self.tensorflow = OwnThread().submit(import_tensorflow)  # while the parameter server does the same
 
     # -- called by front ends and by the parameter server --------------------------------------------------------------
 
@@ -60,7 +60,7 @@ class Worker:
         async with self.starting:
             with as_own_errors(f"Worker {self.index} cannot start"):
                 if self.tensorflow.done() and self.tensorflow.exception():  # there may be memory for it by now
-                    self.tensorflow = OwnThread().submit(import_tensorflow_for, self.options)
+                    self.tensorflow = OwnThread().submit(import_tensorflow)
                 await asyncio.wrap_future(self.tensorflow)
                 if self.address is None:
                     self.loop = asyncio.get_running_loop()

@@ -2,7 +2,7 @@
 
     python models_in_a_process.py slim|whole|on_top NAME=SOURCE ...
 
-Of each model: the fingerprint of its graph, its metadata, and for each signature what it says of itself and a hash of
+Of each model: the fingerprint of its files, its metadata, and for each signature what it says of itself and a hash of
 all its outputs for the same random rows, on a server as a parameter server has it; or the sentence of its failure.
 """
 
@@ -66,7 +66,7 @@ def answers(tf, server: str, source) -> dict:
         graph.restore({})
         mirror.connect([], options)
         mirror.restore(graph.variables.get_weights())
-        about = {"fingerprint": graph.fingerprint, "metadata": graph.metadata()}
+        about = {"fingerprint": source.folder and graph.fingerprint, "metadata": graph.metadata()}
         about["batchable"] = find_batchable(graph, options)
         about["weights"] = {
             n: hashlib.sha256(bytes_of(a)).hexdigest() for n, a in graph.variables.get_weights().items()

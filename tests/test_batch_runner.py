@@ -58,7 +58,7 @@ class Played:
     def __init__(self, batchable=True, undecided=False, now: float = 0.0, exact=False, group: int = 5, **graph):
         self.graph, self.observed, self.answers = PlayedGraph(**graph), [], collections.Counter()
         known = [("serving_default",) * batchable, ("serving_default",) * undecided]
-        loaded = LoadedVersion({}, "", (), *known, False, "")
+        loaded = LoadedVersion({}, "", *known, False, "")
         self.graph.now = now
         observe = lambda *what: self.observed.append(what)
         shared_runs = collections.Counter({("", "serving_default"): group - 1})
@@ -366,7 +366,7 @@ def answers(graph: Graph, *requests: WireRequest, group: int = 3) -> list:
     """Lists for the arrays of each answer, just one for an only output; and errors. It is the how many-th group that
     shares a run: of the third one none are run alone as well."""
     found, shared_runs = {}, collections.Counter({("", name): group - 1 for name in graph.signatures})
-    loaded = LoadedVersion({}, "", (), graph.batchable, (), False, "")
+    loaded = LoadedVersion({}, "", graph.batchable, (), False, "")
     runner = BatchRunner(graph, loaded, False, found.update, lambda *observed: None, shared_runs)
     runner.answer(list(requests), time.monotonic())
     for index, answer in found.items():

@@ -37,7 +37,7 @@ LARGE_BYTES = 2**26
 
 def version(name: str, batchable=(), runs_python=False, missing_on=(), signatures=("serving_default",)) -> ModelVersion:
     metadata = {"signature_def": {"signature_def": dict.fromkeys(signatures)}}
-    loaded = LoadedVersion(metadata, "", (), batchable, (), runs_python, "")
+    loaded = LoadedVersion(metadata, "", batchable, (), runs_python, "")
     return ModelVersion(ModelSource(name, 1), "AVAILABLE", None, loaded, missing_on)
 
 

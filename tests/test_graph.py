@@ -2,7 +2,6 @@
 
 import ast
 import contextlib
-import json
 import os
 import shutil
 import subprocess
@@ -14,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 import example_models
 import numpy as np
 import pytest
-from conftest import HERE, REPOSITORY, one, wait_until
+from conftest import REPOSITORY, one, wait_until
 
 import shared_graph.graph as module
 from shared_graph import tensorflow_runtime
@@ -184,64 +183,26 @@ def build(tf):
 
 
 def test_what_a_module_switches_off_when_it_is_imported_is_for_its_own_functions_alone(tf, load, tmp_path, monkeypatch):
-    """The first line of many a program of TensorFlow 1. What is built before it in one process is built after it in
-    another."""
+    """The first line of many a program of TensorFlow 1."""
+
+    def kinds(source: ModelSource) -> list[str]:
+        return [operation.type for operation in Graph(tf, source).graph.get_operations()]
+
     for name, text in {"old_style": OLD_STYLE, "late_style": OLD_STYLE, "late": IMPORTS_LATE}.items():
         (tmp_path / f"{name}.py").write_text(text)
     monkeypatch.syspath_prepend(tmp_path)
     sources = [ADDER_SOURCE, *Options(model=["example_models:line", "example_models:spinning"]).model]
-    before = [Graph(tf, source).fingerprint for source in sources]
+    before = [kinds(source) for source in sources]
     try:
-        old = [load("old_style:chained") for _ in range(2)]
-        assert [Graph(tf, source).fingerprint for source in sources] == before
-        assert old[0].fingerprint == old[1].fingerprint == load("old_style:chained").fingerprint
-        assert one(old[0], np.float32(5)) == [6, 0, 0]  # not so with resource variables
-        assert load("late:build").fingerprint == load("late:build").fingerprint
+        old = load("old_style:chained")
+        assert [kinds(source) for source in sources] == before
+        assert kinds(old.source) == kinds(old.source) and "VariableV2" in kinds(old.source)
+        assert one(old, np.float32(5)) == [6, 0, 0]  # not so with resource variables
+        late = load("late:build").source
+        assert kinds(late) == kinds(late)
     finally:
         tf.enable_v2_tensorshape()
         tf.enable_tensor_equality()
-
-
-COMMON = """
-import tensorflow.compat.v1 as tf
-tf.disable_v2_behavior()
-
-def build(tf):
-    x = tf.placeholder(tf.float32, [], name="x")
-    return {"serving_default": ({"x": x}, {"y": x + tf.get_variable("w", initializer=1.0)})}
-"""
-
-BUILD = """
-import sys
-from shared_graph.graph import Graph
-from shared_graph.model_source import ModelSource
-from shared_graph.tensorflow_runtime import import_tensorflow
-tf, made = import_tensorflow(whole=True), {}
-for name, *switches in eval(sys.argv[1]):
-    graph = Graph(tf, ModelSource(name, 1, function=f"{name}:build"), switches=switches and switches[0])
-    made[name] = graph.fingerprint, graph.switches
-print(made)
-"""
-
-
-def test_models_whose_modules_share_one_that_switches_are_the_same_in_a_process_that_builds_them_in_another_order(
-    tmp_path,
-):
-    """Whoever imports that one first gets what it switches: so the parameter server tells."""
-    (tmp_path / "common.py").write_text(COMMON)
-
-    def built(order: list) -> dict:
-        environment = os.environ | {"PYTHONPATH": f"{REPOSITORY}:{tmp_path}"}
-        command = [sys.executable, "-c", BUILD, repr(order)]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=100)
-        assert done.returncode == 0, done.stderr
-        return ast.literal_eval(done.stdout.splitlines()[-1])
-
-    for text in ("from common import build", "def build(tf):\n    import common\n    return common.build(tf)"):
-        for name in ("first", "second"):
-            (tmp_path / f"{name}.py").write_text(text)
-        told = built([("first",), ("second",)])
-        assert built([("second", told["second"][1]), ("first", told["first"][1])]) == told
 
 
 def calls_python(tf):
@@ -609,10 +570,16 @@ def spread(tf):
     return {"read": ({"x": x}, {"y": y}), "count": ({"x": x}, {"y": y + count.assign_add(1.0)})}
 
 
-def test_who_has_no_variables_of_its_own_makes_nothing_to_set_them_and_answers_the_same(tf, address, load):
+def made_by(graph: Graph, path) -> str:
+    """The folder from which another process has what a function has made."""
+    (path / "saved_model.pb").write_bytes(graph.made)
+    return str(path)
+
+
+def test_who_has_no_variables_of_its_own_makes_nothing_to_set_them_and_answers_the_same(tf, address, load, tmp_path):
     """In a worker: for a MobileNet, with its 262 variables, in half of the time."""
     graph = load("example_models:linear")
-    other = Graph(tf, graph.source, tokens=graph.tokens)
+    other = Graph(tf, graph.source, folder=made_by(graph, tmp_path), has_variables=False)
     assert other.fingerprint == graph.fingerprint and not other.variables.placeholders
     assert len(other.graph.get_operations()) < len(graph.graph.get_operations())
     other.connect([address], Options())
@@ -631,12 +598,12 @@ def test_graphs_are_built_one_at_a_time_for_as_long_as_they_get_on_and_one_that_
         nonlocal at_work, most
         at_work += 1
         most = max(most, at_work)
-        never.wait() if source.name == "never" else time.sleep(0.5)
+        never.wait() if source.name == "never" else time.sleep(0.2)
         at_work -= 1
 
-    monkeypatch.setattr(module, "BUILD_PATIENCE_S", 1.5)
+    monkeypatch.setattr(module, "BUILD_PATIENCE_S", 1.0)
     monkeypatch.setattr(module, "Graph", build)
-    monkeypatch.setattr(module, "import_tensorflow", lambda: None)
+    monkeypatch.setattr(module, "import_tensorflow", lambda whole: None)
     options = Options(model=[f"{name}=test_graph:spread" for name in ("never", *"abcdef")])
     with ThreadPoolExecutor(7) as pool:
         list(pool.map(lambda source: build_graph(options, source), options.model[1:]))
@@ -698,34 +665,6 @@ def test_what_is_asked_of_a_server_that_has_gone_ends_after_a_while_be_it_a_run_
         assert not ending.is_alive()
 
 
-LOOPS = """
-import sys
-from shared_graph.graph import Graph
-from shared_graph.model_source import ModelSource
-from shared_graph.tensorflow_runtime import import_tensorflow
-names = sys.argv[1:]
-tf = import_tensorflow(whole=True)
-made = {name: Graph(tf, ModelSource(name, 1, function=f"example_models:{name}")).fingerprint for name in names}
-print(sorted(made.items()))
-"""
-
-
-def test_a_function_has_the_same_fingerprint_in_each_process_whatever_is_built_before_it_and_others_have_others():
-    """Also with loops, conditions and Python functions, which TensorFlow numbers, and whose captures it orders by
-    hash."""
-    names, seen = list(example_models.FUNCTIONS), set()
-    for seed in range(3):
-        order = names[seed:] + names[:seed]
-        environment = os.environ | {"PYTHONHASHSEED": str(seed), "PYTHONPATH": f"{REPOSITORY}:{HERE}"}
-        command = [sys.executable, "-c", LOOPS, *order]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=100)
-        assert done.returncode == 0, done.stderr
-        seen.add(done.stdout)
-    [found] = seen
-    fingerprints = [fingerprint for _, fingerprint in ast.literal_eval(found)]
-    assert len(set(fingerprints)) == len(names)
-
-
 def calls_python_everywhere(tf):
     """Each output is the input times the number in its name, by Python functions in all kinds of functions."""
     x = tf.placeholder(tf.float32, [None], name="x")
@@ -745,64 +684,78 @@ def calls_python_everywhere(tf):
 
 
 WORKER = """
-import json, sys
+import sys
 import numpy as np
-from shared_graph.graph import Graph
-from shared_graph.model_source import ModelSource
+from shared_graph.graph import build_graph
+from shared_graph.model_source import ADDER_SOURCE
 from shared_graph.options import Options
-from shared_graph.tensorflow_runtime import failure_of
-from shared_graph.tensorflow_runtime import import_tensorflow
-tf, address, tokens, before = import_tensorflow(whole=True), sys.argv[1], json.loads(sys.argv[2]), sys.argv[3:]
-for name in before:
-    Graph(tf, ModelSource("before", 1, function=name))
-graph = Graph(tf, ModelSource("m", 1, function="test_graph:calls_python_everywhere"), tokens=tokens)
-graph.connect([address], Options())
+address, folder, adder = sys.argv[1:]
+options = Options(model=["m=test_graph:calls_python_everywhere"])
+graph, sums = (
+    build_graph(options, source, folder=folder, has_variables=False)
+    for source, folder in ((options.model[0], folder), (ADDER_SOURCE, adder))
+)
+for its in (graph, sums):
+    its.connect([address], options)
+[sum] = sums.run("serving_default", [np.float64([1, 2])])
 outputs = graph.run("serving_default", [np.float32([1, 2, 3])])
 print({name: output.tolist() for name, output in zip(graph.signatures["serving_default"].outputs, outputs)})
+print(sum.tolist(), sums.atomic, graph.atomic, graph.runs_python, sums.runs_python)
+print([name for name in ("test_graph", "tensorflow.python.keras", "tensorflow.nn") if name in sys.modules])
 """
 
 
-def test_each_python_function_of_a_graph_is_run_where_it_stands_whatever_a_process_has_built_before_it(load, address):
-    graph = load("test_graph:calls_python_everywhere")
-    for before in (["example_models:spinning"], ["test_graph:calls_python_everywhere"] * 2):
-        command = [sys.executable, "-c", WORKER, address, json.dumps(graph.tokens), *before]
-        environment = os.environ | {"PYTHONPATH": f"{REPOSITORY}:{HERE}"}
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=100)
-        assert done.returncode == 0, done.stderr
-        found = ast.literal_eval(done.stdout)
-        assert found == {name: [int(name.split()[1]) * value for value in (1, 2, 3)] for name in found}
+def test_what_a_function_has_made_runs_elsewhere_without_its_module_and_its_python_functions_where_they_stand(
+    load, address, tmp_path
+):
+    load("example_models:spinning")  # has numbered Python functions
+    graph, sums = load("test_graph:calls_python_everywhere"), load(ADDER_SOURCE)
+    for name in ("graph", "sums"):
+        (tmp_path / name).mkdir()
+    folders = made_by(graph, tmp_path / "graph"), made_by(sums, tmp_path / "sums")
+    command = [sys.executable, "-c", WORKER, address, *folders]
+    environment = os.environ | {"PYTHONPATH": REPOSITORY}  # there is no test_graph
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stderr
+    found, others, modules = done.stdout.splitlines()
+    found = ast.literal_eval(found)
+    assert found == {name: [int(name.split()[1]) * value for value in (1, 2, 3)] for name in found} and len(found) > 8
+    assert others == "[1.0, 3.0] True False True False" and modules == "[]"
 
 
-def wired(tf, how: str):
-    x, z = (tf.placeholder(tf.float32, [None, 4], name=name) for name in "xz")
-    a, b = (tf.get_variable(name, initializer=1.0) for name in "ab")
-    left, right = tf.split(x, 2, axis=1)
-    y = {
-        "": lambda: x * a - b,
-        "variables": lambda: x * b - a,
-        "operands": lambda: b - x * a,
-        "halves": lambda: left - right,
-        "halves swapped": lambda: right - left,
-        "called": lambda: tf.function(lambda v: tf.exp(v) - tf.abs(v))(x),
-        "called, operands swapped": lambda: tf.function(lambda v: tf.abs(v) - tf.exp(v))(x),
-        "mapped": lambda: tf.map_fn(lambda v: tf.sin(tf.cos(v)), x),
-        "mapped the other way round": lambda: tf.map_fn(lambda v: tf.cos(tf.sin(v)), x),
-        "inputs": lambda: x - z,
-        "inputs swapped": lambda: z - x,
-        "outputs": lambda: x,
-        "outputs swapped": lambda: z,
-    }[how]()
-    return {"serving_default": ({"x": x, "z": z}, {"y": y, "other": x if y is z else z})}
+BRINGS_OPERATIONS = """
+import os
+import tensorflow
+
+folder = os.path.join(os.path.dirname(tensorflow.__file__), "lite/experimental/microfrontend/python/ops")
+operations = tensorflow.load_op_library(os.path.join(folder, "_audio_microfrontend_op.so"))
+
+def build(tf):
+    x = tf.placeholder(tf.int16, [None], name="x")
+    return {"serving_default": ({"x": x}, {"y": operations.audio_microfrontend(x)})}
+"""
+
+RUN_IT = """
+import sys
+import numpy as np
+from shared_graph.graph import build_graph
+from shared_graph.options import Options
+options = Options(model="m=brings_operations:build")
+graph = build_graph(options, options.model[0], folder=sys.argv[2], has_variables=False)
+graph.connect([sys.argv[1]], options)
+print(graph.run("serving_default", [np.arange(800, dtype=np.int16)])[0].tolist())
+"""
 
 
-def test_functions_of_the_same_operations_that_are_wired_otherwise_have_other_fingerprints(tf, monkeypatch):
-    ways = ["", "variables", "operands", "halves", "halves swapped", "called", "called, operands swapped", "mapped",
-            "mapped the other way round", "inputs", "inputs swapped", "outputs", "outputs swapped"]  # fmt: skip
-    fingerprints = set()
-    for how in ways:
-        monkeypatch.setattr("test_graph.edited", lambda tf, how=how: wired(tf, how), raising=False)
-        fingerprints.add(Graph(tf, ModelSource("m", 1, function="test_graph:edited")).fingerprint)
-    assert len(fingerprints) == len(ways)
+def test_the_module_of_a_function_is_imported_elsewhere_if_it_brings_operations(load, address, tmp_path, monkeypatch):
+    (tmp_path / "brings_operations.py").write_text(BRINGS_OPERATIONS)
+    monkeypatch.syspath_prepend(tmp_path)
+    graph = load("brings_operations:build")
+    environment = os.environ | {"PYTHONPATH": f"{REPOSITORY}:{tmp_path}"}
+    command = [sys.executable, "-c", RUN_IT, address, made_by(graph, tmp_path)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stderr
+    assert ast.literal_eval(done.stdout) == one(graph, np.arange(800, dtype=np.int16)) != []
 
 
 @pytest.mark.parametrize("is_lost", [True, False])

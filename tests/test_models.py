@@ -120,6 +120,15 @@ def test_a_model_answers_as_in_a_plain_session_alone_and_in_company(
             assert_same(output, expected)
 
 
+def test_workers_have_but_a_part_of_tensorflow_whatever_functions_are_served(cluster):
+    """They have what the functions have made; all of it has Keras, which has h5py."""
+    health, has_all = cluster.health(), {}
+    for actor in health["parameter_servers"] + health["workers"]:
+        with open(f"/proc/{actor['pid']}/maps") as file:
+            has_all[actor["pid"]] = "/h5py/" in file.read()
+    assert [*has_all.values()] == [True, False, False]
+
+
 def test_a_model_that_counts_counts_each_request_once(cluster, clients):
     x = np.zeros(1, np.int64)
     before = int(cluster.predict(x, "counter", "read")["count"])

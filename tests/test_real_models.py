@@ -363,10 +363,8 @@ def test_a_keras_model_without_loaded_weights_is_served_with_those_that_are_set(
     assert one(graph, np.float32([[1, 2, 3, 4]])) == [[11]]
 
 
-def test_a_keras_model_is_the_same_however_often_a_process_has_built_it(tf):
-    """As a worker does for each life of the parameter server, which is a new process each time."""
+def test_a_keras_models_variables_have_the_same_names_however_often_a_process_has_built_it(tf):
     graphs = [Graph(tf, Options(model="test_real_models:keras_untrained").model[0]) for _ in range(2)]
-    assert graphs[0].fingerprint == graphs[1].fingerprint
     assert [*graphs[0].variables.variables] == [*graphs[1].variables.variables]
 
 

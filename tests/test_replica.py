@@ -1,6 +1,7 @@
 """What a worker has of a parameter server, with one that the tests play."""
 
 import asyncio
+import contextlib
 import itertools
 import threading
 import types
@@ -49,13 +50,14 @@ class PlayedGraph:
 
 SOURCES = {name: ModelSource(name, 1, function=f"{name}:build") for name in "ab"}
 KEY, OTHER = ModelKey("a", 1), ModelKey("b", 1)
-LOADED = LoadedVersion({}, "", (), (), (), False, "weights")
+LOADED = LoadedVersion({}, "", (), (), False, "weights")
 THERE, LEAVING = ModelVersion(SOURCES["a"], "AVAILABLE", None, LOADED), ModelVersion(SOURCES["a"], "UNLOADING")
 
 
 @pytest.fixture
-def replica(tmp_path):
+def replica(tmp_path, monkeypatch):
     """Of a parameter server that has nothing yet; call it inside the test's event loop."""
+    monkeypatch.setattr(module, "fetched_bundle", lambda read: contextlib.nullcontext("folder"))
     info = ServerInfo(ProcessInfo(1, "node", [], None), "life", str(tmp_path), ["a:1"], Snapshot())
     return lambda **options: Replica(0, "life", Options(**options), PlayedServer(), info, lambda: None)
 
@@ -75,7 +77,7 @@ def building(monkeypatch):
     """Graphs that are built from now on, and an event without which no build ends; one that is None fails."""
     graphs, may_end = [], Awaited()
 
-    def build(*arguments, **origin):
+    def build(*arguments, **kind):
         graph = graphs[-1]
         may_end.wait(10)
         if graph is None:
@@ -377,19 +379,39 @@ async def test_when_the_parameter_server_is_gone_that_is_told_once_and_nothing_r
     assert told == ["left"] and not graphs[0].is_connected and not replica._bringing_up
 
 
-@pytest.mark.parametrize("change", [{"fingerprint": "second"}, {"tokens": ("second",)}])
-async def test_a_graph_of_a_version_that_was_loaded_anew_while_it_was_built_is_built_anew(replica, building, change):
+async def test_a_graph_of_a_version_that_was_loaded_anew_while_it_was_built_is_built_anew(replica, building):
     replica, (graphs, may_end) = replica(), building
     graphs.append(first := PlayedGraph())
     replica.apply(there())
     await until(lambda: may_end.waits)
     graphs.append(second := PlayedGraph())
-    second.fingerprint = change.get("fingerprint", "")
-    replica.apply(there(**change, weights_id="second"))
+    second.fingerprint = "second"
+    replica.apply(there(fingerprint="second", weights_id="second"))
     may_end.set()
     await until(lambda: KEY in replica.graphs and not replica._bringing_up)
     assert replica.graphs == {KEY: second} and not first.is_connected and second.is_connected
     replica.leave()
+
+
+@pytest.mark.parametrize("placement", ["shared", "mirrored"])
+@pytest.mark.parametrize("runs_python", [False, True])
+async def test_a_function_is_called_by_a_worker_only_where_its_python_functions_run_there(
+    replica, building, monkeypatch, placement, runs_python
+):
+    mine, (graphs, may_end), folders = replica(placement=placement), building, []
+
+    def build(options, source, is_mirror, folder, has_variables):
+        folders.append(folder)
+        assert is_mirror == has_variables == (placement == "mirrored")
+        return PlayedGraph()
+
+    monkeypatch.setattr(module, "build_graph", build)
+    monkeypatch.setattr(PlayedGraph, "restore", lambda graph, weights: None, raising=False)
+    mine.server.weights = {}
+    mine.apply(there(runs_python=runs_python, fingerprint=LOADED.fingerprint))
+    await until(lambda: KEY in mine.graphs)
+    assert folders == [None if (placement, runs_python) == ("mirrored", True) else "folder"]
+    mine.leave()
 
 
 async def test_a_graph_that_is_not_the_one_of_the_parameter_server_is_not_used(replica, building):
@@ -397,7 +419,7 @@ async def test_a_graph_that_is_not_the_one_of_the_parameter_server_is_not_used(r
     graphs.append(PlayedGraph())
     may_end.set()
     replica.apply(there(fingerprint="another"))
-    await until(lambda: "is it the same code?" in replica.failed.get(KEY, ""))
+    await until(lambda: "loaded anew" in replica.failed.get(KEY, ""))
     assert replica.graphs == {}
     replica.leave()
 

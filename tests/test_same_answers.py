@@ -19,7 +19,7 @@ from shared_graph.models import LoadedVersion, ModelKey, ModelVersion, Snapshot
 from shared_graph.options import Options
 from shared_graph.status import Status
 
-LOADED = LoadedVersion({"signature_def": {"signature_def": {}}}, "", (), (), (), False, "")
+LOADED = LoadedVersion({"signature_def": {"signature_def": {}}}, "", (), (), False, "")
 VERSION = ModelVersion(ModelSource("a/é", 3, function="m:f"), "AVAILABLE", None, LOADED)
 ADDER = ModelVersion(ModelSource("adder", 1, function="m:f"), "AVAILABLE", None, LOADED)
 SNAPSHOT = Snapshot(

@@ -11,7 +11,7 @@ from shared_graph.options import Options
 from shared_graph.status import LOADING_PATIENCE_S, Status
 from shared_graph.wire import ProcessInfo
 
-LOADED = LoadedVersion({"signature_def": {"signature_def": {}}}, "", (), (), (), False, "")
+LOADED = LoadedVersion({"signature_def": {"signature_def": {}}}, "", (), (), False, "")
 SOURCE = ModelSource("m", 1, function="a:b")
 
 

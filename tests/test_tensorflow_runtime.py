@@ -115,10 +115,10 @@ print(tf.keras.layers.Dense.__name__)
         long("import tensorflow as tf2", "tf2.keras.layers.Dense"),
         ("import tensorflow as tf2", "tf2.nn.relu"),
         long("import tensorflow as tf2", "tf2.__version__"),
-        ("import tensorflow.compat.v1 as tf1", "tf1.train.AdamOptimizer"),
+        long("import tensorflow.compat.v1 as tf1", "tf1.train.AdamOptimizer"),
         long("from tensorflow.compat import v1", "v1.layers"),
         long("from tensorflow import data", "data.Dataset"),
-        ("from tensorflow.keras import layers", "layers.Dense"),
+        long("from tensorflow.keras import layers", "layers.Dense"),
         long("import tensorflow.keras", "tensorflow.keras.layers.Dense"),
         ("import keras", "keras.layers.Dense"),
         long("import tensorflow.lookup", "tensorflow.lookup.StaticHashTable"),
@@ -194,15 +194,20 @@ print(runtime.import_tensorflow() is tf, half(tf)(3.0))
     )
 
 
-@pytest.mark.parametrize("function, slim", [(None, True), ("module:function", False)])
-def test_functions_of_the_users_get_the_whole(function, slim):
+@pytest.mark.parametrize("function, slim", [("", True), ("example_models:linear", False)])
+def test_functions_of_the_users_get_the_whole_and_the_adder_a_part(function, slim):
     assert (
-        run(f"""
-import types
-source = types.SimpleNamespace(function={function!r})
-runtime.import_tensorflow_for(types.SimpleNamespace(model=(source,)))
+        run(
+            f"""
+from shared_graph.graph import build_graph
+from shared_graph.model_source import ADDER_SOURCE
+from shared_graph.options import Options
+options = Options(model={function!r} or ())
+build_graph(options, *options.model or [ADDER_SOURCE])
 print(is_slim())
-""")
+""",
+            PYTHONPATH=f"{REPOSITORY}:{HERE}",
+        )
         == f"{slim}\n"
     )
 

@@ -36,25 +36,16 @@ def _call(tf, where: str) -> tuple[Any, Callable, Any]:
     thread lives.
     """
     module, _, name = where.partition(":")
-    if module not in _switches:
-        _switch(tf, True, True)
-        import_module_of(where)
-        _switches[module] = tf.resource_variables_enabled(), tf.control_flow_v2_enabled()
-    function = getattr(import_module_of(where), name)
+    _switch(tf, *_switches.get(module, (True, True)))
+    function, graph = getattr(import_module_of(where), name), tf.Graph()
+    _switches.setdefault(module, (tf.resource_variables_enabled(), tf.control_flow_v2_enabled()))
 
     def call() -> Any:
         with graph.as_default():
             return function(tf)
 
-    for _ in range(3):  # once more when it has switched them itself, as it may by what it imports
-        switches, graph = _switches[module], tf.Graph()
-        _switch(tf, *switches)
-        with ThreadPoolExecutor(1) as pool:
-            returned = pool.submit(call).result() if "keras" in sys.modules else call()
-        _switches[module] = tf.resource_variables_enabled(), tf.control_flow_v2_enabled()
-        if _switches[module] == switches:
-            break
-    return graph, function, returned
+    with ThreadPoolExecutor(1) as pool:
+        return graph, function, pool.submit(call).result() if "keras" in sys.modules else call()
 
 
 def _switch(tf, has_resource_variables: bool, has_control_flow_v2: bool) -> None:

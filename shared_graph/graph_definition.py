@@ -28,7 +28,6 @@ def prepare_nodes(meta_graph, container: str) -> None:
     from tensorflow.python.framework import op_def_registry
 
     inputs = {info.name.partition(":")[0] for d in meta_graph.signature_def.values() for info in d.inputs.values()}
-    tables = {}
     for node in all_nodes(meta_graph.graph_def):
         node.device = ""  # of the machine that saved it (tensorflow#4011)
         definition = op_def_registry.get(node.op)
@@ -39,9 +38,6 @@ def prepare_nodes(meta_graph, container: str) -> None:
         if "container" in attributes:  # else equal names in two models would be one variable
             own = node.attr["container"].s
             node.attr["container"].s = container.encode() + (b"/" + own if own else b"")
-        shared_name = node.attr["shared_name"].s if "shared_name" in attributes else b""
-        if re.fullmatch(rb"hash_table_[0-9a-f-]{36}", shared_name):  # random: else each process had a table of its own
-            node.attr["shared_name"].s = tables.setdefault(shared_name, b"hash_table_%d" % len(tables))
         if "use_locking" in attributes:  # else two runs at once lose updates
             node.attr["use_locking"].b = True
 

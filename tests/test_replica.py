@@ -396,9 +396,9 @@ async def test_a_graph_of_a_version_that_was_loaded_anew_while_it_was_built_is_b
 @pytest.mark.parametrize("placement", ["shared", "mirrored"])
 @pytest.mark.parametrize("runs_python", [False, True])
 async def test_a_function_is_called_by_a_worker_only_where_its_python_functions_run_there(
-    replica, building, monkeypatch, placement, runs_python
+    replica, monkeypatch, placement, runs_python
 ):
-    mine, (graphs, may_end), folders = replica(placement=placement), building, []
+    mine, folders = replica(placement=placement), []
 
     def build(options, source, is_mirror, folder, has_variables):
         folders.append(folder)
@@ -406,6 +406,7 @@ async def test_a_function_is_called_by_a_worker_only_where_its_python_functions_
         return PlayedGraph()
 
     monkeypatch.setattr(module, "build_graph", build)
+    monkeypatch.setattr(module, "warm_up", lambda graph: None)
     monkeypatch.setattr(PlayedGraph, "restore", lambda graph, weights: None, raising=False)
     mine.server.weights = {}
     mine.apply(there(runs_python=runs_python, fingerprint=LOADED.fingerprint))

@@ -1,5 +1,5 @@
-"""Calls a user's function that makes a graph, once, and describes what it has made as a SavedModel would: from there on
-all models are alike, and other processes need neither the function nor its module."""
+"""Calls a user's function that makes a graph, and describes what it has made as a SavedModel would: from there on all
+models are alike."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import re
 import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from types import ModuleType
 from typing import Any
 
 from shared_graph.errors import ModelError, first_sentence
@@ -21,31 +20,40 @@ _switches: dict[str, tuple[bool, bool]] = {}  # by module: are there resource va
 
 
 def call_function(tf, where: str) -> tuple[Any, Any]:
-    """Call ``module:function`` in a new graph; that graph, which owns the Python functions of its operations, and its
-    MetaGraphDef. Raises ModelError where it is no model, and whatever the function raises."""
+    """Call ``module:function`` in a new graph; that graph, which owns the Python functions of its operations, and the
+    SavedModel. Raises ModelError where it is none, and whatever the function raises."""
     graph, function, signatures = _call(tf, where)
     with graph.as_default():
-        return graph, _meta_graph(tf, where.partition(":")[2], graph, function, signatures)
+        return graph, _saved_model(tf, where.partition(":")[2], graph, function, signatures)
 
 
 def _call(tf, where: str) -> tuple[Any, Callable, Any]:
-    """The graph, the function, and what it returned.
+    """The graph, the function, and what it returned; with the same around it each time.
 
     What calls ``disable_v2_behavior()``, as many a program of TensorFlow 1 does when it is imported, does so for all
     that is built later in its process: here it is for that module alone. And Keras numbers layers on for as long as a
     thread lives.
     """
     module, _, name = where.partition(":")
-    _switch(tf, *_switches.get(module, (True, True)))
-    function, graph = getattr(import_module_of(where), name), tf.Graph()
-    _switches.setdefault(module, (tf.resource_variables_enabled(), tf.control_flow_v2_enabled()))
+    if module not in _switches:
+        _switch(tf, True, True)
+        importlib.import_module(module)
+        _switches[module] = tf.resource_variables_enabled(), tf.control_flow_v2_enabled()
+    function = getattr(importlib.import_module(module), name)
 
     def call() -> Any:
         with graph.as_default():
             return function(tf)
 
-    with ThreadPoolExecutor(1) as pool:
-        return graph, function, pool.submit(call).result() if "keras" in sys.modules else call()
+    for _ in range(3):  # once more when it has switched them itself, as it may by what it imports
+        switches, graph = _switches[module], tf.Graph()
+        _switch(tf, *switches)
+        with ThreadPoolExecutor(1) as pool:
+            returned = pool.submit(call).result() if "keras" in sys.modules else call()
+        _switches[module] = tf.resource_variables_enabled(), tf.control_flow_v2_enabled()
+        if _switches[module] == switches:
+            break
+    return graph, function, returned
 
 
 def _switch(tf, has_resource_variables: bool, has_control_flow_v2: bool) -> None:
@@ -53,15 +61,13 @@ def _switch(tf, has_resource_variables: bool, has_control_flow_v2: bool) -> None
     tf.enable_control_flow_v2() if has_control_flow_v2 else tf.disable_control_flow_v2()
 
 
-def import_module_of(where: str) -> ModuleType:
-    return importlib.import_module(where.partition(":")[0])
-
-
-def _meta_graph(tf, name: str, graph, function: Callable, signatures: Any):
-    from tensorflow.core.protobuf import meta_graph_pb2
+def _saved_model(tf, name: str, graph, function: Callable, signatures: Any):
+    """Without variables, whose first values ``INITIALIZERS`` make."""
+    from tensorflow.core.protobuf import saved_model_pb2
 
     check_signatures(name, signatures)
-    meta_graph = meta_graph_pb2.MetaGraphDef()
+    saved_model = saved_model_pb2.SavedModel(saved_model_schema_version=1)
+    meta_graph = saved_model.meta_graphs.add()
     meta_graph.meta_info_def.tags.append("serve")
     for signature, sides in signatures.items():
         infos = [
@@ -77,14 +83,7 @@ def _meta_graph(tf, name: str, graph, function: Callable, signatures: Any):
     if getattr(function, "atomic", False):
         meta_graph.collection_def[ATOMIC].int64_list.value.append(1)
     meta_graph.graph_def.CopyFrom(graph.as_graph_def())
-    return meta_graph
-
-
-def as_saved_model(meta_graph) -> bytes:
-    """The file of a SavedModel without variables."""
-    from tensorflow.core.protobuf import saved_model_pb2
-
-    return saved_model_pb2.SavedModel(saved_model_schema_version=1, meta_graphs=[meta_graph]).SerializeToString()
+    return saved_model
 
 
 def check_signatures(name: str, returned: Any) -> None:

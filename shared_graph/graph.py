@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from shared_graph.errors import ModelError
-from shared_graph.functions import ATOMIC, INITIALIZERS, as_saved_model, call_function, import_module_of
+from shared_graph.functions import ATOMIC, INITIALIZERS, call_function
 from shared_graph.graph_definition import (
     ITERATOR,
     describe_signature,
@@ -24,6 +24,8 @@ from shared_graph.graph_definition import (
     operations_behind,
     prepare_nodes,
     probes,
+    python_tokens,
+    rename_python_functions,
     unknown_operations,
 )
 from shared_graph.model_source import ADDER, ADDER_SOURCE, ModelSource
@@ -51,17 +53,16 @@ class Graph:
         folder: str | None = None,
         has_variables: bool = True,
     ):
-        """``folder``: from where a SavedModel is read, by default the source's; or what a function has made in another
-        process, see ``made``: then it is not called here. ``has_variables``: else another process has
-        them, and there are no operations here to set or free them: half of the time and a fifth of the memory where
+        """``folder``: from where a SavedModel is read, by default the source's; or what a function has ``made`` in
+        another process: it is called here only for what its graph needs beside. ``has_variables``: else another process
+        has them, and there are no operations here to set or free them: half of the time and a fifth of the memory where
         there are many."""
         self._tf, self.source, self.ps_task, self.is_mirror = tf, source, ps_task, not ps_tasks
         self.session, self._callables = None, None
         self.own_thread: OwnThread | None = None  # held as long as this lives, for the sake of memory
         self.saved_checksum: int | None = None  # of its variables when they were saved last
         self.made: bytes | None = None  # by its function, as a SavedModel, until others have it
-        meta_graph = self._read(folder or source.folder)
-        self.fingerprint = hashlib.sha256(meta_graph.SerializeToString(deterministic=True)).hexdigest()
+        meta_graph, self.fingerprint = self._read(folder or source.folder)
         self.atomic = source.function is not None and ATOMIC in meta_graph.collection_def
         prepare_nodes(meta_graph, container=f"{source.name}/{source.version}".encode().hex())
         self._definitions = copy.deepcopy(dict(sorted(meta_graph.signature_def.items())))  # a part would hold all of it
@@ -87,19 +88,27 @@ class Graph:
         self.mutates_state = any(signature.mutates_state for signature in self.signatures.values())
         self.runs_python = any(signature.runs_python for signature in self.signatures.values())
 
-    def _read(self, folder: str | None):
-        """The MetaGraphDef in a SavedModel's folder, or of what the function makes."""
+    def _read(self, folder: str | None) -> tuple[Any, str]:
+        """The MetaGraphDef in a SavedModel's folder, or of what the function makes, and its fingerprint."""
         from tensorflow.python.saved_model import loader_impl
 
-        self._loader = loader_impl.SavedModelLoader(folder) if folder else None
-        if self._loader is None:
-            self._builder, made = call_function(self._tf, self.source.function)  # which owns the Python functions in it
-            self.made = as_saved_model(made)
-            return made
+        if folder is None:
+            saved_model = self._call()
+            self._loader, self.made = None, saved_model.SerializeToString()
+            return saved_model.meta_graphs[0], fingerprint_of(saved_model.meta_graphs[0])
+        self._loader = loader_impl.SavedModelLoader(folder)
         meta_graph = self._loader.get_meta_graph_def_from_tags(["serve"])
-        if self.source.function and unknown_operations(meta_graph.graph_def):
-            import_module_of(self.source.function)  # which brings them along
-        return meta_graph
+        fingerprint, graph_def = fingerprint_of(meta_graph), meta_graph.graph_def
+        if self.source.function and (unknown_operations(graph_def) or (self.is_mirror and python_tokens(graph_def))):
+            own = self._call().meta_graphs[0].graph_def  # it brings along what is not there, such as Python functions
+            if self.is_mirror:
+                rename_python_functions(graph_def, python_tokens(own))
+        return meta_graph, fingerprint
+
+    def _call(self):
+        tf = import_tensorflow(whole=self.source != ADDER_SOURCE)
+        self._builder, saved_model = call_function(tf, self.source.function)  # which owns the Python functions in it
+        return saved_model
 
     def _add_outputs(self, tf, graph_def) -> list:
         """Describe each signature, and make what is fetched for it; its outputs."""
@@ -251,6 +260,10 @@ class Graph:
         return metadata_of(self._definitions)
 
 
+def fingerprint_of(meta_graph) -> str:
+    return hashlib.sha256(meta_graph.SerializeToString(deterministic=True)).hexdigest()
+
+
 def end_session(left: list, is_lost: bool) -> None:
     """``left`` holds it and its callables. When a callable goes, in whatever thread, it asks the server to forget it,
     and may wait; not after the session was closed, as it first is where the server ``is_lost`` and nobody answers."""
@@ -283,14 +296,13 @@ def build_graph(
     global _begun
     index = [ADDER, *(model.name for model in options.model)].index(source.name)
     ps_task = 0 if source.function else index % options.parameter_servers
-    calls_users_function = folder is None and source.function is not None and source != ADDER_SOURCE
     is_alone, others = False, -1  # imports in two threads may block each other; but none waits for one that never ends
     while not is_alone and others != _begun:
         others, is_alone = _begun, _building.acquire(timeout=BUILD_PATIENCE_S)
     _begun += 1
     try:
-        tf = import_tensorflow(whole=calls_users_function)
-        return Graph(tf, source, ps_task, 0 if is_mirror else options.parameter_servers, folder, has_variables)
+        ps_tasks = 0 if is_mirror else options.parameter_servers
+        return Graph(import_tensorflow(), source, ps_task, ps_tasks, folder, has_variables)
     finally:
         if is_alone:
             _building.release()

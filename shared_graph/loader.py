@@ -38,7 +38,7 @@ class Loader:
     def __init__(self, options: Options):
         self._options, self.addresses = options, []
         self._graphs: dict[ModelKey, Graph] = {}
-        self._built: dict[ModelKey, Graph] = {}  # that are still to be loaded
+        self._built: dict[ModelKey, asyncio.Task[Graph]] = {}  # of functions, or still being built; to be loaded
         self._checkpoints: Checkpoints | None = None
         self.bundles: dict[ModelKey, IO[bytes]] = {}
         self._saving = OwnThread()  # what is saved is saved in order
@@ -82,17 +82,17 @@ class Loader:
     async def build_functions(self) -> bool:
         """Build the graphs of functions: does one run Python? A TensorFlow server has to know before it starts, since
         it gets no more threads, and idle ones look for work: 32 too many took half as much processor time again. What
-        cannot be built, or not soon, may run Python; it is built anew when it is loaded, and then the error is told."""
-        try:
-            async with asyncio.timeout(BUILD_FIRST_S):
-                for source in self._options.model:
-                    if source.function:
-                        key = ModelKey(source.name, source.version)
-                        async with self._marks.loading(key, source.files_seen()):  # it has none
-                            self._built[key] = await build_in_own_thread(build_graph, self._options, source)
-        except Exception:
-            return True
-        return any(graph.runs_python for graph in self._built.values())
+        cannot be built, or not soon, may run Python; why not is told when it is loaded."""
+        for source in self._options.model:
+            if source.function:
+                key = ModelKey(source.name, source.version)
+                self._built[key] = asyncio.create_task(self._build_first(key, source))
+        built, late = await asyncio.wait(self._built.values(), timeout=BUILD_FIRST_S) if self._built else ((), ())
+        return bool(late) or any(task.exception() or task.result().runs_python for task in built)
+
+    async def _build_first(self, key: ModelKey, source: ModelSource) -> Graph:
+        async with self._marks.loading(key, source.files_seen()):  # it has none
+            return await build_in_own_thread(build_graph, self._options, source)
 
     async def load(self, source: ModelSource) -> LoadedVersion:
         async with self._loads.turn():
@@ -101,8 +101,9 @@ class Loader:
     async def _load(self, source: ModelSource) -> LoadedVersion:
         key = ModelKey(source.name, source.version)
         files = await in_own_thread(source.files_seen)
+        built = await self._built.pop(key) if key in self._built else None
         async with self._marks.loading(key, files) if source != ADDER_SOURCE else contextlib.nullcontext():
-            graph = await build_in_own_thread(self._build_and_restore, key, source)
+            graph = await build_in_own_thread(self._build_and_restore, key, source, built)
             rule = f"{code_of_package()} {self._options.max_batch} {self._options.exact} {graph.fingerprint}"
             weights = f"{json.dumps(files)} {self._checkpoints.stamp(source)}"
             known_by = hashlib.sha256(f"{rule} {weights}".encode()).hexdigest()
@@ -117,17 +118,16 @@ class Loader:
         found = graph.metadata(), graph.fingerprint, *verdict, graph.runs_python
         return LoadedVersion(*found, secrets.token_hex(8))
 
-    def _build_and_restore(self, key: ModelKey, source: ModelSource) -> Graph:
+    def _build_and_restore(self, key: ModelKey, source: ModelSource, built: Graph | None) -> Graph:
         """In a thread of its own, which may take long."""
         with contextlib.ExitStack() as stack:
             if source.folder:
                 self.bundles[key] = stack.enter_context(bundled(source, is_mirrored(self._options, source)))
-            graph = self._built.pop(key, None) or build_graph(self._options, source)
+            graph = built or build_graph(self._options, source)
             if graph.made:
                 self.bundles[key], graph.made = bundle_of(graph.made), None
-            mutates_state = graph.mutates_state or graph.atomic
-            if is_mirrored(self._options, source) and (mutates_state or graph.has_tables_in_checkpoint):
-                what = "changes its variables when it runs" if mutates_state else "has tables in its checkpoint"
+            if is_mirrored(self._options, source) and (graph.mutates_state or graph.has_tables_in_checkpoint):
+                what = "changes its variables when it runs" if graph.mutates_state else "has tables in its checkpoint"
                 raise ModelError(f"it {what} and cannot be mirrored: use --placement shared")
             self._graphs[key] = graph
             graph.connect(self.addresses, self._options)

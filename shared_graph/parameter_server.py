@@ -73,8 +73,8 @@ class ParameterServer:
                     if is_primary:  # before what takes memory and time: another life cannot do it any more
                         self.is_first_life = await in_own_thread(is_first_life)
                         await in_own_thread(self.loader.open_folder, self.folder, self.run_id, self.is_first_life)
-                    functions = is_primary and [source for source in self.options.model if source.function]
-                    tf = await in_own_thread(import_tensorflow, bool(functions))  # all of it before the first graph
+                    calls_functions = is_primary and any(source.function for source in self.options.model)
+                    tf = await in_own_thread(import_tensorflow, calls_functions)  # once, before the first graph
                     runs_python = is_primary and await self.loader.build_functions()
                     self.addresses = [await in_own_thread(self._boot, tf, runs_python)]
                     if is_primary:

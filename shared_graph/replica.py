@@ -153,16 +153,12 @@ class Replica:
             self.weights[key] = loaded.weights_id
             return
         async with contextlib.AsyncExitStack() as stack:
-            folder, runs_python_here = None, is_mirror and loaded.runs_python  # then it is called here as well
-            if not runs_python_here:
-                read = functools.partial(self.server.call, "read_bundle", key)
-                folder = await stack.enter_async_context(fetched_bundle(read))
+            read = functools.partial(self.server.call, "read_bundle", key)
+            folder = await stack.enter_async_context(fetched_bundle(read))
             build = functools.partial(build_graph, self.options, source, is_mirror, folder, has_variables=is_mirror)
             if source != ADDER_SOURCE:
-                await stack.enter_async_context(self._marks.loading(key, [loaded.fingerprint]))
+                await stack.enter_async_context(self._marks.loading(key, [source.folder and loaded.fingerprint]))
             graph = await build_in_own_thread(build)
-            if runs_python_here:
-                graph.fingerprint = loaded.fingerprint
             if graph.fingerprint != loaded.fingerprint:
                 raise ModelError("it was loaded anew meanwhile")
             await graph.own_thread.run(graph.connect, [] if is_mirror else self.addresses, self.options)

@@ -1,4 +1,4 @@
-"""The actor that answers batches: it builds the same graphs against the parameter server, and runs them."""
+"""The actor that answers batches: it imports the same graphs against the parameter server, and runs them."""
 
 from __future__ import annotations
 

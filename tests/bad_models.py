@@ -3,7 +3,13 @@
 import os
 import sys
 
+from conftest import command_of
+
 NO_FILE = "/no/such/vocabulary"
+
+
+def is_in(actor: str) -> bool:
+    return command_of(os.getpid()).startswith(f"ray::{actor}")
 
 
 def well(tf):
@@ -64,7 +70,9 @@ def with_operations(tf):
 
 
 def fails_in_workers(tf):
-    """There its operations are not known, and its module does not bring them."""
+    """They call it as well, for its operations."""
+    if is_in("Worker"):
+        raise RuntimeError("not in a worker")
     return with_operations(tf)
 
 
@@ -88,6 +96,12 @@ def ends_always(tf):
     os._exit(7)
 
 
+def ends_workers(tf):
+    if is_in("Worker"):
+        os._exit(7)
+    return with_operations(tf)
+
+
 REASONS = {  # why they are not served
     "raises": "RuntimeError: it is broken",
     "leaves": "SystemExit it leaves",
@@ -99,5 +113,5 @@ REASONS = {  # why they are not served
     "without_initializer": "nothing initializes 'w', which an output needs",
     "damaged_weights": "is damaged or gone",
     "other_weights": "is not of this model: there is no variable 'v'",
-    "fails_in_workers": "Op type not registered 'AudioMicrofrontend'",
+    "fails_in_workers": "not in a worker",
 }

@@ -29,9 +29,7 @@ def attempt(what, function, *arguments):
         told[what] = [type(error).__name__, str(error)]
     look(what)
 
-models = [name if ":" in name else f"bad_models:{name}" for name in names]
-names = [name.rpartition(":")[2] for name in names]
-cluster = Cluster(workers=2, model=models, checkpoint_dir=folder)
+cluster = Cluster(workers=2, model=[f"bad_models:{name}" for name in names], checkpoint_dir=folder)
 cluster.start_in_background()
 def versions():
     look("the start")
@@ -48,7 +46,7 @@ while time.monotonic() < end and (since is None or time.monotonic() < since + 3)
     since = (since or time.monotonic()) if cluster.health()["status"] == "ready" and is_settled() else None
     time.sleep(0.1)
 told["versions"], told["health"] = versions(), cluster.health()
-for name in names:
+for name in ("well", *names):
     attempt(f"predict {name}", cluster.predict, [3.0], name)
 attempt("weights", cluster.set_weights, "well", {"w": [[1.0]]})
 attempt("other weights", cluster.set_weights, "well", {"v": [1.0]})
@@ -117,7 +115,7 @@ def test_a_model_that_ends_its_process_is_served_if_it_did_so_once_else_over_and
 
 @pytest.mark.long
 def test_a_model_that_ends_its_workers_does_not_do_so_for_ever(tmp_path):
-    told, _ = run(tmp_path, ["bad_operations:ends_workers", "well"])
+    told, _ = run(tmp_path, ["ends_workers", "well"])
     assert told["predict well"] == "{'y': array([6.], dtype=float32)}"
     assert (
         "it has ended the process that loads it 3 times" in told["versions"]["ends_workers"]["status"]["error_message"]

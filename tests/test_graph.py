@@ -198,7 +198,8 @@ def test_what_a_module_switches_off_when_it_is_imported_is_for_its_own_functions
         assert [kinds(source) for source in sources] == before
         assert kinds(old.source) == kinds(old.source) and "VariableV2" in kinds(old.source)
         assert one(old, np.float32(5)) == [6, 0, 0]  # not so with resource variables
-        load("late:build")  # switches while it is called
+        late = load("late:build").source
+        assert kinds(late) == kinds(late) and "VarHandleOp" not in kinds(late)
         assert [kinds(source) for source in sources] == before
     finally:
         tf.enable_v2_tensorshape()
@@ -603,7 +604,7 @@ def test_graphs_are_built_one_at_a_time_for_as_long_as_they_get_on_and_one_that_
 
     monkeypatch.setattr(module, "BUILD_PATIENCE_S", 1.0)
     monkeypatch.setattr(module, "Graph", build)
-    monkeypatch.setattr(module, "import_tensorflow", lambda whole: None)
+    monkeypatch.setattr(module, "import_tensorflow", lambda: None)
     options = Options(model=[f"{name}=test_graph:spread" for name in ("never", *"abcdef")])
     with ThreadPoolExecutor(7) as pool:
         list(pool.map(lambda source: build_graph(options, source), options.model[1:]))
@@ -723,14 +724,40 @@ def test_what_a_function_has_made_runs_elsewhere_without_its_module_and_its_pyth
     assert others == "[1.0, 3.0] True False True False" and modules == "[]"
 
 
+def starts_by_python(tf):
+    """A variable and a table whose first values Python functions make."""
+    x = tf.placeholder(tf.int64, [None], name="x")
+    first, keys, values = (
+        tf.numpy_function(lambda value=value: np.int64(value), [], tf.int64) for value in ([7], [1, 2], [10, 20])
+    )
+    variable = tf.get_variable("v", initializer=tf.ensure_shape(first, [1]))
+    table = tf.lookup.StaticHashTable(tf.lookup.KeyValueTensorInitializer(keys, values), -1)
+    return {"serving_default": ({"x": x}, {"y": table.lookup(x) + variable})}
+
+
+def test_a_mirror_has_the_graph_of_the_parameter_server_and_python_functions_of_its_own(tf, load, tmp_path):
+    """Also those that only initialize, which are numbered in each process as they come."""
+    for function in ("calls_python_everywhere", "starts_by_python"):
+        graph = load(f"test_graph:{function}")
+        mirror = Graph(tf, graph.source, ps_tasks=0, folder=made_by(graph, tmp_path))
+        mirror.connect([], Options())
+        mirror.restore(graph.variables.get_weights())
+        assert mirror.fingerprint == graph.fingerprint
+        dtype = graph.signatures["serving_default"].inputs["x"].dtype
+        feed = [np.array([1, 2, 3], dtype)]
+        expected = [output.tolist() for output in graph.run("serving_default", feed)]
+        graph.disconnect()
+        assert [output.tolist() for output in mirror.run("serving_default", feed)] == expected
+        mirror.disconnect()
+    assert expected == [[17, 27, 6]]
+
+
 BRINGS_OPERATIONS = """
 import os
-import tensorflow
-
-folder = os.path.join(os.path.dirname(tensorflow.__file__), "lite/experimental/microfrontend/python/ops")
-operations = tensorflow.load_op_library(os.path.join(folder, "_audio_microfrontend_op.so"))
 
 def build(tf):
+    folder = os.path.join(tf.sysconfig.get_lib(), "lite/experimental/microfrontend/python/ops")
+    operations = tf.load_op_library(os.path.join(folder, "_audio_microfrontend_op.so"))
     x = tf.placeholder(tf.int16, [None], name="x")
     return {"serving_default": ({"x": x}, {"y": operations.audio_microfrontend(x)})}
 """
@@ -747,7 +774,7 @@ print(graph.run("serving_default", [np.arange(800, dtype=np.int16)])[0].tolist()
 """
 
 
-def test_the_module_of_a_function_is_imported_elsewhere_if_it_brings_operations(load, address, tmp_path, monkeypatch):
+def test_a_function_that_brings_operations_along_is_called_elsewhere_as_well(load, address, tmp_path, monkeypatch):
     (tmp_path / "brings_operations.py").write_text(BRINGS_OPERATIONS)
     monkeypatch.syspath_prepend(tmp_path)
     graph = load("brings_operations:build")

@@ -8,8 +8,10 @@ import shutil
 import subprocess
 import sys
 import threading
+import time
 import types
 
+import example_models
 import numpy as np
 import pytest
 from conftest import one, wait_until
@@ -41,6 +43,30 @@ def a_loader(address: str, folder, *sources: ModelSource, **options) -> tuple[lo
     look = functools.partial(in_own_thread, ModelSource.look)
     manager = VersionManager([ADDER_SOURCE, *sources], look, own.load, own.unload, lambda snapshot: None)
     return own, manager
+
+
+CALLS = []
+
+
+def slow_to_build(tf):
+    CALLS.append("begun")
+    time.sleep(0.3)
+    CALLS.append("ended")
+    return example_models.linear(tf)
+
+
+@pytest.mark.parametrize("patience_s", [0.1, 30])
+async def test_a_function_is_called_once_however_long_it_takes(tf, address, tmp_path, monkeypatch, patience_s):
+    """If it takes long the parameter server does not wait for it to know whether it runs Python, but for what it makes."""
+    CALLS.clear()
+    monkeypatch.setattr(loader, "BUILD_FIRST_S", patience_s)
+    source = ModelSource("m", 1, function="test_loader:slow_to_build")
+    own, _ = a_loader(address, tmp_path, source)
+    assert await own.build_functions() == (patience_s < 1)
+    assert ["begun", "ended"][: 1 if patience_s < 1 else 2] == CALLS
+    await own.load(source)
+    assert CALLS == ["begun", "ended"] and not own._built
+    await own.unload(ModelKey("m", 1))
 
 
 def words(tf):

@@ -393,28 +393,6 @@ async def test_a_graph_of_a_version_that_was_loaded_anew_while_it_was_built_is_b
     replica.leave()
 
 
-@pytest.mark.parametrize("placement", ["shared", "mirrored"])
-@pytest.mark.parametrize("runs_python", [False, True])
-async def test_a_function_is_called_by_a_worker_only_where_its_python_functions_run_there(
-    replica, monkeypatch, placement, runs_python
-):
-    mine, folders = replica(placement=placement), []
-
-    def build(options, source, is_mirror, folder, has_variables):
-        folders.append(folder)
-        assert is_mirror == has_variables == (placement == "mirrored")
-        return PlayedGraph()
-
-    monkeypatch.setattr(module, "build_graph", build)
-    monkeypatch.setattr(module, "warm_up", lambda graph: None)
-    monkeypatch.setattr(PlayedGraph, "restore", lambda graph, weights: None, raising=False)
-    mine.server.weights = {}
-    mine.apply(there(runs_python=runs_python, fingerprint=LOADED.fingerprint))
-    await until(lambda: KEY in mine.graphs)
-    assert folders == [None if (placement, runs_python) == ("mirrored", True) else "folder"]
-    mine.leave()
-
-
 async def test_a_graph_that_is_not_the_one_of_the_parameter_server_is_not_used(replica, building):
     replica, (graphs, may_end) = replica(), building
     graphs.append(PlayedGraph())

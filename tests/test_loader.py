@@ -57,7 +57,7 @@ def slow_to_build(tf):
 
 @pytest.mark.parametrize("patience_s", [0.1, 30])
 async def test_a_function_is_called_once_however_long_it_takes(tf, address, tmp_path, monkeypatch, patience_s):
-    """If it takes long the parameter server does not wait for it to know whether it runs Python, but for what it makes."""
+    """If it takes long nobody waits for it to know whether it runs Python, but for what it makes."""
     CALLS.clear()
     monkeypatch.setattr(loader, "BUILD_FIRST_S", patience_s)
     source = ModelSource("m", 1, function="test_loader:slow_to_build")

@@ -17,15 +17,15 @@ from shared_graph.errors import ModelError
 from shared_graph.functions import ATOMIC, INITIALIZERS, call_function
 from shared_graph.graph_definition import (
     ITERATOR,
+    calls_python,
     describe_signature,
     is_initialized,
     memory_graph,
     metadata_of,
     operations_behind,
+    operations_run,
     prepare_nodes,
     probes,
-    python_tokens,
-    rename_python_functions,
     unknown_operations,
 )
 from shared_graph.model_source import ADDER, ADDER_SOURCE, ModelSource
@@ -93,22 +93,24 @@ class Graph:
         from tensorflow.python.saved_model import loader_impl
 
         if folder is None:
-            saved_model = self._call()
-            self._loader, self.made = None, saved_model.SerializeToString()
+            self._loader, (self._builder, saved_model) = None, self._call()
+            self.made = saved_model.SerializeToString()
             return saved_model.meta_graphs[0], fingerprint_of(saved_model.meta_graphs[0])
         self._loader = loader_impl.SavedModelLoader(folder)
         meta_graph = self._loader.get_meta_graph_def_from_tags(["serve"])
-        fingerprint, graph_def = fingerprint_of(meta_graph), meta_graph.graph_def
-        if self.source.function and (unknown_operations(graph_def) or (self.is_mirror and python_tokens(graph_def))):
-            own = self._call().meta_graphs[0].graph_def  # it brings along what is not there, such as Python functions
-            if self.is_mirror:
-                rename_python_functions(graph_def, python_tokens(own))
+        fingerprint, operations = fingerprint_of(meta_graph), operations_run(meta_graph.graph_def)
+        runs_python_here = self.is_mirror and calls_python(operations)
+        if self.source.function and (runs_python_here or unknown_operations(meta_graph.graph_def)):
+            builder, own = self._call()  # which brings along the operations, and Python functions of this process
+            if sorted(operations_run(own.meta_graphs[0].graph_def)) != sorted(operations):
+                raise ModelError("its graph is not the one that the parameter server has built: is it the same code?")
+            if runs_python_here:
+                self._builder, meta_graph = builder, own.meta_graphs[0]
         return meta_graph, fingerprint
 
-    def _call(self):
-        tf = import_tensorflow(whole=self.source != ADDER_SOURCE)
-        self._builder, saved_model = call_function(tf, self.source.function)  # which owns the Python functions in it
-        return saved_model
+    def _call(self) -> tuple[Any, Any]:
+        """What ``call_function`` returns: a graph, which owns the Python functions in it, and the SavedModel."""
+        return call_function(import_tensorflow(whole=self.source != ADDER_SOURCE), self.source.function)
 
     def _add_outputs(self, tf, graph_def) -> list:
         """Describe each signature, and make what is fetched for it; its outputs."""

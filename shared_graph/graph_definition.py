@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
 
-from shared_graph.errors import ModelError
 from shared_graph.models import Signature, TensorSpec
 
 # Operations that change what a later run sees
@@ -57,34 +56,19 @@ def all_nodes(graph_def) -> Iterator[Any]:
     return itertools.chain(graph_def.node, *(function.node_def for function in graph_def.library.function))
 
 
-def nodes_run(graph_def) -> list[Any]:
-    """The nodes of a graph and of all functions that are called in it, in the same order each time it is made, which a
-    library and a node's attributes have not."""
+def operations_run(graph_def) -> list[str]:
+    """The types of a graph's operations, and of those in all functions that are called in it."""
     functions = {function.signature.name: function.node_def for function in graph_def.library.function}
     nodes = list(graph_def.node)
     for node in nodes:  # which grow meanwhile
-        attributes = [node.attr[key] for key in sorted(node.attr)]
-        called = [f.name for attribute in attributes for f in [attribute.func, *attribute.list.func]]
+        called = [f.name for attribute in node.attr.values() for f in [attribute.func, *attribute.list.func]]
         for name in [node.op, *called]:
             nodes.extend(functions.pop(name, ()))
-    return nodes
+    return [node.op for node in nodes]
 
 
-def python_tokens(graph_def) -> list[bytes]:
-    """By which a graph calls its Python functions; each process numbers its own."""
-    nodes = [node for node in nodes_run(graph_def) if PYTHON_FUNCTION.fullmatch(node.op)]
-    return list(dict.fromkeys(node.attr["token"].s for node in nodes))
-
-
-def rename_python_functions(graph_def, tokens: list[bytes]) -> None:
-    """Have it call these instead. Raises ModelError where it has more of them, or fewer."""
-    before = python_tokens(graph_def)
-    if len(before) != len(tokens):
-        raise ModelError(f"there are {len(before)} Python functions in it, and {len(tokens)} where it runs")
-    new = dict(zip(before, tokens))
-    for node in nodes_run(graph_def):
-        if PYTHON_FUNCTION.fullmatch(node.op):
-            node.attr["token"].s = new[node.attr["token"].s]
+def calls_python(operations: Iterable[str]) -> bool:
+    return any(map(PYTHON_FUNCTION.fullmatch, operations))
 
 
 def operations_behind(operations: list) -> set:
@@ -115,15 +99,14 @@ def describe_signature(
         signature.refusal = f"Signature {name!r} cannot be served: two of its inputs are one tensor"
         return signature, [], []
     part = tf.graph_util.extract_sub_graph(graph_def, [tensor.op.name for tensor in fetches.values()])
-    types = {node.op for node in nodes_run(part)}
-    calls_python = any(map(PYTHON_FUNCTION.fullmatch, types))
-    if calls_python and is_saved:  # by a token, which in this process is another function's, such as the adder's
+    types = set(operations_run(part))
+    if calls_python(types) and is_saved:  # by a token, which in this process is another function's, such as the adder's
         signature.refusal = f"Signature {name!r} cannot be served: it calls a Python function, which no SavedModel has"
         return signature, [], []
     signature.inputs = {key: tensor_spec(tensor, definition.inputs[key]) for key, tensor in feeds.items()}
     signature.outputs = {key: tensor_spec(tensor, definition.outputs[key]) for key, tensor in fetches.items()}
     signature.mutates_state = any(map(STATE_CHANGING.fullmatch, types))
-    signature.runs_python = not atomic and calls_python
+    signature.runs_python = not atomic and calls_python(types)
     return signature, list(feeds.values()), list(fetches.values())
 
 

@@ -83,12 +83,15 @@ class Loader:
         """Build the graphs of functions: does one run Python? A TensorFlow server has to know before it starts, since
         it gets no more threads, and idle ones look for work: 32 too many took half as much processor time again. What
         cannot be built, or not soon, may run Python; why not is told when it is loaded."""
+        end = asyncio.get_running_loop().time() + BUILD_FIRST_S
         for source in self._options.model:
-            if source.function:
-                key = ModelKey(source.name, source.version)
+            key = ModelKey(source.name, source.version)
+            if source.function and key not in self._built:
                 self._built[key] = asyncio.create_task(self._build_first(key, source))
-        built, late = await asyncio.wait(self._built.values(), timeout=BUILD_FIRST_S) if self._built else ((), ())
-        return bool(late) or any(task.exception() or task.result().runs_python for task in built)
+            patience_s = end - asyncio.get_running_loop().time()
+            if source.function and not (await asyncio.wait([self._built[key]], timeout=patience_s))[0]:
+                return True
+        return any(task.exception() or task.result().runs_python for task in self._built.values())
 
     async def _build_first(self, key: ModelKey, source: ModelSource) -> Graph:
         async with self._marks.loading(key, source.files_seen()):  # it has none

@@ -2,6 +2,7 @@
 
 import ast
 import contextlib
+import itertools
 import os
 import shutil
 import subprocess
@@ -13,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 import example_models
 import numpy as np
 import pytest
-from conftest import REPOSITORY, one, wait_until
+from conftest import HERE, REPOSITORY, one, wait_until
 
 import shared_graph.graph as module
 from shared_graph import tensorflow_runtime
@@ -735,21 +736,55 @@ def starts_by_python(tf):
     return {"serving_default": ({"x": x}, {"y": table.lookup(x) + variable})}
 
 
-def test_a_mirror_has_the_graph_of_the_parameter_server_and_python_functions_of_its_own(tf, load, tmp_path):
-    """Also those that only initialize, which are numbered in each process as they come."""
-    for function in ("calls_python_everywhere", "starts_by_python"):
-        graph = load(f"test_graph:{function}")
-        mirror = Graph(tf, graph.source, ps_tasks=0, folder=made_by(graph, tmp_path))
-        mirror.connect([], Options())
-        mirror.restore(graph.variables.get_weights())
-        assert mirror.fingerprint == graph.fingerprint
-        dtype = graph.signatures["serving_default"].inputs["x"].dtype
-        feed = [np.array([1, 2, 3], dtype)]
-        expected = [output.tolist() for output in graph.run("serving_default", feed)]
-        graph.disconnect()
-        assert [output.tolist() for output in mirror.run("serving_default", feed)] == expected
-        mirror.disconnect()
-    assert expected == [[17, 27, 6]]
+def told_by_the_clock(tf):
+    """Another graph each time."""
+    x = tf.placeholder(tf.float32, [None], name="x")
+    y = tf.numpy_function(lambda x: 2 * x, [x], tf.float32)
+    for _ in range(next(NUMBERS)):
+        y += 1.0
+    return {"serving_default": ({"x": x}, {"y": y})}
+
+
+NUMBERS = itertools.count()
+
+MIRROR = """
+import sys
+import numpy as np
+from shared_graph.graph import build_graph
+from shared_graph.options import Options
+folder, *models = sys.argv[1:]
+options = Options(placement="mirrored", model=[f"{model}=test_graph:{model}" for model in models])
+for source in options.model[1:]:
+    build_graph(options, source, is_mirror=True)  # another order
+mirror = build_graph(options, options.model[0], is_mirror=True, folder=folder)
+mirror.connect([], options)
+mirror.restore({"v": np.int64([7])} if mirror.variables.variables else {})
+signature = mirror.signatures["serving_default"]
+outputs = mirror.run("serving_default", [np.array([1, 2, 3], signature.inputs["x"].dtype)])
+print(mirror.fingerprint, {name: output.tolist() for name, output in zip(signature.outputs, outputs)})
+"""
+
+
+@pytest.mark.parametrize("function", ["calls_python_everywhere", "starts_by_python"])
+def test_a_mirror_has_python_functions_of_its_own_whatever_its_process_has_built_before(tf, load, tmp_path, function):
+    """Also those that only initialize. Each process numbers them as they come, and orders captures by hash."""
+    graph = load(f"test_graph:{function}")
+    signature = graph.signatures["serving_default"]
+    outputs = graph.run("serving_default", [np.array([1, 2, 3], signature.inputs["x"].dtype)])
+    expected = {name: output.tolist() for name, output in zip(signature.outputs, outputs)}
+    command = [sys.executable, "-c", MIRROR, made_by(graph, tmp_path), function, "spread", "calls_python_everywhere"]
+    environment = os.environ | {"PYTHONHASHSEED": "4", "PYTHONPATH": f"{REPOSITORY}:{HERE}"}
+    command = list(dict.fromkeys(command))
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stderr
+    fingerprint, answers = done.stdout.split(" ", 1)
+    assert fingerprint == graph.fingerprint and ast.literal_eval(answers) == expected
+
+
+def test_a_mirror_whose_function_makes_another_graph_here_is_refused(tf, load, tmp_path):
+    graph = load("test_graph:told_by_the_clock")
+    with pytest.raises(ModelError, match="is it the same code"):
+        Graph(tf, graph.source, ps_tasks=0, folder=made_by(graph, tmp_path))
 
 
 BRINGS_OPERATIONS = """

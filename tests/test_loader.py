@@ -8,7 +8,6 @@ import shutil
 import subprocess
 import sys
 import threading
-import time
 import types
 
 import example_models
@@ -16,6 +15,7 @@ import numpy as np
 import pytest
 from conftest import one, wait_until
 
+from shared_graph import graph as graph_module
 from shared_graph import loader
 from shared_graph.errors import Error, InvalidRequest, ModelError
 from shared_graph.graph import Graph
@@ -45,28 +45,42 @@ def a_loader(address: str, folder, *sources: ModelSource, **options) -> tuple[lo
     return own, manager
 
 
-CALLS = []
+CALLED, MAY_END = [], threading.Event()
 
 
-def slow_to_build(tf):
-    CALLS.append("begun")
-    time.sleep(0.3)
-    CALLS.append("ended")
+def soon_built(tf):
+    CALLED.append("soon")
     return example_models.linear(tf)
 
 
-@pytest.mark.parametrize("patience_s", [0.1, 30])
-async def test_a_function_is_called_once_however_long_it_takes(tf, address, tmp_path, monkeypatch, patience_s):
-    """If it takes long nobody waits for it to know whether it runs Python, but for what it makes."""
-    CALLS.clear()
-    monkeypatch.setattr(loader, "BUILD_FIRST_S", patience_s)
-    source = ModelSource("m", 1, function="test_loader:slow_to_build")
-    own, _ = a_loader(address, tmp_path, source)
-    assert await own.build_functions() == (patience_s < 1)
-    assert ["begun", "ended"][: 1 if patience_s < 1 else 2] == CALLS
-    await own.load(source)
-    assert CALLS == ["begun", "ended"] and not own._built
-    await own.unload(ModelKey("m", 1))
+def slowly_built(tf):
+    CALLED.append("slow")
+    MAY_END.wait(30)
+    return example_models.linear(tf)
+
+
+async def test_functions_are_called_once_and_one_that_takes_long_keeps_the_start_and_others_waiting_for_a_while_only(
+    tf, address, tmp_path, monkeypatch
+):
+    """The start would know whether one runs Python; and who loads it waits for what is being built already."""
+    CALLED.clear()
+    monkeypatch.setattr(loader, "BUILD_FIRST_S", 0.5)
+    monkeypatch.setattr(graph_module, "BUILD_PATIENCE_S", 0.5)
+    names = {"first": "soon", "slow": "slowly", **dict.fromkeys("abcdef", "soon")}
+    sources = [ModelSource(name, 1, function=f"test_loader:{how}_built") for name, how in names.items()]
+    own, _ = a_loader(address, tmp_path, *sources)
+    for _ in range(2):  # a start may be tried again
+        assert await own.build_functions()
+    assert CALLED == ["soon", "slow"]
+    await own.load(ADDER_SOURCE)
+    loading = [asyncio.create_task(own.load(source)) for source in sources]
+    await asyncio.wait(loading[2:])
+    assert not loading[1].done()
+    MAY_END.set()
+    await asyncio.gather(*loading)
+    assert sorted(CALLED) == ["slow", *["soon"] * 7] and not own._built
+    for source in [ADDER_SOURCE, *sources]:
+        await own.unload(ModelKey(source.name, source.version))
 
 
 def words(tf):

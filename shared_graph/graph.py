@@ -102,10 +102,10 @@ class Graph:
         runs_python_here = self.is_mirror and calls_python(operations)
         if self.source.function and (runs_python_here or unknown_operations(meta_graph.graph_def)):
             builder, own = self._call()  # which brings along the operations, and Python functions of this process
-            if sorted(operations_run(own.meta_graphs[0].graph_def)) != sorted(operations):
-                raise ModelError("its graph is not the one that the parameter server has built: is it the same code?")
             if runs_python_here:
                 self._builder, meta_graph = builder, own.meta_graphs[0]
+                if sorted(operations_run(meta_graph.graph_def)) != sorted(operations):
+                    raise ModelError("its graph is not the parameter server's: is it the same code?")
         return meta_graph, fingerprint
 
     def _call(self) -> tuple[Any, Any]:

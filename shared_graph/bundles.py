@@ -1,5 +1,5 @@
-"""What a version was loaded from, as workers get it: the files that were loaded, not what lies there now; or what a
-function has made in the parameter server, and nowhere else."""
+"""What a version was loaded from, as workers get it: the files that were loaded, not what lies there now, or what a
+function has made in the parameter server."""
 
 from __future__ import annotations
 

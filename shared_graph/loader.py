@@ -84,12 +84,11 @@ class Loader:
         it gets no more threads, and idle ones look for work: 32 too many took half as much processor time again. What
         cannot be built, or not soon, may run Python; why not is told when it is loaded."""
         end = asyncio.get_running_loop().time() + BUILD_FIRST_S
-        for source in self._options.model:
+        for source in (source for source in self._options.model if source.function):
             key = ModelKey(source.name, source.version)
-            if source.function and key not in self._built:
+            if key not in self._built:
                 self._built[key] = asyncio.create_task(self._build_first(key, source))
-            patience_s = end - asyncio.get_running_loop().time()
-            if source.function and not (await asyncio.wait([self._built[key]], timeout=patience_s))[0]:
+            if not (await asyncio.wait([self._built[key]], timeout=end - asyncio.get_running_loop().time()))[0]:
                 return True
         return any(task.exception() or task.result().runs_python for task in self._built.values())
 

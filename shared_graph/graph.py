@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import hashlib
 import math
 import threading
 import time
@@ -19,6 +18,8 @@ from shared_graph.graph_definition import (
     ITERATOR,
     calls_python,
     describe_signature,
+    equal_signatures,
+    fingerprint_of,
     is_initialized,
     memory_graph,
     metadata_of,
@@ -125,6 +126,9 @@ class Graph:
                 outputs.extend(fetches)
                 # an output may be an input itself, or another output, and TensorFlow fetches neither
                 self._feeds_and_fetches[name] = [t.name for t in feeds], [tf.identity(t).name for t in fetches]
+        # of those that do the same the first one's callable and trial are for all
+        self.equal = equal_signatures(graph_def, {name: self._definitions[name] for name in self._feeds_and_fetches})
+        self._feeds_and_fetches = {first: self._feeds_and_fetches[first] for first in self.equal.values()}
         return outputs
 
     def connect(self, servers: list[str], options: Options) -> None:
@@ -143,7 +147,7 @@ class Graph:
             name: session._make_callable_from_options(CallableOptions(feed=feeds, fetch=fetches))
             for name, (feeds, fetches) in self._feeds_and_fetches.items()
         }
-        self._use(session, callables)
+        self._use(session, {name: callables[first] for name, first in self.equal.items()})
 
     def disconnect(self, is_lost: bool = False) -> threading.Thread:
         """Returns the thread in which the session ends. ``is_lost``: its server has gone, and is not asked any more."""
@@ -260,10 +264,6 @@ class Graph:
 
     def metadata(self) -> dict[str, Any]:
         return metadata_of(self._definitions)
-
-
-def fingerprint_of(meta_graph) -> str:
-    return hashlib.sha256(meta_graph.SerializeToString(deterministic=True)).hexdigest()
 
 
 def end_session(left: list, is_lost: bool) -> None:

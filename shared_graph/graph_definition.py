@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import collections
+import copy
+import functools
+import hashlib
 import itertools
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Hashable, Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -108,6 +112,54 @@ def describe_signature(
     signature.mutates_state = any(map(STATE_CHANGING.fullmatch, types))
     signature.runs_python = not atomic and calls_python(types)
     return signature, list(feeds.values()), list(fetches.values())
+
+
+def equal_signatures(graph_def, definitions: dict[str, Any]) -> dict[str, str]:
+    """By the name of each signature that of the first one which does the same with inputs of the same names: Keras
+    exports one function as two of them, and an Estimator its head."""
+    functions = {function.signature.name: function for function in graph_def.library.function}
+    nodes = {node.name: node for node in graph_def.node}
+    uses = collections.Counter(tensor for node in graph_def.node for tensor in node.input)
+
+    @functools.cache
+    def body_of(name: str) -> bytes:
+        """What a function does, whatever it and its arguments are called."""
+        body = copy.deepcopy(functions[name])
+        body.signature.name = ""
+        for argument in body.arg_attr.values():
+            argument.attr.pop("_user_specified_name", None)
+        return body.SerializeToString(deterministic=True)
+
+    def work_of(definition) -> Hashable:
+        sides = [sorted(definition.inputs.items()), sorted(definition.outputs.items())]
+        declared = [(key, info.dtype, info.tensor_shape.SerializeToString()) for side in sides for key, info in side]
+        ends = [nodes[name] for name in {info.name.partition(":")[0] for _, info in sides[1]}]
+        at_ends = collections.Counter(tensor for end in ends for tensor in end.input)
+        fed = {info.name.removesuffix(":0"): key for key, info in sides[0]}
+        fed = {tensor: f"input {key}" if at_ends[tensor] == uses[tensor] else tensor for tensor, key in fed.items()}
+        work = [*declared, *fed.values()]
+        for name, _, index in (info.name.partition(":") for _, info in sides[1]):
+            node = nodes[name]
+            work += [index or "0", node.op, "" if node.input and not names_a_resource(node) else name]
+            work += [fed.get(tensor, tensor) for tensor in node.input]
+            for key, value in sorted(node.attr.items()):
+                called = value.func.name in functions
+                work += [key, body_of(value.func.name) if called else value.SerializeToString(deterministic=True)]
+        return tuple(work)
+
+    if any(names_a_resource(node) for function in functions.values() for node in function.node_def):
+        return {name: name for name in definitions}
+    firsts: dict[Hashable, str] = {}
+    return {name: firsts.setdefault(work_of(definition), name) for name, definition in definitions.items()}
+
+
+def names_a_resource(node) -> bool:
+    """Is what it holds another thing than what another node of its kind holds?"""
+    return "container" in node.attr and not node.attr["shared_name"].s
+
+
+def fingerprint_of(meta_graph) -> str:
+    return hashlib.sha256(meta_graph.SerializeToString(deterministic=True)).hexdigest()
 
 
 def metadata_of(definitions: dict[str, Any]) -> dict[str, Any]:

@@ -8,6 +8,7 @@ unless ``--exact``.
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 from typing import NamedTuple
 
@@ -33,9 +34,14 @@ class Verdict(NamedTuple):
 def find_batchable(graph: Graph, options: Options) -> Verdict:
     """Which signatures' requests may share a run; for a model that changes its weights, with others as well."""
     found: dict[bool | None, list[str]] = {True: [], False: [], None: []}
-    for name, signature in graph.signatures.items():
-        may = may_share(signature, graph.atomic)
-        found[may and (signature.mutates_state or try_rows(graph, signature, options))].append(name)
+
+    @functools.cache
+    def may_share_runs(name: str) -> bool | None:
+        signature = graph.signatures[name]
+        return may_share(signature, graph.atomic) and (signature.mutates_state or try_rows(graph, signature, options))
+
+    for name in graph.signatures:
+        found[may_share_runs(graph.equal.get(name, name))].append(name)
     if graph.mutates_state and not graph.atomic and found[True]:
         found[True] = _with_other_weights(graph, found[True], options)
     return Verdict(tuple(found[True]), tuple(found[None]))

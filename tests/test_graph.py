@@ -2,6 +2,7 @@
 
 import ast
 import contextlib
+import functools
 import itertools
 import os
 import shutil
@@ -14,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 import example_models
 import numpy as np
 import pytest
-from conftest import HERE, REPOSITORY, one, wait_until
+from conftest import HERE, REPOSITORY, one, real_models, wait_until
 
 import shared_graph.graph as module
 from shared_graph import tensorflow_runtime
@@ -257,6 +258,86 @@ def test_one_function_under_two_names_is_two_models_whatever_the_names(load, nam
     first, second = load(source), load(source._replace(name=f"{name}2"))
     assert [one(first, ZERO, signature="count") for _ in range(3)] == [1, 2, 3]
     assert one(second, ZERO, signature="count") == 1
+
+
+def nearly_twins(tf):
+    """Signatures that do the same as the first of their group, whose names begin with its name; and all the others."""
+
+    def function(work=lambda a, b: a - w * b):
+        return tf.function(work)  # of another name each time
+
+    w = tf.get_variable("w", initializer=2.0)
+    x, y, deep = (tf.placeholder(tf.float32, [None], name=name) for name in ("x", "y", "deep"))
+    more = iter([tf.placeholder(tf.float32, [None], name=f"p{i}") for i in range(20)])
+    halves, inner = tf.split(tf.concat([x, y], 0), 2), tf.identity(deep)
+    batch = functools.partial(tf.raw_ops.Batch, num_batch_threads=1, max_batch_size=9, batch_timeout_micros=9)
+    pairs = [(next(more), next(more)) for _ in range(5)]
+    given = [{"a": a, "b": b} for a, b in pairs]
+    return {
+        "serving_default": ({"a": x, "b": y}, {"out": function()(x, y)}),
+        "serving_default, same inputs": ({"a": x, "b": y}, {"out": function()(x, y)}),
+        "far": (given[0], {"out": function()(*pairs[0])}),
+        "far, again": (given[1], {"out": function()(*pairs[1])}),
+        "swapped": (given[2], {"out": function()(*pairs[2][::-1])}),
+        "plus": (given[3], {"out": function(lambda a, b: a + w * b)(*pairs[3])}),
+        "key": ({"a": pairs[4][0], "c": pairs[4][1]}, {"out": function()(*pairs[4])}),
+        "name": ({"a": x, "b": y}, {"result": function()(x, y)}),
+        "half": ({"a": x, "b": y}, {"out": halves[0]}),
+        "half, again": ({"a": x, "b": y}, {"out": halves[0]}),
+        "other": ({"a": x, "b": y}, {"out": halves[1]}),
+        "inner": ({"a": deep}, {"out": tf.sqrt(inner)}),
+        "inner, again": ({"a": deep}, {"out": tf.sqrt(inner)}),
+        "none": ({"a": next(more)}, {"out": tf.sqrt(inner)}),  # fails, since nothing is fed
+        "queue": ({"a": x}, {"out": batch(in_tensors=[x], grad_timeout_micros=9).batched_tensors[0]}),
+        "batch": ({"a": x}, {"out": batch(in_tensors=[x], grad_timeout_micros=9).batched_tensors[0]}),
+        "w": ({}, {"out": w}),
+        "same": ({"a": x}, {"out": x}),
+    }
+
+
+def run_of_its_own(graph, name: str, feed: list) -> list:
+    """By the tensors that the signature names."""
+    sides = [sorted(side.items()) for side in (graph._definitions[name].inputs, graph._definitions[name].outputs)]
+    inputs, outputs = ([info.name for _, info in side] for side in sides)
+    return graph.session.run(outputs, dict(zip(inputs, feed)))
+
+
+def test_signatures_that_do_the_same_are_one_and_those_that_only_look_like_it_are_not(load):
+    graph = load("test_graph:nearly_twins")
+    firsts = {name: name.partition(",")[0] for name in graph.equal}
+    assert graph.equal == firsts and len(firsts) == 18
+    feed = [np.float32([5, 7]), np.float32([1, 2])]
+    for name, first in firsts.items():
+        if name != first:
+            given = feed[: len(graph.signatures[name].inputs)]
+            [expected], [found] = run_of_its_own(graph, name, given), graph.run(name, given)
+            assert expected.tolist() == found.tolist() != []
+
+
+def test_the_two_signatures_of_a_keras_model_and_the_two_names_of_an_estimators_head_are_one(load, models):
+    graph = load(models["picture"])
+    feed = [np.random.default_rng(0).random((2, 28, 28, 1), np.float32)]
+    expected = [run_of_its_own(graph, name, feed)[0].tobytes() for name in ("serve", "serving_default")]
+    assert len(set(graph.equal.values())) == 1 and set(expected) == {graph.run("serve", feed)[0].tobytes()}
+    if estimator := real_models("more_models").get("estimator_taxi"):
+        graph = load(estimator)
+        assert graph.equal["serving_default"] == "classification" and len(set(graph.equal.values())) == 3
+
+
+def in_functions(tf):
+    """Two that would be one, but for a queue in their function that is known by the name of who calls it."""
+
+    @tf.function
+    def batched(x):
+        how = {"num_batch_threads": 1, "max_batch_size": 9, "batch_timeout_micros": 9, "grad_timeout_micros": 9}
+        return tf.raw_ops.Batch(in_tensors=[x], **how).batched_tensors[0]
+
+    x = tf.placeholder(tf.float32, [None])
+    return {name: ({"x": x}, {"y": batched(x)}) for name in ("serving_default", "again")}
+
+
+def test_what_functions_hold_by_their_callers_names_makes_no_signatures_one(load):
+    assert load("test_graph:in_functions").equal == {name: name for name in ("again", "serving_default")}
 
 
 # -- which signatures share runs ---------------------------------------------------------------------------------------

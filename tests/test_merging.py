@@ -19,7 +19,7 @@ class PlayedGraph:
         kind = {"mutates_state": False, "runs_python": False} | kind
         self.signatures = {"s": Signature("s", {"x": spec}, {"y": spec}, "", **kind)}
         self.atomic, self.mutates_state, self.source = atomic, weights is not None, types.SimpleNamespace(name="m")
-        self.variables, self.weights = self, dict(weights or {})
+        self.variables, self.weights, self.equal = self, dict(weights or {}), {}
 
     def run(self, name: str, feed: list[np.ndarray]) -> list[np.ndarray]:
         self.runs.append(len(feed[0]))
@@ -82,6 +82,13 @@ def test_rows_share_runs_where_the_company_does_not_matter_and_what_cannot_be_tr
 ):
     assert find_batchable(PlayedGraph(function, dtype), Options()) == verdict
     assert find_batchable(PlayedGraph(function, dtype), Options(exact=True)) == exactly
+
+
+def test_signatures_that_do_the_same_are_tried_once():
+    graph, alone = PlayedGraph(lambda x: 3 * x), PlayedGraph(lambda x: 3 * x)
+    graph.signatures["t"], graph.equal = graph.signatures["s"], {"s": "s", "t": "s"}
+    assert find_batchable(graph, Options()) == Verdict(("s", "t")) and find_batchable(alone, Options()) == yes
+    assert graph.runs == alone.runs != []
 
 
 def test_a_trial_that_is_cancelled_is_no_verdict():

@@ -21,6 +21,7 @@ from shared_graph.graph_definition import (
     equal_signatures,
     fingerprint_of,
     is_initialized,
+    keep_what_runs,
     memory_graph,
     metadata_of,
     operations_behind,
@@ -53,11 +54,12 @@ class Graph:
         ps_tasks: int = 1,
         folder: str | None = None,
         has_variables: bool = True,
+        is_whole: bool = True,
     ):
         """``folder``: from where a SavedModel is read, by default the source's; or what a function has ``made`` in
         another process: it is called here only for what its graph needs beside. ``has_variables``: else another process
-        has them, and there are no operations here to set or free them: half of the time and a fifth of the memory where
-        there are many."""
+        has them, and there are no operations here to set or free them. ``is_whole``: else a SavedModel is here without
+        what saves and restores it. Together that is a fifth of the time and half of the memory where there are many."""
         self._tf, self.source, self.ps_task, self.is_mirror = tf, source, ps_task, not ps_tasks
         self.session, self._callables = None, None
         self.own_thread: OwnThread | None = None  # held as long as this lives, for the sake of memory
@@ -65,6 +67,8 @@ class Graph:
         self.made: bytes | None = None  # by its function, as a SavedModel, until others have it
         meta_graph, self.fingerprint = self._read(folder or source.folder)
         self.atomic = source.function is not None and ATOMIC in meta_graph.collection_def
+        if not (is_whole or source.function):  # whose variables are spread in the order of all of them
+            keep_what_runs(meta_graph)
         prepare_nodes(meta_graph, container=f"{source.name}/{source.version}".encode().hex())
         self._definitions = copy.deepcopy(dict(sorted(meta_graph.signature_def.items())))  # a part would hold all of it
 
@@ -287,14 +291,8 @@ BUILD_PATIENCE_S = 10.0
 _building, _begun = threading.Lock(), 0
 
 
-def build_graph(
-    options: Options,
-    source: ModelSource,
-    is_mirror: bool = False,
-    folder: str | None = None,
-    has_variables: bool = True,
-) -> Graph:
-    """A version's graph, under the same device rule in every process; see Graph."""
+def build_graph(options: Options, source: ModelSource, is_mirror: bool = False, **how: Any) -> Graph:
+    """A version's graph, under the same device rule in every process; ``how`` as Graph has it."""
     global _begun
     index = [ADDER, *(model.name for model in options.model)].index(source.name)
     ps_task = 0 if source.function else index % options.parameter_servers
@@ -304,7 +302,7 @@ def build_graph(
     _begun += 1
     try:
         ps_tasks = 0 if is_mirror else options.parameter_servers
-        return Graph(import_tensorflow(), source, ps_task, ps_tasks, folder, has_variables)
+        return Graph(import_tensorflow(), source, ps_task, ps_tasks, **how)
     finally:
         if is_alone:
             _building.release()

@@ -60,15 +60,52 @@ def all_nodes(graph_def) -> Iterator[Any]:
     return itertools.chain(graph_def.node, *(function.node_def for function in graph_def.library.function))
 
 
-def operations_run(graph_def) -> list[str]:
-    """The types of a graph's operations, and of those in all functions that are called in it."""
-    functions = {function.signature.name: function.node_def for function in graph_def.library.function}
-    nodes = list(graph_def.node)
-    for node in nodes:  # which grow meanwhile
+def nodes_behind(graph_def, ends: Iterable[str]) -> list:
+    """The nodes of these names, or of tensors of these names, and all that they depend on."""
+    nodes = {node.name: node for node in graph_def.node}
+    seen, left = set(), list(ends)
+    while left:
+        name = left.pop().lstrip("^").partition(":")[0]
+        if name in nodes and name not in seen:
+            seen.add(name)
+            left.extend(nodes[name].input)
+    return [node for name, node in nodes.items() if name in seen]
+
+
+def with_functions(nodes: Iterable[Any], library) -> tuple[list, set[str]]:
+    """Nodes, and those of all functions that are called in them; and the names of the functions that are not."""
+    functions, found = {function.signature.name: function.node_def for function in library.function}, list(nodes)
+    for node in found:  # which grow meanwhile
         called = [f.name for attribute in node.attr.values() for f in [attribute.func, *attribute.list.func]]
         for name in [node.op, *called]:
-            nodes.extend(functions.pop(name, ()))
-    return [node.op for node in nodes]
+            found.extend(functions.pop(name, ()))
+    return found, {*functions}
+
+
+def operations_run(graph_def, ends: Iterable[str] | None = None) -> list[str]:
+    """The types of the nodes behind ``ends``, or of all in a graph, and of those in functions that are called there."""
+    nodes = graph_def.node if ends is None else nodes_behind(graph_def, ends)
+    return [node.op for node in with_functions(nodes, graph_def.library)[0]]
+
+
+def keep_what_runs(meta_graph) -> None:
+    """Leave only what is behind the signatures' tensors, for who saves and restores nothing, on one device: of a Keras
+    model it is less than half. In place, since constants may be large."""
+    sides = [side for d in meta_graph.signature_def.values() for side in (d.inputs, d.outputs)]
+    nodes, library = meta_graph.graph_def.node, meta_graph.graph_def.library
+    kept = nodes_behind(meta_graph.graph_def, [info.name for side in sides for info in side.values()])
+    names, unused = {node.name for node in kept}, with_functions(kept, library)[1]
+    if library.gradient or any("api_implements" in function.attr for function in library.function):
+        unused = set()  # some are found by other means than a call, such as an LSTM's for GPUs
+    for i in reversed(range(len(nodes))):
+        nodes[i].attr.pop("_class", None)  # colocated with what is left out
+        if nodes[i].name not in names:
+            del nodes[i]
+    for i in reversed(range(len(library.function))):
+        if library.function[i].signature.name in unused:
+            del library.function[i]
+    meta_graph.ClearField("collection_def")
+    meta_graph.ClearField("saver_def")
 
 
 def calls_python(operations: Iterable[str]) -> bool:
@@ -102,8 +139,7 @@ def describe_signature(
     if len({tensor.name for tensor in feeds.values()}) < len(feeds):
         signature.refusal = f"Signature {name!r} cannot be served: two of its inputs are one tensor"
         return signature, [], []
-    part = tf.graph_util.extract_sub_graph(graph_def, [tensor.op.name for tensor in fetches.values()])
-    types = set(operations_run(part))
+    types = set(operations_run(graph_def, [tensor.name for tensor in fetches.values()]))
     if calls_python(types) and is_saved:  # by a token, which in this process is another function's, such as the adder's
         signature.refusal = f"Signature {name!r} cannot be served: it calls a Python function, which no SavedModel has"
         return signature, [], []

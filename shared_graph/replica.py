@@ -34,6 +34,7 @@ class Replica:
     def __init__(self, index: int, incarnation: str, options: Options, server: Actor, info: ServerInfo, left: Callable):
         self.index, self.options, self.server = index, options, server
         self.server_incarnation, self.addresses = info.incarnation, info.addresses
+        self._has_gpus = bool(info.process.gpus)
         self.snapshot = Snapshot()
         self.graphs: dict[ModelKey, Graph] = {}  # that can be run
         self.weights: dict[ModelKey, str] = {}  # of each graph, the id of those that it has
@@ -155,7 +156,9 @@ class Replica:
         async with contextlib.AsyncExitStack() as stack:
             read = functools.partial(self.server.call, "read_bundle", key)
             folder = await stack.enter_async_context(fetched_bundle(read))
-            build = functools.partial(build_graph, self.options, source, is_mirror, folder, has_variables=is_mirror)
+            # with GPUs TensorFlow chooses a variable's device by all that uses it
+            how = {"folder": folder, "has_variables": is_mirror, "is_whole": is_mirror or self._has_gpus}
+            build = functools.partial(build_graph, self.options, source, is_mirror, **how)
             if source != ADDER_SOURCE:
                 await stack.enter_async_context(self._marks.loading(key, [source.folder and loaded.fingerprint]))
             graph = await build_in_own_thread(build)

@@ -47,7 +47,7 @@ NAMES = {
     "core.protobuf.config_pb2": "ConfigProto GPUOptions",
     "python.client.session": "Session",
     "python.framework.dtypes": "as_dtype bfloat16 float32 float64 int32 resource string",
-    "python.framework.graph_util_impl": "GraphDef graph_util.extract_sub_graph",
+    "python.framework.graph_util_impl": "GraphDef",
     "python.framework.importer": "import_graph_def",
     "python.framework.ops": "Graph GraphKeys colocate_with=_colocate_with control_dependencies device"
     " disable_eager_execution",

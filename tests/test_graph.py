@@ -5,6 +5,7 @@ import contextlib
 import functools
 import itertools
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -22,8 +23,8 @@ from shared_graph import tensorflow_runtime
 from shared_graph.batch_runner import NOT_HALVED
 from shared_graph.errors import ModelError
 from shared_graph.graph import Graph, build_graph, end_session
-from shared_graph.graph_definition import STATE_CHANGING
-from shared_graph.merging import find_batchable
+from shared_graph.graph_definition import STATE_CHANGING, keep_what_runs
+from shared_graph.merging import find_batchable, sample_rows
 from shared_graph.model_source import ADDER_SOURCE, ModelSource
 from shared_graph.options import Options
 from shared_graph.tensorflow_runtime import failure_of
@@ -669,6 +670,93 @@ def test_who_has_no_variables_of_its_own_makes_nothing_to_set_them_and_answers_t
     graph.variables.set_weights({name: value + 1 for name, value in graph.variables.get_weights().items()})
     assert one(other, ONES) == one(graph, ONES)
     other.disconnect()
+
+
+def save_colocated(tf, folder: str) -> None:
+    """TF1: what is run stands where something stands that is not."""
+    with tf.Graph().as_default(), tf.Session() as session:
+        x, unused = tf.placeholder(tf.float32, [None]), tf.get_variable("unused", initializer=1.0)
+        with tf.colocate_with(unused):
+            y = 2 * x
+        session.run(unused.initializer)
+        tf.saved_model.simple_save(session, folder, {"x": x}, {"y": y})
+
+
+def answers(graph: Graph) -> dict:
+    """Of each signature that can be run, to the last bit: to random rows, or why they are refused."""
+    found = {}
+    for name, signature in graph.signatures.items():
+        if signature.refusal is None and not signature.mutates_state:
+            try:
+                outputs = graph.run(name, sample_rows(signature, 3))
+                found[name] = [output.tolist() if output.dtype == object else output.tobytes() for output in outputs]
+            except ModelError as error:
+                found[name] = error.status, re.sub("{{.*?}}", "", str(error))
+    return found
+
+
+def test_who_restores_nothing_has_only_what_runs_of_a_saved_model_and_it_is_the_same(
+    tf, address, load, models, tmp_path
+):
+    save_colocated(tf, str(tmp_path / "colocated"))
+    folders = [*(models[name] for name in example_models.SAVED), str(tmp_path / "colocated"), *real_models().values()]
+    for folder in folders:
+        graph = load(folder)
+        whole, part = (Graph(tf, graph.source, has_variables=False, is_whole=is_whole) for is_whole in (True, False))
+        found, expected = ((g.fingerprint, g.signatures, g.metadata(), g.equal) for g in (part, graph))
+        assert found == expected
+        sizes = [len(g.graph.get_operations()) for g in (part, whole)]
+        assert sizes[0] < sizes[1] or (sizes[0] == sizes[1] and not graph.variables.placeholders)
+        part.connect([address], Options())
+        assert answers(part) == answers(graph) != {}
+        part.disconnect()
+
+
+def spare(tf):
+    """Variables, of which the second is behind no output."""
+    a, _, c = (tf.get_variable(name, initializer=value) for name, value in (("a", 1.0), ("b", 2.0), ("c", 3.0)))
+    x = tf.placeholder(tf.float32, [None], name="x")
+    return {"serving_default": ({"x": x}, {"y": a * x + c})}
+
+
+def test_the_variables_of_a_function_are_on_the_same_servers_in_each_process(tf, tmp_path):
+    source = ModelSource("spare", 1, function="test_graph:spare")
+    graph = Graph(tf, source, ps_tasks=2)
+    part = Graph(tf, source, 0, 2, made_by(graph, tmp_path), has_variables=False, is_whole=False)
+    devices = [
+        {op.name: op.device for op in g.graph.get_operations() if op.type == "VarHandleOp"} for g in (graph, part)
+    ]
+    assert devices[0] == devices[1] and len(set(devices[0].values())) == 2
+
+
+@pytest.mark.parametrize("found_otherwise", ["", "api_implements", "gradient"])
+def test_functions_that_nothing_calls_are_left_out_unless_they_may_be_found_otherwise(tf, found_otherwise):
+    from tensorflow.core.protobuf import meta_graph_pb2
+
+    @tf.function
+    def double(x):
+        return 2 * x
+
+    @tf.function
+    def half(x):
+        return x / 2
+
+    with tf.Graph().as_default() as graph:
+        x = tf.placeholder(tf.float32, [None], name="x")
+        infos = [{key: tf.saved_model.build_tensor_info(value)} for key, value in (("x", x), ("y", double(double(x))))]
+        half(x)
+    meta_graph = meta_graph_pb2.MetaGraphDef(graph_def=graph.as_graph_def())
+    meta_graph.signature_def["s"].CopyFrom(tf.saved_model.build_signature_def(*infos))
+    library = meta_graph.graph_def.library
+    [unused] = [function for function in library.function if "half" in function.signature.name]
+    if found_otherwise == "gradient":
+        library.gradient.add(function_name="f", gradient_func=unused.signature.name)
+    elif found_otherwise:
+        unused.attr["api_implements"].s = b"lstm"
+    before = len(library.function)
+    keep_what_runs(meta_graph)
+    assert [node.op for node in meta_graph.graph_def.node].count("PartitionedCall") == 2
+    assert before - len(library.function) == (not found_otherwise)
 
 
 def test_graphs_are_built_one_at_a_time_for_as_long_as_they_get_on_and_one_that_never_ends_holds_up_no_other(

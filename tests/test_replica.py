@@ -58,8 +58,12 @@ THERE, LEAVING = ModelVersion(SOURCES["a"], "AVAILABLE", None, LOADED), ModelVer
 def replica(tmp_path, monkeypatch):
     """Of a parameter server that has nothing yet; call it inside the test's event loop."""
     monkeypatch.setattr(module, "fetched_bundle", lambda read: contextlib.nullcontext("folder"))
-    info = ServerInfo(ProcessInfo(1, "node", [], None), "life", str(tmp_path), ["a:1"], Snapshot())
-    return lambda **options: Replica(0, "life", Options(**options), PlayedServer(), info, lambda: None)
+
+    def create(gpus: tuple[int, ...] = (), **options) -> Replica:
+        info = ServerInfo(ProcessInfo(1, "node", [*gpus], None), "life", str(tmp_path), ["a:1"], Snapshot())
+        return Replica(0, "life", Options(**options), PlayedServer(), info, lambda: None)
+
+    return create
 
 
 class Awaited(threading.Event):
@@ -93,6 +97,22 @@ async def until(condition) -> None:
     async with asyncio.timeout(10):
         while not condition():
             await asyncio.sleep(0.01)
+
+
+@pytest.mark.parametrize(
+    "gpus, placement, is_whole", [((), "shared", False), ((0,), "shared", True), ((), "mirrored", True)]
+)
+async def test_a_worker_leaves_out_what_nothing_runs_unless_it_restores_or_a_gpu_may_be_chosen_by_it(
+    replica, monkeypatch, gpus, placement, is_whole
+):
+    built = []
+    monkeypatch.setattr(module, "build_graph", lambda *arguments, **how: built.append(how) or PlayedGraph())
+    monkeypatch.setattr(module, "warm_up", lambda graph: None)
+    replica = replica(gpus, placement=placement)
+    replica.apply(Snapshot(1, {KEY: THERE}, frozenset(), {}))
+    await until(lambda: built)
+    assert built[0] == {"folder": "folder", "has_variables": placement == "mirrored", "is_whole": is_whole}
+    replica.leave()
 
 
 async def test_a_version_that_is_given_up_while_it_is_built_is_not_kept(replica, building):

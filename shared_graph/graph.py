@@ -58,8 +58,9 @@ class Graph:
     ):
         """``folder``: from where a SavedModel is read, by default the source's; or what a function has ``made`` in
         another process: it is called here only for what its graph needs beside. ``has_variables``: else another process
-        has them, and there are no operations here to set or free them. ``is_whole``: else a SavedModel is here without
-        what saves and restores it. Together that is a fifth of the time and half of the memory where there are many."""
+        has them, and there are no operations here to set or free them. ``is_whole``: else it is here without what
+        initializes, saves and restores it. Together that is a fifth of the time and half of the memory where there are
+        many."""
         self._tf, self.source, self.ps_task, self.is_mirror = tf, source, ps_task, not ps_tasks
         self.session, self._callables = None, None
         self.own_thread: OwnThread | None = None  # held as long as this lives, for the sake of memory
@@ -67,7 +68,7 @@ class Graph:
         self.made: bytes | None = None  # by its function, as a SavedModel, until others have it
         meta_graph, self.fingerprint = self._read(folder or source.folder)
         self.atomic = source.function is not None and ATOMIC in meta_graph.collection_def
-        if not (is_whole or source.function):  # whose variables are spread in the order of all of them
+        if not (is_whole or (source.function and ps_tasks > 1)):  # its variables are spread in the order of all of them
             keep_what_runs(meta_graph)
         prepare_nodes(meta_graph, container=f"{source.name}/{source.version}".encode().hex())
         self._definitions = copy.deepcopy(dict(sorted(meta_graph.signature_def.items())))  # a part would hold all of it

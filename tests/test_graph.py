@@ -695,16 +695,17 @@ def answers(graph: Graph) -> dict:
     return found
 
 
-def test_who_restores_nothing_has_only_what_runs_of_a_saved_model_and_it_is_the_same(
-    tf, address, load, models, tmp_path
-):
+def test_who_restores_nothing_has_only_what_runs_and_it_is_the_same(tf, address, load, models, tmp_path):
     save_colocated(tf, str(tmp_path / "colocated"))
     folders = [*(models[name] for name in example_models.SAVED), str(tmp_path / "colocated"), *real_models().values()]
-    for folder in folders:
-        graph = load(folder)
-        whole, part = (Graph(tf, graph.source, has_variables=False, is_whole=is_whole) for is_whole in (True, False))
-        found, expected = ((g.fingerprint, g.signatures, g.metadata(), g.equal) for g in (part, graph))
-        assert found == expected
+    for source in [*folders, *(models[name] for name in ("linear", "echo", "counter", "failing"))]:
+        graph = load(source)
+        folder = graph.source.folder or made_by(graph, tmp_path)
+        whole, part = (
+            Graph(tf, graph.source, folder=folder, has_variables=False, is_whole=is_whole) for is_whole in (True, False)
+        )
+        found, expected = ((g.fingerprint, g.signatures, g.metadata(), g.equal) for g in (part, whole))
+        assert found == expected and part.signatures == graph.signatures
         sizes = [len(g.graph.get_operations()) for g in (part, whole)]
         assert sizes[0] < sizes[1] or (sizes[0] == sizes[1] and not graph.variables.placeholders)
         part.connect([address], Options())

@@ -53,14 +53,12 @@ class Graph:
         ps_task: int = 0,
         ps_tasks: int = 1,
         folder: str | None = None,
-        has_variables: bool = True,
         is_whole: bool = True,
     ):
         """``folder``: from where a SavedModel is read, by default the source's; or what a function has ``made`` in
-        another process: it is called here only for what its graph needs beside. ``has_variables``: else another process
-        has them, and there are no operations here to set or free them. ``is_whole``: else it is here without what
-        initializes, saves and restores it. Together that is a fifth of the time and half of the memory where there are
-        many."""
+        another process: it is called here only for what its graph needs beside. ``is_whole``: else another process has
+        the variables, and there is nothing here that initializes, saves, restores, sets or frees them: a fifth of the
+        time and a third of the memory where there are many."""
         self._tf, self.source, self.ps_task, self.is_mirror = tf, source, ps_task, not ps_tasks
         self.session, self._callables = None, None
         self.own_thread: OwnThread | None = None  # held as long as this lives, for the sake of memory
@@ -79,7 +77,7 @@ class Graph:
         with self.graph.as_default(), tf.device(spread if source.function else device):
             self._saver = tf.train.import_meta_graph(meta_graph)
             outputs = self._add_outputs(tf, meta_graph.graph_def)
-            self.variables = TensorFlowVariables(outputs if has_variables else [])
+            self.variables = TensorFlowVariables(outputs if is_whole else [])
             self._probes = probes(tf, self.graph)
             self._initialized = [is_initialized(tf, operation) for operation in self.variables.operations]
         self._restoring = [self._saver.saver_def.restore_op_name] if self._saver else []
@@ -87,9 +85,9 @@ class Graph:
         common = restoring & operations_behind([tensor.op for tensor in outputs])
         self.has_tables_in_checkpoint = any("HashTable" in operation.type for operation in common)
         self.graph.finalize()
-        self._memory = memory_graph(tf, self.graph, device) if has_variables else (None, [], [])
+        self._memory = memory_graph(tf, self.graph, device) if is_whole else (None, [], [])
         self._outputs = [tensor.op for tensor in outputs]
-        if not has_variables:
+        if not is_whole:
             self._forget_files()
         self.mutates_state = any(signature.mutates_state for signature in self.signatures.values())
         self.runs_python = any(signature.runs_python for signature in self.signatures.values())

@@ -156,9 +156,8 @@ class Replica:
         async with contextlib.AsyncExitStack() as stack:
             read = functools.partial(self.server.call, "read_bundle", key)
             folder = await stack.enter_async_context(fetched_bundle(read))
-            # with GPUs TensorFlow chooses a variable's device by all that uses it
-            how = {"folder": folder, "has_variables": is_mirror, "is_whole": is_mirror or self._has_gpus}
-            build = functools.partial(build_graph, self.options, source, is_mirror, **how)
+            is_whole = is_mirror or self._has_gpus  # with which TensorFlow places a variable by all that uses it
+            build = functools.partial(build_graph, self.options, source, is_mirror, folder=folder, is_whole=is_whole)
             if source != ADDER_SOURCE:
                 await stack.enter_async_context(self._marks.loading(key, [source.folder and loaded.fingerprint]))
             graph = await build_in_own_thread(build)

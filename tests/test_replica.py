@@ -111,7 +111,7 @@ async def test_a_worker_leaves_out_what_nothing_runs_unless_it_restores_or_a_gpu
     replica = replica(gpus, placement=placement)
     replica.apply(Snapshot(1, {KEY: THERE}, frozenset(), {}))
     await until(lambda: built)
-    assert built[0] == {"folder": "folder", "has_variables": placement == "mirrored", "is_whole": is_whole}
+    assert built[0] == {"folder": "folder", "is_whole": is_whole}
     replica.leave()
 
 

@@ -85,7 +85,7 @@ class Graph:
         common = restoring & operations_behind([tensor.op for tensor in outputs])
         self.has_tables_in_checkpoint = any("HashTable" in operation.type for operation in common)
         self.graph.finalize()
-        self._memory = memory_graph(tf, self.graph, device) if is_whole else (None, [], [])
+        self._memory = memory_graph(tf, self.graph, device) if is_whole else None
         self._outputs = [tensor.op for tensor in outputs]
         if not is_whole:
             self._forget_files()
@@ -173,12 +173,16 @@ class Graph:
 
     def free(self) -> threading.Thread:
         """Give the memory of the variables and tables back; returns what ``disconnect`` does."""
-        graph, free, _ = self._memory
-        session, ending = self.session, self.disconnect()
-        if free and session is not None and self._target:  # else it goes with the session
-            with self._tf.Session(self._target, graph, self._config) as own:
-                rerun_refused(own.run, free)
+        was_connected, ending = self.session is not None, self.disconnect()
+        if was_connected:
+            self._run_beside(self._memory.free)
         return ending
+
+    def _run_beside(self, operations: list) -> None:
+        """Of the memory graph. Where there is no server all goes with the session."""
+        if operations and self._target:
+            with self._tf.Session(self._target, self._memory.graph, self._config) as session:
+                rerun_refused(session.run, operations)
 
     def run(
         self, signature: str, feed: list[np.ndarray], deadline: float = -math.inf, is_first: bool = True
@@ -228,10 +232,7 @@ class Graph:
         mirror has none. Raises ModelError when something behind an output then has no value."""
         from tensorflow.python.saved_model import loader_impl
 
-        graph, _, allocate = self._memory
-        if allocate and self._target:
-            with self._tf.Session(self._target, graph, self._config) as own:
-                rerun_refused(own.run, allocate)
+        self._run_beside(self._memory.allocate)
         initializers = self.graph.get_collection(INITIALIZERS)  # of a function
         steps: list[tuple] = [(operation, self.session.run, operation) for operation in initializers]
         if self.source.folder:

@@ -9,7 +9,7 @@ import hashlib
 import itertools
 import re
 from collections.abc import Hashable, Iterable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -255,10 +255,15 @@ def probes(tf, graph) -> list:
     return made
 
 
-def memory_graph(tf, graph, device: str | None) -> tuple[Any, list, list]:
-    """A graph that gives back the memory of ``graph``'s variables and tables, even where that one cannot be run; its
-    operations that do so, and those to run before a restore: reference variables are not removed, only made empty.
-    """
+class MemoryGraph(NamedTuple):
+    """A graph that gives back the memory of another one's variables and tables, even where that cannot be run."""
+
+    graph: Any
+    free: list  # the operations that do so; reference variables are not removed, only made empty
+    allocate: list  # to be run before a restore, for reference variables
+
+
+def memory_graph(tf, graph, device: str | None) -> MemoryGraph:
     holders = [
         operation.node_def
         for operation in graph.get_operations()
@@ -267,22 +272,23 @@ def memory_graph(tf, graph, device: str | None) -> tuple[Any, list, list]:
         and "container" in operation.node_def.attr
         and (operation.type in VARIABLE or operation.outputs[0].dtype == tf.resource)
     ]
-    own, free, allocate = tf.Graph(), [], []
-    with own.as_default(), tf.device(device):
-        definition = tf.GraphDef(node=holders, versions=graph.as_graph_def().versions)
+    made = MemoryGraph(tf.Graph(), [], [])
+    with made.graph.as_default(), tf.device(device):
+        definition = tf.GraphDef(node=holders, versions=graph.graph_def_versions)
         for node in definition.node:
             node.attr.pop("_class", None)  # colocated with what is not here
         tf.import_graph_def(definition, name="")
-        for holder in own.get_operations():
+        for holder in made.graph.get_operations():
             with tf.colocate_with(holder):
                 if holder.type == "VarHandleOp" or holder.type not in VARIABLE:
-                    free.append(tf.raw_ops.DestroyResourceOp(resource=holder.outputs[0], ignore_lookup_error=True))
+                    made.free.append(tf.raw_ops.DestroyResourceOp(resource=holder.outputs[0], ignore_lookup_error=True))
                     continue
                 dtype, shape = holder.get_attr("dtype"), tf.TensorShape(holder.get_attr("shape"))
                 nothing = tf.zeros([0], dtype)
-                free.append(tf.raw_ops.Assign(ref=holder.outputs[0], value=nothing, validate_shape=False).op)
+                made.free.append(tf.raw_ops.Assign(ref=holder.outputs[0], value=nothing, validate_shape=False).op)
                 if shape.is_fully_defined():
                     zeros = tf.zeros(shape, dtype)
-                    allocate.append(tf.raw_ops.Assign(ref=holder.outputs[0], value=zeros, validate_shape=False).op)
-    own.finalize()
-    return own, free, allocate
+                    filled = tf.raw_ops.Assign(ref=holder.outputs[0], value=zeros, validate_shape=False)
+                    made.allocate.append(filled.op)
+    made.graph.finalize()
+    return made

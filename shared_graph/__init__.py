@@ -14,7 +14,8 @@ requests into batches and hands them round-robin to the workers. From the bottom
     handles                                   actors as others hold them: found, called, ended
     ray_runtime, tensorflow_runtime           Ray and TensorFlow, each started in one place
     adder, checkpoints, bundles, load_marks   the built-in model; variables, graphs and marks of loading, in files
-    graph_definition, functions               what is read from a graph's definition; what a function has made
+    graph_definition, saved_variables         what is read from a graph's definition; what of a SavedModel is restored
+    functions                                 what a function has made
     variables, graph                          a model's graph in one process, and the variables behind its outputs
     merging                                   which of its signatures may share runs
     bodies, json_codec, npy_codec, rest_api   TensorFlow Serving's REST contract: bodies in, answers out

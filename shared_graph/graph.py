@@ -33,6 +33,7 @@ from shared_graph.graph_definition import (
 from shared_graph.model_source import ADDER, ADDER_SOURCE, ModelSource
 from shared_graph.models import Arrays, array_of
 from shared_graph.options import Options
+from shared_graph.saved_variables import restore_only_needed
 from shared_graph.tensorflow_runtime import failure_of, import_tensorflow, rerun_refused, session_config
 from shared_graph.threads import OwnThread
 from shared_graph.variables import TensorFlowVariables
@@ -66,7 +67,9 @@ class Graph:
         self.made: bytes | None = None  # by its function, as a SavedModel, until others have it
         meta_graph, self.fingerprint = self._read(folder or source.folder)
         self.atomic = source.function is not None and ATOMIC in meta_graph.collection_def
-        if not (is_whole or (source.function and ps_tasks > 1)):  # its variables are spread in the order of all of them
+        if is_whole:
+            restore_only_needed(tf, meta_graph)
+        elif source.folder or ps_tasks == 1:  # else variables are spread in the order of all of them
             keep_what_runs(meta_graph)
         prepare_nodes(meta_graph, container=f"{source.name}/{source.version}".encode().hex())
         self._definitions = copy.deepcopy(dict(sorted(meta_graph.signature_def.items())))  # a part would hold all of it

@@ -65,11 +65,16 @@ def nodes_behind(graph_def, ends: Iterable[str]) -> list:
     nodes = {node.name: node for node in graph_def.node}
     seen, left = set(), list(ends)
     while left:
-        name = left.pop().lstrip("^").partition(":")[0]
+        name = node_of(left.pop())
         if name in nodes and name not in seen:
             seen.add(name)
             left.extend(nodes[name].input)
     return [node for name, node in nodes.items() if name in seen]
+
+
+def node_of(tensor: str) -> str:
+    """Of ``name``, ``name:1``, ``^name``, or in a function ``name:output:1``."""
+    return tensor.lstrip("^").partition(":")[0]
 
 
 def with_functions(nodes: Iterable[Any], library) -> tuple[list, set[str]]:

@@ -53,6 +53,7 @@ NAMES = {
     " disable_eager_execution",
     "python.framework.tensor_conversion": "convert_to_tensor=convert_to_tensor_v1_with_dispatch",
     "python.framework.tensor_shape": "TensorShape",
+    "python.framework.tensor_util": "make_ndarray=MakeNdarray make_tensor_proto",
     "python.ops.array_ops": "concat identity placeholder zeros",
     "python.ops.control_flow_ops": "group",
     "python.ops.control_flow_v2_toggles": "control_flow_v2_enabled disable_control_flow_v2 enable_control_flow_v2",

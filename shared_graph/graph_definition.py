@@ -93,12 +93,17 @@ def operations_run(graph_def, ends: Iterable[str] | None = None) -> list[str]:
     return [node.op for node in with_functions(nodes, graph_def.library)[0]]
 
 
+def signature_tensors(meta_graph) -> list[str]:
+    """The names of all that signatures take and give."""
+    sides = [side for d in meta_graph.signature_def.values() for side in (d.inputs, d.outputs)]
+    return [info.name for side in sides for info in side.values()]
+
+
 def keep_what_runs(meta_graph) -> None:
     """Leave only what is behind the signatures' tensors, for who saves and restores nothing, on one device: of a Keras
     model it is less than half. In place, since constants may be large."""
-    sides = [side for d in meta_graph.signature_def.values() for side in (d.inputs, d.outputs)]
     nodes, library = meta_graph.graph_def.node, meta_graph.graph_def.library
-    kept = nodes_behind(meta_graph.graph_def, [info.name for side in sides for info in side.values()])
+    kept = nodes_behind(meta_graph.graph_def, signature_tensors(meta_graph))
     names, unused = {node.name for node in kept}, with_functions(kept, library)[1]
     if library.gradient or any("api_implements" in function.attr for function in library.function):
         unused = set()  # some are found by other means than a call, such as an LSTM's for GPUs

@@ -6,7 +6,7 @@ from __future__ import annotations
 import collections
 from collections.abc import Iterable
 
-from shared_graph.graph_definition import VARIABLE, node_of, nodes_behind
+from shared_graph.graph_definition import VARIABLE, node_of, nodes_behind, signature_tensors
 
 AT_START = ("saved_model_main_op", "legacy_init_op")  # collections of what is run then
 ASSIGN = ("Assign", "AssignVariableOp")
@@ -16,8 +16,7 @@ def restore_only_needed(tf, meta_graph) -> None:
     """Leave out what restores variables that neither a signature nor what runs at the start needs. What is not as
     TensorFlow makes it stays as it is."""
     graph_def, others = meta_graph.graph_def, meta_graph.collection_def
-    sides = [side for d in meta_graph.signature_def.values() for side in (d.inputs, d.outputs)]
-    ends = [info.name for side in sides for info in side.values()]
+    ends = signature_tensors(meta_graph)
     ends += [name for key in AT_START if key in others for name in others[key].node_list.value]
     functions = {function.signature.name: function for function in graph_def.library.function}
     inside = (node for function in functions.values() for node in function.node_def)

@@ -12,7 +12,7 @@ from collections.abc import Awaitable, Callable, Iterator
 from typing import IO
 
 from shared_graph.errors import ModelError
-from shared_graph.model_source import SAVED_MODEL_FILES, ModelSource
+from shared_graph.model_source import SAVED_MODEL_FILES, ModelSource, may_be_file
 
 SLICE_BYTES = 2**24  # that travel at once: constants of a graph can reach 2 GB, and Ray's store here has 80 MB
 
@@ -27,7 +27,7 @@ def bundled(source: ModelSource, with_assets: bool) -> Iterator[IO[bytes]]:
     if with_assets:
         paths += [path for path, *_ in source._replace(folder=os.path.join(top, "assets")).files_seen()]
     with tarfile.open(fileobj=file, mode="w", dereference=True) as tar:
-        for path in filter(os.path.isfile, paths):  # others are links that lead nowhere
+        for path in filter(may_be_file, paths):  # others are links that lead nowhere
             tar.add(path, os.path.relpath(path, top))
     file.flush()
     yield file

@@ -18,8 +18,10 @@ from shared_graph.models import Signature, TensorSpec
 # Operations that change what a later run sees
 STATE_CHANGING = re.compile(
     r"Assign\w*|(Resource)?(Sparse)?Apply\w+|ResourceScatter\w+|Scatter(Add|Sub|Mul|Div|Min|Max|Update|Nd\w+)"
-    r"|ResourceStridedSliceAssign|(Resource)?CountUpTo|LookupTable(Insert|Import|Remove)\w*|(Queue|Barrier|Stack)\w+"
-    r"|(Map)?(Uns|S)tage|Rng\w+|Stateful(Standard|Uniform|Truncated|Random)\w*|Write\w+|(OneShot|MultiDevice)?Iterator(V2)?"
+    r"|(Resource)?StridedSliceAssign|(Resource)?CountUpTo|LookupTable(Insert|Import|Remove)\w*|(Queue|Barrier)\w+"
+    r"|(Ordered)?(Map)?(Stage(Clear)?|Unstage(NoKey)?|Clear)|(Add|Take)(Many)?Sparse\w+TensorsMap|DestroyResourceOp"
+    r"|Rng\w+|Stateful(Standard|Uniform|Truncated|Random)\w*|Write\w+|(OneShot|MultiDevice)?Iterator(V2)?|NegTrain"
+    r"|BoostedTrees(CenterBias|Create|Deserialize|Flush|Update)\w*|SdcaShrinkL1"
     r"|(Sparse|Resource)?Accumulator\w+|Reader\w+|Save(V2|Slices)?|MergeV2Checkpoints"
 )
 PYTHON_FUNCTION = re.compile(r"(Eager)?PyFunc(Stateless)?")
@@ -161,11 +163,13 @@ def describe_signature(
 
 
 def equal_signatures(graph_def, definitions: dict[str, Any]) -> dict[str, str]:
-    """By the name of each signature that of the first one which does the same with inputs of the same names: Keras
-    exports one function as two of them, and an Estimator its head."""
-    functions = {function.signature.name: function for function in graph_def.library.function}
-    nodes = {node.name: node for node in graph_def.node}
+    """By the name of each signature that of the first one which does the same with inputs of the same names: with the
+    same tensors, as an Estimator's head has two names, or by a function that does the same, as Keras exports it twice.
+    """
+    library, nodes = graph_def.library, {node.name: node for node in graph_def.node}
+    functions = {function.signature.name: function for function in library.function}
     uses = collections.Counter(tensor for node in graph_def.node for tensor in node.input)
+    may_be_equal = not library.gradient and not any(names_a_resource(n) for f in library.function for n in f.node_def)
 
     @functools.cache
     def body_of(name: str) -> bytes:
@@ -174,27 +178,27 @@ def equal_signatures(graph_def, definitions: dict[str, Any]) -> dict[str, str]:
         body.signature.name = ""
         for argument in body.arg_attr.values():
             argument.attr.pop("_user_specified_name", None)
-        return body.SerializeToString(deterministic=True)
+        return hashlib.sha256(body.SerializeToString(deterministic=True)).digest()
 
     def work_of(definition) -> Hashable:
-        sides = [sorted(definition.inputs.items()), sorted(definition.outputs.items())]
-        declared = [(key, info.dtype, info.tensor_shape.SerializeToString()) for side in sides for key, info in side]
-        ends = [nodes[name] for name in {info.name.partition(":")[0] for _, info in sides[1]}]
-        at_ends = collections.Counter(tensor for end in ends for tensor in end.input)
-        fed = {info.name.removesuffix(":0"): key for key, info in sides[0]}
-        fed = {tensor: f"input {key}" if at_ends[tensor] == uses[tensor] else tensor for tensor, key in fed.items()}
-        work = [*declared, *fed.values()]
-        for name, _, index in (info.name.partition(":") for _, info in sides[1]):
-            node = nodes[name]
-            work += [index or "0", node.op, "" if node.input and not names_a_resource(node) else name]
-            work += [fed.get(tensor, tensor) for tensor in node.input]
-            for key, value in sorted(node.attr.items()):
-                called = value.func.name in functions
-                work += [key, body_of(value.func.name) if called else value.SerializeToString(deterministic=True)]
-        return tuple(work)
+        inputs, outputs = (sorted(side.items()) for side in (definition.inputs, definition.outputs))
+        work = [(key, info.dtype, info.tensor_shape.SerializeToString()) for key, info in inputs + outputs]
+        given, taken = ([info.name.removesuffix(":0") for _, info in side] for side in (inputs, outputs))
+        call = nodes[node_of(taken[0])]
+        function = call.attr["f"].func if "f" in call.attr else None
+        is_call = function is not None and function.name in functions and not function.attr
+        is_all = {node_of(tensor) for tensor in taken} == {call.name}
+        is_fed_alone = all(list(call.input).count(tensor) == uses[tensor] for tensor in given)
+        if not (may_be_equal and is_call and is_all and is_fed_alone):
+            return (*work, *given, *taken)
+        fed = dict(zip(given, (f"input {key}" for key, _ in inputs)))
+        work += [call.op, body_of(function.name), *(fed.get(tensor, tensor) for tensor in call.input)]
+        work += [tensor.partition(":")[2] for tensor in taken]
+        return (
+            *work,
+            *(call.attr[key].SerializeToString(deterministic=True) for key in sorted(call.attr) if key != "f"),
+        )
 
-    if any(names_a_resource(node) for function in functions.values() for node in function.node_def):
-        return {name: name for name in definitions}
     firsts: dict[Hashable, str] = {}
     return {name: firsts.setdefault(work_of(definition), name) for name, definition in definitions.items()}
 
@@ -231,15 +235,18 @@ def strange_tensor(tf, graph, info) -> str | None:
     if why := kinds.get(info.WhichOneof("encoding")):
         return why
     try:
-        dtype = tf.as_dtype(info.dtype)
-        is_odd = dtype.is_quantized or (np.dtype(dtype.as_numpy_dtype).kind == "V" and dtype != tf.bfloat16)
-    except (TypeError, KeyError, ValueError):
-        return "is of no type that has arrays"
-    try:
-        tensor_of(graph, info)
+        tensor = tensor_of(graph, info)
     except (KeyError, ValueError):
         return f"is called {info.name}, which is not there"
-    return f"is of type {dtype.name}" if is_odd else None
+    for declared in (info.dtype, tensor.dtype):  # there are SavedModels that declare another one
+        try:
+            dtype = tf.as_dtype(declared).base_dtype
+            is_odd = dtype.is_quantized or (np.dtype(dtype.as_numpy_dtype).kind == "V" and dtype != tf.bfloat16)
+        except (TypeError, KeyError, ValueError):
+            return "is of no type that has arrays"
+        if is_odd:
+            return f"is of type {dtype.name}"
+    return None
 
 
 def tensor_spec(tensor, info) -> TensorSpec:

@@ -31,7 +31,7 @@ class Actor:
 
     async def call(self, method: str, *arguments: Any) -> Any:
         """What the method returns. Raises the Error that it raised, ActorUnavailable, or Unavailable where Ray has no
-        room for the arguments."""
+        room for the arguments or the result."""
         _check_ray()
         try:
             reference = getattr(self._handle, method).remote(*arguments)
@@ -40,7 +40,8 @@ class Actor:
         try:
             return await reference
         except ray.exceptions.RayTaskError as error:
-            failure = error.cause if isinstance(error.cause, Error) else Error(first_sentence(error.cause))
+            kind = Unavailable if isinstance(error.cause, ray.exceptions.RayError) else Error  # no room for the result
+            failure = error.cause if isinstance(error.cause, Error) else kind(first_sentence(error.cause))
         except ray.exceptions.RayError as error:
             is_final = isinstance(error, ray.exceptions.ActorDiedError)
             why = str(error).strip().rpartition("\n")[2] if is_final else error  # behind its traceback, if it has one

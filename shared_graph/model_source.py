@@ -5,9 +5,11 @@ from __future__ import annotations
 import ast
 import collections
 import contextlib
+import errno
 import importlib.machinery
 import os
 import re
+import stat
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -85,7 +87,15 @@ class ModelSource(NamedTuple):
 
 
 def _has_saved_model(folder: str) -> bool:
-    return any(os.path.isfile(os.path.join(folder, name)) for name in SAVED_MODEL_FILES)
+    return any(may_be_file(os.path.join(folder, name)) for name in SAVED_MODEL_FILES)
+
+
+def may_be_file(path: str) -> bool:
+    """Is it one, or cannot that be seen, such as in a folder that is closed to us? Then who opens it says why."""
+    try:
+        return stat.S_ISREG(os.stat(path).st_mode)
+    except OSError as error:
+        return error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP)
 
 
 def _files(top: str) -> Iterator[tuple[str, int, float]]:
@@ -164,7 +174,7 @@ def what_is_wrong(source: ModelSource) -> str | None:
 
 def _saved_model_fault(folder: str) -> str | None:
     paths = (os.path.join(folder, name) for name in SAVED_MODEL_FILES)
-    if (path := next(filter(os.path.isfile, paths), None)) is None:
+    if (path := next(filter(may_be_file, paths), None)) is None:
         return f"there is no {SAVED_MODEL_FILES[0]} in {folder} any more"
     try:
         with open(path, "rb") as file:

@@ -27,6 +27,7 @@ log = logging.getLogger(__name__)
 
 # For the Ray that we start.
 RAY_SETTINGS = {
+    "memory_monitor_refresh_ms": 0,  # it ends actors where 95 % of the memory is used, be it by others
     "worker_niceness": 0,  # else actors, at nice 15, starve beside a busy web process
     "prestart_worker_first_driver": False,
     "enable_worker_prestart": False,  # no process that waits for tasks

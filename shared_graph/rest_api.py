@@ -147,7 +147,8 @@ def parse_predict(document: dict[str, Any], signature: Signature) -> tuple[bool,
     if is_row:
         check_rows(signature, len(value))
     first = value[0] if is_row else value
-    if len(names) == 1 and (not isinstance(first, dict) or first.keys() == {"b64"}):
+    is_base64 = isinstance(first, dict) and first.keys() == {"b64"} and isinstance(first["b64"], str)
+    if len(names) == 1 and (is_base64 or not isinstance(first, dict)):
         columns = {where: value}
     elif is_row:
         columns = dict(zip([f"{name} of instances" for name in names], columns_of(value, names)))

@@ -28,6 +28,7 @@ log = logging.getLogger(__name__)
 PING_S = 0.5  # between two looks at an actor
 SUSPECT_S = 1.5  # a worker that has not answered for so long gets no new work
 PATIENCE_S = {"worker": 4.0, "parameter server": 30.0}  # an actor that has not answered for so long is ended
+BUILDING_S = 20.0  # the same for a worker while a version is loaded: a large graph holds Python's lock for seconds
 START_PATIENCE_S = 30.0  # the same while it starts
 NO_PLACE = f"it has not begun to run for {START_PATIENCE_S:g} s: has Ray a node with a free CPU, or GPU, for it?"
 DIES = f"it is lost again and again for {START_PATIENCE_S:g} s: are there memory and processes enough for it?"
@@ -166,14 +167,18 @@ class Supervisor:
                 elif loop.time() - asked < 1.5 * PING_S:  # else it is this very loop that comes too late
                     silent_s += PING_S
                     self._set_hung(actor, silent_s > SUSPECT_S)
-                if silent_s > PATIENCE_S[actor.kind]:
+                if silent_s > (patience_s := self._patience_s(actor)):
                     if actor.connection:
                         actor.connection.was_ended = True
                     await self._kill(actor.process, actor.handle)
-                    return f"it did not answer for {PATIENCE_S[actor.kind]:g} s"
+                    return f"it did not answer for {patience_s:g} s"
             return "its process is gone" if death.done() else "its connection was closed"
         finally:
             forget(death, ping)
+
+    def _patience_s(self, actor: ActorStatus) -> float:
+        is_loading = any(version.state == "LOADING" for version in self._status.snapshot.versions.values())
+        return max(PATIENCE_S[actor.kind], BUILDING_S if is_loading else 0)
 
     def _set_hung(self, actor: ActorStatus, is_hung: bool) -> None:
         if is_hung == (actor.state == "hung"):

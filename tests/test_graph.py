@@ -23,7 +23,7 @@ from shared_graph import tensorflow_runtime
 from shared_graph.batch_runner import NOT_HALVED
 from shared_graph.errors import ModelError
 from shared_graph.graph import Graph, build_graph, end_session
-from shared_graph.graph_definition import STATE_CHANGING, keep_what_runs
+from shared_graph.graph_definition import STATE_CHANGING, equal_signatures, keep_what_runs
 from shared_graph.merging import find_batchable, sample_rows
 from shared_graph.model_source import ADDER_SOURCE, ModelSource
 from shared_graph.options import Options
@@ -276,7 +276,7 @@ def nearly_twins(tf):
     given = [{"a": a, "b": b} for a, b in pairs]
     return {
         "serving_default": ({"a": x, "b": y}, {"out": function()(x, y)}),
-        "serving_default, same inputs": ({"a": x, "b": y}, {"out": function()(x, y)}),
+        "inputs of others": ({"a": x, "b": y}, {"out": function()(x, y)}),
         "far": (given[0], {"out": function()(*pairs[0])}),
         "far, again": (given[1], {"out": function()(*pairs[1])}),
         "swapped": (given[2], {"out": function()(*pairs[2][::-1])}),
@@ -287,7 +287,9 @@ def nearly_twins(tf):
         "half, again": ({"a": x, "b": y}, {"out": halves[0]}),
         "other": ({"a": x, "b": y}, {"out": halves[1]}),
         "inner": ({"a": deep}, {"out": tf.sqrt(inner)}),
-        "inner, again": ({"a": deep}, {"out": tf.sqrt(inner)}),
+        "through": ({"a": x, "b": y}, {"p": x, "q": y}),
+        "crossed": ({"a": y, "b": x}, {"p": x, "q": y}),
+        "later": ({"a": halves[0]}, {"out": halves[0], "twice": 2 * halves[0]}),
         "none": ({"a": next(more)}, {"out": tf.sqrt(inner)}),  # fails, since nothing is fed
         "queue": ({"a": x}, {"out": batch(in_tensors=[x], grad_timeout_micros=9).batched_tensors[0]}),
         "batch": ({"a": x}, {"out": batch(in_tensors=[x], grad_timeout_micros=9).batched_tensors[0]}),
@@ -306,7 +308,7 @@ def run_of_its_own(graph, name: str, feed: list) -> list:
 def test_signatures_that_do_the_same_are_one_and_those_that_only_look_like_it_are_not(load):
     graph = load("test_graph:nearly_twins")
     firsts = {name: name.partition(",")[0] for name in graph.equal}
-    assert graph.equal == firsts and len(firsts) == 18
+    assert graph.equal == firsts and len(firsts) == 20
     feed = [np.float32([5, 7]), np.float32([1, 2])]
     for name, first in firsts.items():
         if name != first:
@@ -323,6 +325,24 @@ def test_the_two_signatures_of_a_keras_model_and_the_two_names_of_an_estimators_
     if estimator := real_models("more_models").get("estimator_taxi"):
         graph = load(estimator)
         assert graph.equal["serving_default"] == "classification" and len(set(graph.equal.values())) == 3
+
+
+@pytest.mark.parametrize("change", [None, "attribute", "gradient", "another use"])
+def test_signatures_by_functions_of_which_not_all_is_known_are_not_one(tf, change):
+    with tf.Graph().as_default() as graph:
+        pairs = [(x, tf.function(lambda x: 2 * x)(x)) for x in (tf.placeholder(tf.float32, [None]) for _ in range(2))]
+        definitions = {
+            f"{i}": tf.saved_model.predict_signature_def({"x": x}, {"y": y}) for i, (x, y) in enumerate(pairs)
+        }
+    graph_def = graph.as_graph_def()
+    calls = [node for node in graph_def.node if "f" in node.attr]
+    if change == "attribute":
+        calls[1].attr["f"].func.attr["V"].i = 2
+    elif change == "gradient":
+        graph_def.library.gradient.add(function_name=calls[0].attr["f"].func.name, gradient_func="g")
+    elif change == "another use":
+        graph_def.node.add(name="other", op="Identity", input=[calls[1].input[0]])
+    assert equal_signatures(graph_def, definitions) == {"0": "0", "1": "1" if change else "0"}
 
 
 def in_functions(tf):
@@ -551,12 +571,15 @@ def test_what_changes_state_and_what_calls_python_is_known(tf, function, writes,
     [
         *((name, True) for name in (
             "AssignVariableOp", "AssignAddVariableOp", "ResourceApplyAdam", "ResourceScatterNdUpdate", "ScatterAdd",
-            "LookupTableInsertV2", "QueueDequeueV2", "QueueEnqueueManyV2", "StackPushV2", "RngSkip", "StatefulUniform",
-            "WriteFile", "WriteScalarSummary", "SaveV2", "MergeV2Checkpoints", "ReaderReadV2", "OneShotIterator",
-            "IteratorV2", "AccumulatorApplyGradient", "SparseAccumulatorTakeGradient", "Stage", "MapUnstage")),
+            "LookupTableInsertV2", "QueueDequeueV2", "QueueEnqueueManyV2", "StridedSliceAssign", "RngSkip",
+            "StatefulUniform", "WriteFile", "WriteScalarSummary", "SaveV2", "MergeV2Checkpoints", "ReaderReadV2",
+            "OneShotIterator", "IteratorV2", "AccumulatorApplyGradient", "SparseAccumulatorTakeGradient", "Stage",
+            "MapUnstage", "OrderedMapStage", "MapUnstageNoKey", "StageClear", "MapClear", "DestroyResourceOp",
+            "NegTrain", "BoostedTreesUpdateEnsembleV2", "AddManySparseToTensorsMap")),
         *((name, False) for name in (
             "ReadVariableOp", "ScatterNd", "TensorScatterUpdate", "LookupTableFindV2", "TensorListStack",
-            "AnonymousIteratorV3", "IteratorGetNext", "PopulationCount", "RandomUniform", "RestoreV2", "ReadFile")),
+            "AnonymousIteratorV3", "IteratorGetNext", "PopulationCount", "RandomUniform", "RestoreV2", "ReadFile",
+            "StackPushV2", "StridedSlice", "StageSize", "MapPeek", "BoostedTreesPredict")),
     ],
 )  # fmt: skip
 def test_an_operation_that_changes_state_is_known_by_its_name(operation, changes):

@@ -72,6 +72,19 @@ def test_where_ray_has_no_room_for_the_arguments_that_is_told():
     assert not isinstance(caught.value, ActorUnavailable) and "created" not in str(caught.value)
 
 
+def test_where_ray_has_no_room_for_the_result_that_is_told():
+    error = ray.exceptions.RayTaskError(
+        "ray::Worker.start()", TRACE, ray.exceptions.OutOfDiskError("Local disk is full")
+    )
+
+    async def fail(*arguments):
+        raise error
+
+    with pytest.raises(Unavailable, match="Local disk is full") as caught:
+        call(fail)
+    assert not isinstance(caught.value, ActorUnavailable)
+
+
 def test_an_actor_of_which_ray_cannot_tell_just_now_is_unavailable(monkeypatch):
     """A shared cluster did not end any more after that."""
 

@@ -1,13 +1,16 @@
 """What lies in a model's folder: versions, labels, and links that lead nowhere, elsewhere or in circles."""
 
+import errno
 import os
 import pathlib
+import shutil
+import tempfile
 
 import pytest
 
 from shared_graph.bundles import bundled, fetched_bundle, read_slice
 from shared_graph.errors import ModelError
-from shared_graph.model_source import ModelSource, model_source
+from shared_graph.model_source import ModelSource, model_source, what_is_wrong
 
 CIRCLES = {  # links, by where they are: each of them would be followed for ever by who follows all
     "two links to here": {"a": ".", "b": "."},
@@ -60,6 +63,43 @@ async def test_a_version_with_links_that_lead_nowhere_or_in_circles_is_found_and
         for name in ("words", "other words") if place == "assets" else ():
             with open(os.path.join(folder, place, name)) as file:
                 assert file.read() == "one"
+
+
+@pytest.fixture
+def as_stranger():
+    """A folder ``m`` with versions 1 and 2; this process may not look into the second one, though it be root's."""
+    folder = tempfile.mkdtemp(dir="/tmp")
+    os.chmod(folder, 0o755)
+    write(*(pathlib.Path(folder) / "m" / version / "saved_model.pb" for version in "12"))
+    pathlib.Path(folder, "m", "1", "saved_model.pb").write_bytes(b"\x08\x01")
+    closed = os.path.join(folder, "m", "2")
+    os.chmod(closed, 0)
+    user = os.geteuid()
+    os.seteuid(user or 65534)
+    yield ModelSource("m", None, os.path.join(folder, "m"))
+    os.seteuid(user)
+    os.chmod(closed, 0o755)
+    shutil.rmtree(folder)
+
+
+def test_a_version_that_is_closed_to_us_is_there_and_who_loads_it_says_why(as_stranger):
+    source = as_stranger
+    assert sorted(source.look().versions) == [1, 2] and what_is_wrong(source) is None
+    closed = source.versions()[2]
+    assert "saved_model.pb cannot be read: Permission denied" in what_is_wrong(closed)
+    with pytest.raises(PermissionError), bundled(closed, with_assets=True):
+        pass
+
+
+@pytest.mark.parametrize("number, is_there", [(errno.EIO, True), (errno.ESTALE, True), (errno.ENOENT, False)])
+def test_a_version_that_cannot_be_seen_just_now_is_not_taken_for_one_that_has_gone(
+    source, monkeypatch, number, is_there
+):
+    def stat(path, **how):
+        raise OSError(number, os.strerror(number), path)
+
+    monkeypatch.setattr(os, "stat", stat)
+    assert list(source.versions()) == [1] * is_there
 
 
 def test_a_version_that_changes_while_it_is_loaded_is_refused(source):

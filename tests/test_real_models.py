@@ -208,6 +208,21 @@ def strange_saved(tf, address, tmp_path_factory):
     return graph
 
 
+def test_a_signature_that_names_a_variable_and_not_its_value_takes_no_other_along(tf, load, tmp_path):
+    folder = str(tmp_path / "saved")
+    with tf.Graph().as_default(), tf.Session() as session:
+        x, n = tf.placeholder(tf.float32, [None]), tf.get_variable("n", initializer=1, use_resource=True)
+        session.run(n.initializer)
+        there = tf.saved_model.predict_signature_def({"x": x}, {"y": 2 * x + tf.cast(n, tf.float32)})
+        look = tf.saved_model.build_signature_def({}, {"n": tf.saved_model.build_tensor_info(n)})
+        builder = tf.saved_model.Builder(folder)
+        builder.add_meta_graph_and_variables(session, ["serve"], {"serving_default": there, "look": look})
+        builder.save()
+    graph = load(folder)
+    assert one(graph, np.float32([1])) == [3]
+    assert graph.signatures["look"].refusal.endswith("its output 'n' is of no type that has arrays")
+
+
 def sparse_input(tf):
     return {"serving_default": ({"s": tf.sparse_placeholder(tf.float32)}, {"y": tf.constant(1)})}
 

@@ -166,6 +166,8 @@ def test_the_signature_is_the_one_named_else_serving_default_and_a_wrong_one_is_
     ('{"inputs": {"i": [[1], [2]], "s": ["foo"], "b": {"b64": "aGk="}, "extra": {"z": null}}}',
      {"i": "int32", "s": "object", "b": "object"}, {"i": [[1], [2]], "s": [b"foo"], "b": b"hi"}),
     ('{"inputs": {"b64": "aGk="}}', {"x": "object"}, {"x": b"hi"}),
+    ('{"inputs": {"b64": ["aGk="]}}', {"b64": "object"}, {"b64": [b"aGk="]}),
+    ('{"instances": [{"b64": ["aGk="]}]}', {"b64": "object"}, {"b64": [[b"aGk="]]}),
     ('{"inputs": 3}', {"x": "float32"}, {"x": 3}),
     ('{"inputs": [[[], []]]}', {"x": "object"}, {"x": [[[], []]]})])  # fmt: skip
 def test_a_request_becomes_an_array_for_each_input(body, inputs, expected):

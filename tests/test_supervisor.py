@@ -8,10 +8,21 @@ import pytest
 
 import shared_graph.supervisor as module
 from shared_graph.errors import ActorUnavailable, Error, ModelError, OptionError
-from shared_graph.models import ServerInfo, Snapshot
+from shared_graph.model_source import ModelSource
+from shared_graph.models import ModelVersion, ServerInfo, Snapshot
 from shared_graph.options import Options
 from shared_graph.status import Status
-from shared_graph.supervisor import DIES, ENDED, NO_PLACE, PATIENCE_S, PING_S, START_PATIENCE_S, SUSPECT_S, Supervisor
+from shared_graph.supervisor import (
+    BUILDING_S,
+    DIES,
+    ENDED,
+    NO_PLACE,
+    PATIENCE_S,
+    PING_S,
+    START_PATIENCE_S,
+    SUSPECT_S,
+    Supervisor,
+)
 from shared_graph.wire import ProcessInfo, WorkerInfo
 
 pytestmark = pytest.mark.simulated
@@ -253,6 +264,27 @@ async def test_a_worker_that_does_not_answer_is_hung_then_ended_and_one_that_wak
         assert stage.killed == [pid] and connection.was_ended
         await asyncio.sleep(20)
         assert stage.states() == ["ready"] * 3
+
+
+async def test_while_a_version_is_loaded_a_silent_worker_is_ended_later():
+    async with playing(workers=2) as stage:
+        await asyncio.sleep(20)
+        source = ModelSource("m", 1, function="m:build")
+        loading, ready = (ModelVersion(source, state) for state in ("LOADING", "AVAILABLE"))
+        stage.snapshot = Snapshot(2, {loading.key: loading})
+        await asyncio.sleep(1)
+        worker = stage.actors["worker 0"]
+        for silence_s, killed in ((BUILDING_S - 1, 0), (BUILDING_S + 2, 1)):
+            worker.is_stopped = True
+            await asyncio.sleep(silence_s)
+            assert len(stage.killed) == killed
+            worker.is_stopped = False
+            await asyncio.sleep(20)
+        stage.snapshot = Snapshot(3, {ready.key: ready})
+        await asyncio.sleep(1)
+        worker.is_stopped = True
+        await asyncio.sleep(PATIENCE_S["worker"] + 2)
+        assert len(stage.killed) == 2
 
 
 async def test_silence_is_counted_from_the_last_answer():

@@ -187,17 +187,15 @@ def equal_signatures(graph_def, definitions: dict[str, Any]) -> dict[str, str]:
         call = nodes[node_of(taken[0])]
         function = call.attr["f"].func if "f" in call.attr else None
         is_call = function is not None and function.name in functions and not function.attr
-        is_all = {node_of(tensor) for tensor in taken} == {call.name}
+        is_all = {node_of(tensor) for tensor in taken} == {call.name} and call.name not in map(node_of, given)
         is_fed_alone = all(list(call.input).count(tensor) == uses[tensor] for tensor in given)
         if not (may_be_equal and is_call and is_all and is_fed_alone):
             return (*work, *given, *taken)
         fed = dict(zip(given, (f"input {key}" for key, _ in inputs)))
         work += [call.op, body_of(function.name), *(fed.get(tensor, tensor) for tensor in call.input)]
         work += [tensor.partition(":")[2] for tensor in taken]
-        return (
-            *work,
-            *(call.attr[key].SerializeToString(deterministic=True) for key in sorted(call.attr) if key != "f"),
-        )
+        others = (call.attr[key] for key in sorted(call.attr) if key != "f")
+        return (*work, *(attribute.SerializeToString(deterministic=True) for attribute in others))
 
     firsts: dict[Hashable, str] = {}
     return {name: firsts.setdefault(work_of(definition), name) for name, definition in definitions.items()}

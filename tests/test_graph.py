@@ -273,7 +273,7 @@ def nearly_twins(tf):
     halves, inner = tf.split(tf.concat([x, y], 0), 2), tf.identity(deep)
     batch = functools.partial(tf.raw_ops.Batch, num_batch_threads=1, max_batch_size=9, batch_timeout_micros=9)
     pairs = [(next(more), next(more)) for _ in range(5)]
-    given = [{"a": a, "b": b} for a, b in pairs]
+    given, made = [{"a": a, "b": b} for a, b in pairs], [function()(x, y) for _ in range(2)]
     return {
         "serving_default": ({"a": x, "b": y}, {"out": function()(x, y)}),
         "inputs of others": ({"a": x, "b": y}, {"out": function()(x, y)}),
@@ -287,6 +287,8 @@ def nearly_twins(tf):
         "half, again": ({"a": x, "b": y}, {"out": halves[0]}),
         "other": ({"a": x, "b": y}, {"out": halves[1]}),
         "inner": ({"a": deep}, {"out": tf.sqrt(inner)}),
+        "itself": ({"a": made[0]}, {"out": made[0]}),
+        "unfed": ({"a": next(more)}, {"out": made[1]}),
         "through": ({"a": x, "b": y}, {"p": x, "q": y}),
         "crossed": ({"a": y, "b": x}, {"p": x, "q": y}),
         "later": ({"a": halves[0]}, {"out": halves[0], "twice": 2 * halves[0]}),
@@ -308,7 +310,7 @@ def run_of_its_own(graph, name: str, feed: list) -> list:
 def test_signatures_that_do_the_same_are_one_and_those_that_only_look_like_it_are_not(load):
     graph = load("test_graph:nearly_twins")
     firsts = {name: name.partition(",")[0] for name in graph.equal}
-    assert graph.equal == firsts and len(firsts) == 20
+    assert graph.equal == firsts and len(firsts) == 22
     feed = [np.float32([5, 7]), np.float32([1, 2])]
     for name, first in firsts.items():
         if name != first:

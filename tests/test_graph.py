@@ -686,7 +686,7 @@ def made_by(graph: Graph, path) -> str:
 
 
 def test_who_has_no_variables_of_its_own_makes_nothing_to_set_them_and_answers_the_same(tf, address, load, tmp_path):
-    """In a worker: for a MobileNet, with its 262 variables, in half of the time."""
+    """As a worker does, and also after another process has set the variables."""
     graph = load("example_models:linear")
     other = Graph(tf, graph.source, folder=made_by(graph, tmp_path), is_whole=False)
     assert other.fingerprint == graph.fingerprint and not other.variables.placeholders

@@ -42,11 +42,11 @@ def trained(tf, is_resource: bool, with_training: bool = False):
 def of_other_names(tf, is_resource: bool):
     """A variable with two handles, of which one is restored and the other one read; and one in parts."""
     x = tf.placeholder(tf.float32, [None], name="x")
-    shared = variable(tf, "shared", 7)
+    variable(tf, "shared", 7)
     again = tf.raw_ops.VarHandleOp(dtype=tf.float32, shape=[], shared_name="shared", container="")
     parts = tf.get_variable("parts", [4], initializer=tf.ones_initializer(), partitioner=tf.fixed_size_partitioner(2))
     variable(tf, "unneeded", [1, 2], is_resource)
-    y = x * tf.raw_ops.ReadVariableOp(resource=again, dtype=tf.float32) + tf.reduce_sum(parts) + 0 * shared[...]
+    y = x * tf.raw_ops.ReadVariableOp(resource=again, dtype=tf.float32) + tf.reduce_sum(parts)
     return {"serving_default": ({"x": x}, {"y": y})}, None
 
 
